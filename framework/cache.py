@@ -1,0 +1,127 @@
+"""The cache: folders named by a key of all their inputs, made once, whoever asks first.
+
+An entry is made in a folder beside its final place and renamed when it is whole, under a lock per key:
+two processes never make the same entry twice, and an interrupted one leaves nothing that is taken for
+a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import CacheFull
+from .lab import cache_root
+from .progress import note
+
+
+def key_of(*inputs: object) -> str:
+    """A short name for these inputs: bytes are hashed as they are, anything else as sorted JSON."""
+    digest = hashlib.sha256()
+    for item in inputs:
+        data = item if isinstance(item, bytes) else json.dumps(item, sort_keys=True, default=str).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]
+
+
+#: The errors of a disk, or a quota, that is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk into CacheFull."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        free = shutil.disk_usage(where).free >> 20 if where.exists() else 0
+        raise CacheFull(
+            f"the disk under the cache {where} is full ({free} MiB free)",
+            remedy="free some space there, or put the cache elsewhere with ARM_KVM_CACHE",
+        ) from e
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished cache entry."""
+
+    folder: Path
+
+    @property
+    def meta(self) -> dict:
+        return json.loads((self.folder / "meta.json").read_text())
+
+
+def _entry_folder(kind: str, key: str) -> Path:
+    return cache_root() / kind / key
+
+
+def lookup(kind: str, key: str) -> Entry | None:
+    """The entry, if it is there and whole."""
+    folder = _entry_folder(kind, key)
+    return Entry(folder) if (folder / "meta.json").is_file() else None
+
+
+def entries(kind: str) -> list[Entry]:
+    """All finished entries of a kind, the newest first."""
+    metas = (cache_root() / kind).glob("*/meta.json")
+    return [Entry(m.parent) for m in sorted(metas, key=lambda m: m.stat().st_mtime, reverse=True)]
+
+
+Maker = Callable[[Path, Path], dict]
+
+
+def obtain(kind: str, key: str, make: Maker) -> Entry:
+    """The entry of this key, made if it is not there.
+
+    ``make(out, work)`` fills the folder ``out`` and returns the entry's meta data; ``work`` is its
+    scratch folder, kept when it is interrupted and removed when it succeeds. Raises CacheFull, and
+    whatever ``make`` raises.
+    """
+    if found := lookup(kind, key):
+        return found
+    final = _entry_folder(kind, key)
+    with disk_errors(cache_root()):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(final):
+            return lookup(kind, key) or _make(final, make)
+
+
+@contextmanager
+def _lock(final: Path) -> Iterator[None]:
+    lock = FileLock(final.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        note(f"another process is making {final.parent.name}/{final.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(final: Path, make: Maker) -> Entry:
+    work, out = final.with_suffix(".work"), final.with_suffix(".new")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    work.mkdir(exist_ok=True)
+    try:
+        meta = make(out, work)
+        (out / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        os.rename(out, final)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return Entry(final)

@@ -1,0 +1,34 @@
+"""Guardians: one line of shell that runs when this process ends, however it ends.
+
+A guardian is a small process that holds the read end of a pipe; the write end closes when the lab is
+gone, by a clean exit, an exception or ``kill -9`` alike.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+
+class Guardian:
+    """Runs ``script`` with ``arguments`` ($1, $2, ...) once the lab has ended or :meth:`fire` is called."""
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            ["sh", "-c", f"read -r order; [ -n \"$order\" ] || {{ {script}; }}", "arm-kvm-guardian", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def fire(self) -> None:
+        """Run the script now and wait for it."""
+        self._end(b"")
+
+    def cancel(self) -> None:
+        """Send the guardian home."""
+        self._end(b"home\n")
+
+    def _end(self, order: bytes) -> None:
+        if self._process.poll() is None:
+            self._process.communicate(order, timeout=30)

@@ -1,0 +1,56 @@
+"""Progress of what takes longer than a second: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+_LINE_EVERY = 20.0
+
+
+def _console() -> Console:
+    return Console(file=sys.stderr, highlight=False)
+
+
+def note(text: str) -> None:
+    """One line to the person at the terminal or to the log."""
+    _console().print(f"arm-kvm: {text}", soft_wrap=True, markup=False)
+
+
+class Task:
+    """A running task; call the object with the amount done and, if it helps, a word on what is done now."""
+
+    def __init__(self, title: str, total: int | None, unit: str, bar: Progress | None) -> None:
+        self._title, self._total, self._unit, self._bar = title, total, unit, bar
+        self._done = 0
+        self._said = time.monotonic()
+        self._id = bar.add_task(title, total=total) if bar else None
+
+    def __call__(self, amount: int = 1, detail: str = "") -> None:
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(self._id, advance=amount, description=f"{self._title} {detail}".strip())
+        elif time.monotonic() - self._said > _LINE_EVERY:
+            self._said = time.monotonic()
+            of = f" of {self._total}" if self._total else ""
+            note(f"{self._title}: {self._done}{of} {self._unit}")
+
+
+@contextmanager
+def task(title: str, total: int | None = None, unit: str = "steps") -> Iterator[Task]:
+    """Show that ``title`` is under way. ``total`` in ``unit``, None when nobody knows it."""
+    console = _console()
+    if not console.is_terminal:
+        note(f"{title} ...")
+        started = time.monotonic()
+        yield Task(title, total, unit, None)
+        note(f"{title}: done in {time.monotonic() - started:.0f} s")
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Task(title, total, unit, bar)
