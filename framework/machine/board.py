@@ -1,0 +1,50 @@
+"""A board as data, and the QEMU command line that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Board:
+    """Hardware of a host: QEMU binary, ``-machine`` and ``-cpu`` values, CPUs, bytes of RAM."""
+
+    qemu: str
+    machine: str
+    cpu: str
+    cpus: int
+    memory: int
+    ram_base: int = 0x4000_0000  #: hw/arm/virt.c, VIRT_MEM
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What the board starts: paths of kernel image and initramfs, and the kernel's command line."""
+
+    kernel: Path
+    initramfs: Path
+    cmdline: str
+
+
+def command_line(
+    board: Board, boot: Boot, *, ram_fd: int, console_fd: int, qmp_fd: int, gdb: Path, ssh_port: int
+) -> list[str]:
+    """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
+
+    The user network is restricted: the host reaches nobody, only its ssh port is reached.
+    """
+    return [
+        board.qemu,
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-machine", f"{board.machine},memory-backend=ram"),
+        *("-object", f"memory-backend-file,id=ram,size={board.memory},mem-path=/proc/self/fd/{ram_fd},share=on"),
+        *("-m", str(board.memory >> 20), "-cpu", board.cpu, "-smp", str(board.cpus)),
+        *("-accel", "tcg,thread=multi"),
+        *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),
+        *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
+        *("-device", "virtio-net-device,netdev=net", "-device", "virtio-rng-device"),
+        *("-kernel", str(boot.kernel), "-initrd", str(boot.initramfs), "-append", boot.cmdline),
+    ]

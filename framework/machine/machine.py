@@ -1,0 +1,260 @@
+"""A running board: QEMU's process with everything the lab holds of it.
+
+States: a Machine object exists only while its QEMU was started; :meth:`Machine.check` raises as soon
+as it is lost, with the evidence. QEMU dies with the lab: it carries PR_SET_PDEATHSIG, so it is always
+started from the process's main thread (the signal fires when the forking *thread* ends).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu.qmp import QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuRefused, SetupError
+
+from .board import Board, Boot, command_line
+from .console import Console
+from .gdb import Gdb
+from .ram import Ram
+from .rundir import run_directory
+
+_PR_SET_PDEATHSIG = 1
+_START_TIMEOUT = 20.0
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    """In the child, before exec: be killed when the lab's main thread ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the lab ended between fork and prctl
+        os._exit(1)
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Where one machine's logs go."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def console(self) -> Path:
+        return self.folder / "console.log"
+
+    @property
+    def qmp(self) -> Path:
+        return self.folder / "qmp.log"
+
+    @property
+    def agent(self) -> Path:
+        return self.folder / "agent.log"
+
+    @property
+    def stderr(self) -> Path:
+        return self.folder / "qemu-stderr.log"
+
+    def all(self) -> tuple[Path, ...]:
+        return (self.console, self.qmp, self.agent, self.stderr)
+
+
+class Machine:
+    """QEMU with its RAM, console, QMP and gdbstub. Make one with :meth:`start`, end it with :meth:`kill`."""
+
+    def __init__(self, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> None:
+        self.board = board
+        self.logs = logs
+        self.folder = run_directory() / f"{len(list(run_directory().iterdir()))}"
+        self.folder.mkdir()
+        self._gdb: Gdb | None = None
+        self.ram = Ram.create(board.ram_base, board.memory)
+        console, console_end = socket.socketpair()
+        qmp, qmp_end = socket.socketpair()
+        fds = {"ram_fd": self.ram.fd, "console_fd": console_end.fileno(), "qmp_fd": qmp_end.fileno()}
+        self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port)
+        self.process = self._spawn(list(fds.values()))
+        console_end.close()
+        qmp_end.close()
+        self.console = Console(console, logs.console)
+        self._qmp = self._connect_qmp(qmp)
+        self.ssh_port = self._forwarded_port()
+
+    @classmethod
+    def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> Machine:
+        """Start QEMU and the board in it.
+
+        Raises SetupError (no such QEMU), QemuRefused (it does not make this board), PortBusy.
+        """
+        if shutil.which(board.qemu) is None:
+            raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
+        return cls(board, boot, logs, ssh_port)
+
+    def _spawn(self, fds: list[int]) -> subprocess.Popen:
+        if threading.current_thread() is not threading.main_thread():
+            raise MachineError("machines are started from the main thread: they die with the thread that forks")
+        lab = os.getpid()
+        with self.logs.stderr.open("wb") as stderr:
+            return subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C is the lab's to handle
+                preexec_fn=lambda: _die_with_parent(lab),
+            )
+
+    # -- QMP -------------------------------------------------------------------------------------
+
+    def _connect_qmp(self, sock: socket.socket) -> QEMUMonitorProtocol:
+        name = f"{self.folder.parent.name}.{self.folder.name}"
+        log = logging.getLogger(f"qemu.qmp.protocol.{name}")
+        for logger in (log, logging.getLogger(f"qemu.qmp.qmp_client.{name}")):
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+            logger.addHandler(logging.FileHandler(self.logs.qmp))
+        qmp = QEMUMonitorProtocol(sock, nickname=name)
+        qmp.settimeout(_START_TIMEOUT)
+        try:
+            qmp.connect()
+        except (QMPError, OSError, EOFError) as e:
+            raise self._refusal(e) from e
+        return qmp
+
+    def _refusal(self, cause: Exception) -> LabError:
+        """QEMU went away before it said hello: find out why."""
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        said = self.stderr_tail()
+        evidence = self.evidence()
+        self.kill()
+        if "Could not set up host forwarding rule" in said:
+            return PortBusy(
+                "the port for ssh is in use on this machine",
+                remedy="choose another --ssh-port, or none to let the system choose",
+                evidence=evidence,
+            )
+        last = said.splitlines()[-1] if said else str(cause)
+        remedy = "correct the board in the host file"
+        return QemuRefused(f"QEMU does not start this board: {last}", remedy=remedy, evidence=evidence)
+
+    def qmp(self, command: str, **arguments: object) -> object:
+        """Execute a QMP command and return its result. Raises MachineError, QemuDied."""
+        try:
+            return self._qmp.cmd(command, **arguments)
+        except (QMPError, OSError) as e:
+            if self.process.poll() is not None:
+                raise self.lost() from e
+            raise MachineError(f"QMP {command}: {e}") from e
+
+    def _forwarded_port(self) -> int:
+        said = str(self.qmp("human-monitor-command", **{"command-line": "info usernet"}))
+        found = re.search(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", said)
+        if not found:
+            raise MachineError(f"QEMU shows no forwarded port:\n{said}")
+        return int(found[1])
+
+    # -- the judge's window ---------------------------------------------------------------------------
+
+    @property
+    def gdb(self) -> Gdb:
+        """The gdbstub, connected on first use (which leaves the machine running)."""
+        if self._gdb is None:
+            self._gdb = connect_gdb(self.folder / "gdb")
+            self._gdb.resume()
+        return self._gdb
+
+    def release_gdb(self) -> None:
+        """Hang up, so that another command (``arm-kvm stage2``, gdb) can have the gdbstub."""
+        if self._gdb is not None:
+            self._gdb.close()
+            self._gdb = None
+
+    # -- life and death ---------------------------------------------------------------------------------
+
+    def stderr_tail(self) -> str:
+        text = self.logs.stderr.read_text(errors="replace") if self.logs.stderr.exists() else ""
+        return "\n".join(text.strip().splitlines()[-10:])
+
+    def evidence(self) -> str:
+        """What to look at when this machine was lost: console, command line, stderr."""
+        parts = []
+        if hasattr(self, "console"):
+            parts.append("Last console lines:\n" + (self.console.tail() or "(none)"))
+        parts.append("QEMU: " + shlex.join(self.argv))
+        parts.append("QEMU's stderr: " + (self.stderr_tail() or "(empty)"))
+        return "\n".join(parts)
+
+    def lost(self) -> LabError:
+        """The error that says how the machine was lost; call it when the machine is known to be."""
+        self.console.poll()
+        if self.console.failure is not None:
+            self.console.failure.evidence = self.evidence()
+            return self.console.failure
+        code = self.process.poll()
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return QemuDied(f"QEMU ended ({how})", evidence=self.evidence())
+
+    @property
+    def alive(self) -> bool:
+        self.console.poll()
+        return self.process.poll() is None and self.console.failure is None
+
+    def check(self) -> None:
+        """Raise the reason when the machine is lost: HostPanic, HostOops, HostLockup, QemuDied."""
+        if not self.alive:
+            raise self.lost()
+
+    def kill(self) -> None:
+        """End QEMU now. Idempotent; returns when the process is gone."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self._gdb is not None:
+            self._gdb._sock.close()
+            self._gdb = None
+        if hasattr(self, "_qmp"):
+            self._close_qmp()
+        if hasattr(self, "console"):
+            self.console.poll()
+            self.console.close()
+        self.ram.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close_qmp(self) -> None:
+        try:
+            self._qmp.close()
+        except (QMPError, OSError, EOFError):
+            pass  # the peer is gone, which is what was wanted
+
+
+def connect_gdb(path: Path, timeout: float = 10.0) -> Gdb:
+    """Connect to a machine's gdbstub; the machine is stopped when this returns. Raises MachineError."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(timeout)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            sock.connect(str(path))
+            return Gdb(sock, timeout)
+        except (FileNotFoundError, ConnectionRefusedError) as e:
+            if time.monotonic() > deadline:
+                raise MachineError(f"no gdbstub at {path}: {e}") from e
+            time.sleep(0.01)

@@ -1,0 +1,60 @@
+"""The run directory: where a live machine can be found by another command of the same user.
+
+One private folder a lab process, with a folder a machine in it: the gdbstub's socket and a card that
+says what runs there. A guardian process waits for the lab to end, however it ends, and removes the
+folder: cleaning up has one path, and ``kill -9`` takes it too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from framework.guardian import Guardian
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"arm-kvm-{os.getuid()}"
+
+
+_CLEAN_UP = 'rm -rf -- "$1"; rmdir -- "${1%/*}"'
+
+
+@cache
+def run_directory() -> Path:
+    """This process's own folder, made on first use and removed by its guardian when the process ends."""
+    home = _home()
+    home.mkdir(mode=0o700, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
+    guardian = Guardian(_CLEAN_UP, str(folder))
+    atexit.register(guardian.fire)  # on a clean exit, be done before the lab's caller looks
+    return folder
+
+
+@dataclass(frozen=True)
+class Card:
+    """What another command needs to reach a live machine."""
+
+    host: str
+    qemu_pid: int
+    lab_pid: int
+    ram: str  #: path of the RAM file in /proc
+    ram_base: int
+    ram_size: int
+    architecture: str
+    gdb: str  #: path of the gdbstub's socket
+    ssh: str  #: command line that opens a shell
+
+    def save(self, folder: Path) -> None:
+        (folder / "card.json").write_text(json.dumps(asdict(self), indent=1))
+
+
+def live_machines() -> list[Card]:
+    """Cards of all machines of this user whose QEMU still runs."""
+    cards = [Card(**json.loads(path.read_text())) for path in sorted(_home().glob("*/*/card.json"))]
+    return [card for card in cards if Path(f"/proc/{card.qemu_pid}").exists()]
