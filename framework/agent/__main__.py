@@ -1,0 +1,174 @@
+"""The agent's request server: one request at a time, an answer for every one."""
+
+import os
+import signal
+import sys
+import time
+
+from . import kvm, memory, trace, wire
+
+
+class Agent:
+    """The operations the lab can ask for. Each returns a JSON value, or ``(value, blob)``."""
+
+    def __init__(self):
+        self._vms = {}
+        self._next_vm = 0
+        self._kvm = os.open("/dev/kvm", os.O_RDWR) if os.path.exists("/dev/kvm") else None
+        self._tracer = None
+        self._log = trace.KernelLog()
+
+    def hello(self):
+        return {
+            "machine": os.uname().machine,
+            "release": os.uname().release,
+            "kvm": self._kvm is not None,
+            "pid": os.getpid(),
+            "page": memory.PAGE,
+            "cpus": os.cpu_count(),
+        }
+
+    def capability(self, number):
+        return kvm._ioctl("KVM_CHECK_EXTENSION", self._kvm, kvm.CHECK_EXTENSION, number)
+
+    # -- VMs -------------------------------------------------------------------------------------
+
+    def vm_create(self, ipa_bits=0):
+        self._next_vm += 1
+        self._vms[self._next_vm] = kvm.Vm(self._kvm, ipa_bits)
+        return self._next_vm
+
+    def vm_destroy(self, vm):
+        self._vms.pop(vm).close()
+
+    def vm_memslot(self, vm, slot, ipa, size, hva, flags):
+        self._vms[vm].set_memslot(slot, ipa, size, hva, flags)
+
+    def vm_dirty_log(self, vm, slot, pages):
+        return None, self._vms[vm].dirty_log(slot, pages)
+
+    # -- vCPUs -----------------------------------------------------------------------------------
+
+    def vcpu_create(self, vm, vcpu, features):
+        self._vms[vm].add_vcpu(vcpu, features)
+
+    def vcpu_register(self, vm, vcpu, reg, value=None):
+        return self._vms[vm].vcpus[vcpu].register(reg, value)
+
+    def vcpu_pin(self, vm, vcpu, cpu):
+        self._vms[vm].vcpus[vcpu].pin(cpu)
+
+    def vcpu_run(self, vm, vcpu, answer=None, seconds=0.0, orders=None, blob=b""):
+        """Start the vCPU, with the data of a pending MMIO read; its exit, or None if it runs on.
+
+        ``orders`` is the HVA that ``blob`` is stored at before the run: saves a round trip.
+        """
+        target = self._vms[vm].vcpus[vcpu]
+        if orders is not None:
+            memory.write(orders, blob)
+        if answer is not None:
+            target.answer_mmio(answer)
+        target.start()
+        return target.wait(seconds)
+
+    def vcpu_wait(self, vm, vcpu, seconds):
+        return self._vms[vm].vcpus[vcpu].wait(seconds)
+
+    def vcpu_kick(self, vm, vcpu):
+        self._vms[vm].vcpus[vcpu].kick()
+
+    def vcpu_measure_mmio(self, vm, vcpu, exits):
+        target = self._vms[vm].vcpus[vcpu]
+        target.start(lambda: kvm.measure_mmio(target, exits))
+        return target.wait(60.0)
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    memory_map = staticmethod(memory.map_memory)
+    memory_unmap = staticmethod(memory.unmap)
+    memory_protect = staticmethod(memory.protect)
+    memory_advise = staticmethod(memory.advise)
+    memory_read = staticmethod(memory.read)
+    memory_write = staticmethod(memory.write)
+    memory_pagemap = staticmethod(memory.pagemap)
+
+    # -- the kernel's own words ---------------------------------------------------------------------
+
+    def trace_start(self, events):
+        self._tracer = self._tracer or trace.Tracer()
+        self._tracer.start(events)
+
+    def trace_stop(self):
+        return None, self._tracer.stop()
+
+    def kernel_log(self):
+        return None, self._log.read()
+
+    def bytecode(self):
+        """Compile what this process has imported: [[path, length], ...] and the .pyc files as one blob.
+
+        Hash-checked, so that a .pyc is never stale, whatever the file system does to time stamps.
+        """
+        import py_compile
+
+        mode = py_compile.PycInvalidationMode.CHECKED_HASH
+        files, blob = [], b""
+        for module in list(sys.modules.values()):
+            source, cached = getattr(module, "__file__", None), getattr(module, "__cached__", None)
+            if source and cached and source.endswith(".py"):
+                source, cached = os.path.abspath(source), os.path.abspath(cached)
+                py_compile.compile(source, cached, doraise=True, invalidation_mode=mode)
+                with open(cached, "rb") as f:
+                    data = f.read()
+                files.append([cached, len(data)])
+                blob += data
+        return files, blob
+
+    def pose(self, seconds):
+        """Stay in user mode for a while, so that the lab can read this process's TTBR0."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+
+
+def answer(agent, request, blob):
+    """The reply to one request; never raises."""
+    reply, out = {"id": request.get("id")}, b""
+    try:
+        operation = getattr(agent, request["op"])
+        arguments = request.get("args", {})
+        result = operation(**arguments, blob=blob) if blob else operation(**arguments)
+        if isinstance(result, tuple):
+            result, out = result
+        reply["ok"] = result
+    except OSError as e:
+        reply["errno"], reply["call"] = e.errno, e.filename or "system call"
+    except Exception:
+        import traceback  # seldom needed, and slow to load on an emulated CPU
+
+        reply["fault"] = traceback.format_exc()
+    return reply, out
+
+
+def main():
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+
+    def read(size):
+        data = source.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    agent = Agent()
+    while True:
+        try:
+            request, blob = wire.decode(read)
+        except EOFError:
+            return
+        reply, out = answer(agent, request, blob)
+        sink.write(wire.encode(reply, out))
+        sink.flush()
+
+
+main()

@@ -1,0 +1,76 @@
+"""The system calls Python does not wrap, through libc. Every failure raises OSError with the call's name."""
+
+import ctypes
+import errno
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x10, 0x20, 0x40000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+for _function in (_libc.pread, _libc.pwrite):
+    _function.restype = ctypes.c_ssize_t
+    _function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
+
+# Loads and stores go through a file: the kernel copies, and answers EFAULT where this process would
+# get a SIGSEGV. (process_vm_readv does the same, but not every kernel has it.)
+_scratch = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
+
+
+def _failed(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), call)
+
+
+def mmap(address, size, prot, flags, fd=-1, offset=0) -> int:
+    got = _libc.mmap(address, size, prot, flags, fd, offset)
+    if got == _MAP_FAILED:
+        raise _failed("mmap")
+    return got
+
+
+def munmap(address, size) -> None:
+    if _libc.munmap(address, size):
+        raise _failed("munmap")
+
+
+def mprotect(address, size, prot) -> None:
+    if _libc.mprotect(address, size, prot):
+        raise _failed("mprotect")
+
+
+def madvise(address, size, advice) -> None:
+    if _libc.madvise(address, size, advice):
+        raise _failed("madvise")
+
+
+def _copy(function, call, address, size) -> None:
+    done = function(_scratch, address, size, 0)
+    if done != size:
+        raise _failed(call) if done < 0 else OSError(errno.EFAULT, "Bad address", call)
+
+
+def read_memory(address, size) -> bytes:
+    """Bytes of this process's own memory; EFAULT where it is not mapped readable."""
+    _copy(_libc.pwrite, "load from memory", address, size)
+    return os.pread(_scratch, size, 0)
+
+
+def write_memory(address, data) -> None:
+    """Store into this process's own memory; EFAULT where it is not mapped writable."""
+    os.pwrite(_scratch, data, 0)
+    _copy(_libc.pread, "store to memory", address, len(data))
