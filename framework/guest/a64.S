@@ -1,0 +1,160 @@
+// The mailbox payload, A64. x20 holds the mailbox, x21 the order under way; nothing else survives
+// from one order to the next, and there is no stack. Offsets and gadgets come from payload.py.
+    .arch   armv8-a
+    .text
+    .include "layout.inc"
+
+    .global _start
+_start:                                 // x0: address of this vCPU's mailbox
+    mov     x20, x0
+    add     x21, x20, #ORDERS
+    adr     x1, vectors
+    msr     vbar_el1, x1
+    isb
+    b       next
+
+ring:                                   // all orders done: tell the host, which comes back with more
+    ldr     x1, =DOORBELL
+    str     w0, [x1]
+next:
+    ldr     w0, [x20, #DONE]
+    ldr     w1, [x20, #PENDING]
+    cmp     w0, w1
+    b.hs    ring
+    add     x21, x20, #ORDERS
+    add     x21, x21, x0, lsl #6
+    ldr     x1, [x21, #OP]
+    ldr     x16, [x21, #ADDR]
+    adr     x2, 1f
+    add     x2, x2, x1, lsl #2
+    br      x2
+1:  b       done                        // OP_NOP
+    b       access
+    b       execute
+    b       hypercall
+    b       spin
+    b       fill
+    b       check
+    b       mmu
+    b       flush
+
+done:
+    mov     x0, #STATUS_OK
+    str     x0, [x21, #STATUS]
+after:
+    ldr     w0, [x20, #DONE]
+    add     w0, w0, #1
+    str     w0, [x20, #DONE]
+    b       next
+
+access:                                 // one load or store: gadget number COUNT, 16 bytes each
+    ldr     x0, [x21, #COUNT]
+    adr     x1, gadgets
+    add     x1, x1, x0, lsl #4
+    adr     x30, done
+    br      x1
+
+execute:
+    adr     x30, done
+    br      x16
+
+hypercall:                              // SMC calling convention: function id and three arguments
+    mov     x0, x16
+    ldr     x1, [x21, #VALUE]
+    ldr     x2, [x21, #COUNT]
+    ldr     x3, [x21, #STRIDE]
+    hvc     #0
+    str     x0, [x21, #VALUE]
+    b       done
+
+spin:                                   // stay inside the guest until the host says stop
+    mov     w0, #1
+    str     w0, [x20, #SPINNING]
+1:  ldr     w1, [x20, #STOP]
+    cbz     w1, 1b
+    str     wzr, [x20, #SPINNING]
+    b       done
+
+fill:                                   // COUNT words STRIDE apart: each its own address ^ VALUE
+    ldr     x0, [x21, #COUNT]
+    ldr     x1, [x21, #STRIDE]
+    ldr     x2, [x21, #VALUE]
+1:  cbz     x0, done
+    eor     x3, x16, x2
+    str     w3, [x16]
+    add     x16, x16, x1
+    sub     x0, x0, #1
+    b       1b
+
+check:                                  // the reverse: VALUE <- mismatches, FAR <- the first of them
+    ldr     x0, [x21, #COUNT]
+    ldr     x1, [x21, #STRIDE]
+    ldr     x2, [x21, #VALUE]
+    mov     x4, #0
+1:  cbz     x0, 3f
+    ldr     w3, [x16]
+    eor     x5, x16, x2
+    cmp     w3, w5
+    b.eq    2f
+    cbnz    x4, 4f
+    str     x16, [x21, #FAR]
+4:  add     x4, x4, #1
+2:  add     x16, x16, x1
+    sub     x0, x0, #1
+    b       1b
+3:  str     x4, [x21, #VALUE]
+    b       done
+
+mmu:                                    // ADDR TTBR0, VALUE TCR, COUNT MAIR, STRIDE SCTLR
+    ldr     x0, [x21, #COUNT]
+    msr     mair_el1, x0
+    ldr     x0, [x21, #VALUE]
+    msr     tcr_el1, x0
+    msr     ttbr0_el1, x16
+    isb
+    tlbi    vmalle1
+    dsb     nsh
+    isb
+    ldr     x0, [x21, #STRIDE]
+    msr     sctlr_el1, x0
+    isb
+    b       done
+
+flush:
+    tlbi    vmalle1
+    dsb     nsh
+    isb
+    b       done
+
+exception:
+    mrs     x0, esr_el1
+    str     x0, [x21, #SYNDROME]
+    mrs     x0, far_el1
+    str     x0, [x21, #FAR]
+    mrs     x0, elr_el1
+    str     x0, [x21, #PC]
+    mov     x0, #STATUS_EXCEPTION
+    str     x0, [x21, #STATUS]
+    b       after
+unexpected:
+    mov     x0, #STATUS_UNEXPECTED
+    str     x0, [x21, #STATUS]
+    b       after
+
+    .ltorg
+    .balign 2048
+vectors:                                // only EL1h, synchronous, is expected
+    .rept 4
+    b       unexpected
+    .balign 128
+    .endr
+    b       exception
+    .balign 128
+    .rept 11
+    b       unexpected
+    .balign 128
+    .endr
+
+    .balign 16
+gadgets:
+    .include "gadgets.inc"
