@@ -1,0 +1,211 @@
+"""Host files (``configs/hosts/*.yaml``): read, checked, and said precisely where they are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .errors import ConfigError
+from .guest.isa import ISAS
+from .lab import CONFIGS
+from .machine.board import Board
+from .model.regime import ARMV7, ARMV8, Architecture
+
+_SIZES = {"K": 10, "M": 20, "G": 30}
+_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts")
+_BOARD = ("qemu", "machine", "cpu", "cpus", "memory")
+_KERNEL = {
+    "file": ("image",),
+    "deb": ("package", "suite", "modules"),
+    "tarball": ("url", "path", "sha256", "fragments"),
+    "tree": ("path", "patches", "fragments"),
+}
+_REQUIRED = {"file": ("image",), "deb": ("package", "suite"), "tarball": ("sha256", "fragments"), "tree": ("path", "fragments")}
+#: Debian's name of the architecture -> the kernel's name, and how to read its registers.
+_ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
+#: What each QEMU can carry: the 64-bit one has the 32-bit boards too.
+_QEMU = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
+#: Seconds a boot may stay in each state; see framework/host/boot.py.
+TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """One host: its board, where its kernel comes from, its root file system, what it can do."""
+
+    name: str
+    path: Path
+    board: Board
+    kernel: dict
+    rootfs: str
+    cmdline: str
+    can: frozenset[str]
+    guests: tuple[str, ...]
+    timeouts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def linux_arch(self) -> str:
+        """The kernel's name of the architecture: arm or arm64."""
+        return _ROOTFS[self.rootfs][0]
+
+    @property
+    def architecture(self) -> Architecture:
+        return _ROOTFS[self.rootfs][1]
+
+    @property
+    def has_kvm(self) -> bool:
+        """Whether the host file promises KVM."""
+        return "kvm" in self.can
+
+
+class _Node:
+    """A YAML mapping that knows the line of each of its keys."""
+
+    def __init__(self, path: Path, node: yaml.MappingNode, what: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: {what} must be a mapping of keys to values")
+        self._path, self.what = path, what
+        self._lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        self._children = {key.value: value for key, value in node.value}
+        self._here = node.start_mark.line + 1
+        self.values = yaml.SafeLoader("").construct_document(node)
+
+    def wrong(self, key: str, message: str) -> ConfigError:
+        return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")
+
+    def check_keys(self, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+        for key in self.values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                raise self.wrong(key, f"unknown key {key!r} in {self.what}; {hint}")
+        for key in required:
+            if key not in self.values:
+                raise self.wrong(key, f"{self.what} lacks the key {key!r}")
+
+    def child(self, key: str, what: str) -> _Node:
+        return _Node(self._path, self._children[key], what)
+
+    def one_of(self, key: str, choices) -> str:
+        value = self.values[key]
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), list(choices), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
+            raise self.wrong(key, f"{key}: {value!r} is not known; {hint}")
+        return value
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.values[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.wrong(key, f"{key}: {value!r} is not a number from {low} to {high}")
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.values[key]
+        if not isinstance(value, str) or not value:
+            raise self.wrong(key, f"{key}: {value!r} is not a text")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, f"{key}: {value!r} is not a list of names")
+        return value
+
+
+def _memory(node: _Node) -> int:
+    value = str(node.values["memory"])
+    match = re.fullmatch(r"(\d+)([KMG])", value)
+    if not match:
+        raise node.wrong("memory", f"memory: {value!r} is not a size like 512M or 1G")
+    size = int(match[1]) << _SIZES[match[2]]
+    if not 128 << 20 <= size <= 64 << 30 or size % (2 << 20):
+        raise node.wrong("memory", f"memory: {value} is not between 128M and 64G in steps of 2M")
+    return size
+
+
+def _board(node: _Node, can: list[str]) -> Board:
+    node.check_keys(_BOARD, _BOARD)
+    qemu = node.one_of("qemu", _QEMU)
+    machine = node.text("machine")
+    size = _memory(node)
+    options = machine.split(",")
+    if "kvm" in can and "virtualization=on" not in options:
+        raise node.wrong("machine", "an impossible board: the host can kvm, but the machine lacks virtualization=on")
+    if qemu == "qemu-system-arm" and size > 3 << 30:
+        raise node.wrong("memory", "an impossible board: a 32-bit board without highmem has room for 3G at most")
+    most = 8 if "gic-version=2" in options else 64
+    cpus = node.integer("cpus", 1, 64)
+    if cpus > most:
+        raise node.wrong("cpus", f"an impossible board: a GICv2 serves {most} CPUs at most, not {cpus}")
+    return Board(qemu, machine, node.text("cpu"), cpus, size)
+
+
+def _kernel(node: _Node) -> dict:
+    if "source" not in node.values:
+        raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(_KERNEL)})")
+    source = node.one_of("source", _KERNEL)
+    node.check_keys(("source", *_KERNEL[source]), _REQUIRED[source])
+    for key in ("fragments", "modules", "patches"):
+        node.names(key)
+    if source == "tarball" and ("url" in node.values) == ("path" in node.values):
+        raise node.wrong("source", "a tarball kernel has either a url or a path")
+    return dict(node.values)
+
+
+def load(path: Path) -> HostConfig:
+    """Read one host file. Raises ConfigError with file, line and the nearest right word."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {getattr(e, 'problem', e)}") from e
+    if node is None:
+        raise ConfigError(f"{path}: the host file is empty")
+    top = _Node(path, node, "the host file")
+    top.check_keys(_TOP, ("board", "kernel", "rootfs"))
+    can = top.names("can")
+    for isa in top.names("guests"):
+        if isa not in ISAS:
+            raise top.wrong("guests", f"guests: {isa!r} is not known; one of: {', '.join(ISAS)}")
+    timeouts = TIMEOUTS
+    if "timeouts" in top.values:
+        own = top.child("timeouts", "timeouts")
+        own.check_keys(tuple(TIMEOUTS), ())
+        timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600)) for key in own.values}
+    board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
+    if rootfs not in _QEMU[board.qemu]:
+        raise top.wrong("rootfs", f"an impossible board: {board.qemu} does not run {rootfs}")
+    return HostConfig(
+        name=path.stem,
+        path=path,
+        board=board,
+        kernel=_kernel(top.child("kernel", "kernel")),
+        rootfs=rootfs,
+        cmdline=top.values.get("cmdline", ""),
+        can=frozenset(can),
+        guests=tuple(top.names("guests")),
+        timeouts=timeouts,
+    )
+
+
+def host_names() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "hosts").glob("*.yaml"))
+
+
+def find(name: str) -> HostConfig:
+    """The host of this name, or of this path when it ends in .yaml. Raises ConfigError."""
+    if name.endswith(".yaml"):
+        return load(Path(name))
+    if name not in host_names():
+        near = difflib.get_close_matches(name, host_names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(host_names())}"
+        raise ConfigError(f"no host is called {name!r}; {hint}")
+    return load(CONFIGS / "hosts" / f"{name}.yaml")

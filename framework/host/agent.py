@@ -1,0 +1,111 @@
+"""The lab's end of the agent: requests with deadlines, typed errors, a log of every exchange."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import paramiko
+
+from framework.agent import wire
+from framework.errors import AgentError, AgentFault, AgentTimeout, HostOsError
+
+#: Between looks at the machine's health while an answer is awaited: a panic shows within this time.
+_SLICE = 0.2
+_DEFAULT_DEADLINE = 20.0
+_LOG_WIDTH = 300
+
+
+class Agent:
+    """Requests to the agent over one ssh channel, one at a time.
+
+    ``agent("vm_create")`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
+    AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
+    """
+
+    def __init__(self, channel: paramiko.Channel, log: Path, check: Callable[[], None]) -> None:
+        self._channel = channel
+        self._channel.settimeout(_SLICE)
+        self._log = log.open("w", encoding="utf-8", buffering=1)
+        self._check = check
+        self._buffer = bytearray()
+        self._next = 0
+        self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
+        self._broken: AgentError | None = None
+        self.hello = self("hello")
+
+    def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
+        """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
+        return self.receive(self.send(op, blob, **args), deadline)
+
+    def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
+        """Send a request without waiting; :meth:`receive` takes its answer. Returns the request's id."""
+        if self._broken is not None:
+            raise self._broken
+        self._next += 1
+        message = {"id": self._next, "op": op, "args": args}
+        self._say(f"> {self._next} {op} {args} {f'+{len(blob)} B' if blob else ''}")
+        try:
+            self._channel.sendall(wire.encode(message, blob))
+        except OSError as e:
+            self._lose(AgentError(f"the agent's connection is closed: {e}"))
+        return self._next
+
+    def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
+        """The answer to ``request``, within ``deadline`` seconds."""
+        end = time.monotonic() + deadline
+        reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
+        self._say(f"< {reply} {f'+{len(blob)} B' if blob else ''}")
+        if reply.get("id") != request:
+            self._lose(AgentError(f"the agent answered request {reply.get('id')}, not {request}"))
+        if "errno" in reply:
+            raise HostOsError(reply["call"], reply["errno"])
+        if "fault" in reply:
+            raise AgentFault("the agent failed; its own traceback follows", evidence=reply["fault"])
+        if blob and reply["ok"] is not None:
+            return reply["ok"], blob
+        return blob or reply["ok"]
+
+    def _read(self, size: int, end: float, deadline: float) -> bytes:
+        while len(self._buffer) < size:
+            try:
+                data = self._channel.recv(1 << 18)
+            except TimeoutError:
+                self._check()
+                if time.monotonic() > end:
+                    self._lose(
+                        AgentTimeout(
+                            f"the agent gave no answer within {deadline:.0f} s",
+                            remedy="the host may be hung: see its console log",
+                        )
+                    )
+                continue
+            if not data:
+                self._check()
+                errors = self._channel.recv_stderr(65536).decode(errors="replace")
+                self._lose(AgentError("the agent ended", evidence=errors))
+            self._buffer += data
+        out = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return out
+
+    def _lose(self, error: AgentError) -> None:
+        """An answer may still come, but nobody can tell to which request: the connection is over."""
+        self._broken = error
+        raise error
+
+    @property
+    def usable(self) -> bool:
+        return self._broken is None
+
+    def _say(self, line: str) -> None:
+        line = line[:_LOG_WIDTH]
+        self.recent.append(line)
+        if not self._log.closed:
+            self._log.write(f"{time.monotonic():.4f} {line}\n")
+
+    def close(self) -> None:
+        self._channel.close()
+        self._log.close()

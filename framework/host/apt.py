@@ -1,0 +1,115 @@
+"""Debian's archive, as this machine is configured to reach it, for other architectures and suites.
+
+Mirrors come from apt's own configuration and nowhere else. Foreign packages are looked up in a private
+apt state, so that nothing of this machine's package management changes and no root is needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from framework.errors import SetupError
+from framework.progress import note
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One configured repository: its URI, its suite, and the keyring that signs it ("" if unnamed)."""
+
+    uri: str
+    suite: str
+
+
+def archives() -> list[Archive]:
+    """The Debian repositories with a main component in this machine's apt configuration."""
+    if shutil.which("apt-get") is None:
+        raise SetupError("apt-get is not installed: Debian's packages cannot be had", remedy="use a Debian machine")
+    said = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)", "Identifier: Packages"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
+    found = [Archive(r[2], r[3]) for r in rows if r[1] == "main" and r[0] in ("Debian", "")]
+    if not found:
+        raise SetupError(
+            "apt on this machine has no Debian archive configured, or has never read its index",
+            remedy="run `arm-kvm setup`, which runs apt-get update",
+        )
+    return list(dict.fromkeys(found))
+
+
+def main_archive() -> str:
+    """URI of the archive that carries whole suites, not updates or security only."""
+    plain = [a.uri for a in archives() if "-" not in a.suite]
+    if not plain:
+        raise SetupError("apt on this machine has only partial Debian suites configured")
+    return plain[0]
+
+
+def source_lines(suite: str) -> list[list[str]]:
+    """apt source lines for ``suite``, the fullest set first: with updates and security, then without.
+
+    More than one, because a mirror in the middle of a sync must not stop a build.
+    """
+    base = f"deb {main_archive()} {suite} main"
+    extra = [f"deb {a.uri} {a.suite} main" for a in archives() if a.suite.startswith(f"{suite}-")]
+    return [[base, *extra], [base]] if extra else [[base]]
+
+
+class PrivateApt:
+    """apt for another architecture and suite, with all its state in one folder."""
+
+    def __init__(self, folder: Path, architecture: str, suite: str) -> None:
+        self._folder = folder
+        self._suite = suite
+        for sub in ("state/lists/partial", "cache/archives/partial", "etc"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        (folder / "state/status").touch()
+        self._options = [
+            *("-o", f"Dir::State={folder / 'state'}", "-o", f"Dir::State::status={folder / 'state/status'}"),
+            *("-o", f"Dir::Cache={folder / 'cache'}", "-o", f"Dir::Etc::sourcelist={folder / 'etc/sources.list'}"),
+            *("-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root"),
+            *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
+        ]
+        self._update()
+
+    def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        argv = [arguments[0], *self._options, *arguments[1:]]
+        return subprocess.run(argv, cwd=cwd, capture_output=True, text=True)
+
+    def _update(self) -> None:
+        failure = ""
+        keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+        option = f"[signed-by={keyring}] " if keyring.exists() else ""
+        for lines in source_lines(self._suite):
+            for _ in range(_TRIES):
+                sources = "\n".join(line.replace("deb ", f"deb {option}", 1) for line in lines)
+                (self._folder / "etc/sources.list").write_text(sources + "\n")
+                done = self._run("apt-get", "update", "-q", "--error-on=any")
+                if done.returncode == 0:
+                    return
+                failure = done.stderr
+            if len(lines) > 1:
+                note(f"{self._suite}: an update or security index is broken; going on without them")
+        raise SetupError(f"apt cannot read the index of suite {self._suite!r}", evidence=failure.strip())
+
+    def depends(self, package: str) -> list[str]:
+        """Names of what ``package`` depends on directly, first alternatives only."""
+        done = self._run("apt-cache", "show", "--no-all-versions", package)
+        if done.returncode:
+            raise SetupError(f"suite {self._suite!r} has no package {package!r}", evidence=done.stderr.strip())
+        fields = [line.split(":", 1)[1] for line in done.stdout.splitlines() if line.startswith(("Depends:", "Pre-Depends:"))]
+        return [item.split("|")[0].split("(")[0].split(":")[0].strip() for f in fields for item in f.split(",")]
+
+    def download(self, packages: list[str], where: Path) -> list[Path]:
+        """Download the packages' .deb files into ``where``."""
+        done = self._run("apt-get", "download", *packages, cwd=where)
+        if done.returncode:
+            raise SetupError(f"apt cannot download {' '.join(packages)}", evidence=done.stderr.strip())
+        return sorted(where.glob("*.deb"))

@@ -1,0 +1,121 @@
+"""A live host: a machine whose Linux is up and whose agent answers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from framework.config import HostConfig
+from framework.errors import LabError, NoKvm
+from framework.guest.isa import ISAS
+from framework.machine.board import Boot
+from framework.machine.machine import Logs, Machine
+from framework.machine.rundir import Card, run_directory
+
+from . import rootfs as rootfs_
+from .boot import Progress, bring_up, start_agent
+from .kernel import Kernel
+from .ssh import command_line
+from .vm import Vm
+
+
+class Host:
+    """Made by :meth:`boot`, ended by :meth:`shutdown`. ``agent`` takes requests, ``ssh`` commands."""
+
+    def __init__(self, config: HostConfig, kernel: Kernel, machine: Machine, rootfs: rootfs_.Rootfs) -> None:
+        self.config = config
+        self.kernel = kernel
+        self.machine = machine
+        self.rootfs = rootfs
+        self.vms: list[Vm] = []
+        self.boot_states = Progress()
+        self.ssh, self.agent = bring_up(machine, rootfs, config.timeouts, self.boot_states)
+
+    @classmethod
+    def boot(cls, config: HostConfig, kernel: Kernel, logs: Path, *, extra: str = "", ssh_port: int = 0) -> Host:
+        """Start the board and wait until its agent answers; ``extra`` is appended to the command line.
+
+        Raises SetupError, QemuRefused, PortBusy, HostPanic, HostSilent, SshUnreachable, ... and leaves
+        no process behind.
+        """
+        rootfs = rootfs_.obtain(config.rootfs)
+        initramfs = rootfs.initramfs(run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio", kernel.modules)
+        try:
+            boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
+            machine = Machine.start(config.board, boot, Logs(logs), ssh_port)
+        finally:
+            initramfs.unlink()
+        try:
+            host = cls(config, kernel, machine, rootfs)
+            host._leave_card()
+            if rootfs.bytecode is None:
+                rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
+        except BaseException:
+            machine.kill()
+            raise
+        return host
+
+    def _leave_card(self) -> None:
+        machine = self.machine
+        Card(
+            host=self.config.name,
+            qemu_pid=machine.process.pid,
+            lab_pid=run_directory_pid(),
+            ram=f"/proc/{machine.process.pid}/fd/{machine.ram.fd}",
+            ram_base=machine.ram.base,
+            ram_size=machine.ram.size,
+            architecture=self.config.architecture.name,
+            gdb=str(machine.folder / "gdb"),
+            ssh=self.ssh_command,
+        ).save(machine.folder)
+
+    @property
+    def ssh_command(self) -> str:
+        """What a person types to get a shell on this host."""
+        return command_line(self.machine.ssh_port, self.rootfs.client_key)
+
+    @property
+    def has_kvm(self) -> bool:
+        """Whether /dev/kvm is there, as the agent sees it."""
+        return self.agent.hello["kvm"]
+
+    @property
+    def release(self) -> str:
+        """The running kernel's own version, as uname -r says it."""
+        return self.agent.hello["release"]
+
+    def require_kvm(self) -> None:
+        """Raises NoKvm when this kernel came up without KVM."""
+        if not self.has_kvm:
+            raise NoKvm(
+                f"{self.config.name}: the kernel {self.kernel.name} ({self.release}) boots but has no KVM in it",
+                remedy="give one that has with --kernel PATH",
+            )
+
+    def create_vm(self, isa: str, **kind) -> Vm:
+        """A VM with the payload of this guest ISA; see :class:`framework.host.vm.Vm` for ``kind``."""
+        vm = Vm(self.agent, ISAS[isa], **kind)
+        self.vms.append(vm)
+        return vm
+
+    def reset(self) -> None:
+        """Destroy all VMs. When the agent cannot, a new agent replaces it: its death frees everything."""
+        try:
+            for vm in self.vms:
+                vm.destroy()
+        except LabError:
+            self.machine.check()
+            self.agent.close()
+            self.agent = start_agent(self.machine, self.ssh, self.machine.check)
+        finally:
+            self.vms.clear()
+
+    def shutdown(self) -> None:
+        """End the machine. Idempotent."""
+        self.agent.close()
+        self.ssh.close()
+        self.machine.kill()
+
+
+def run_directory_pid() -> int:
+    return int(run_directory().name.split("-")[0])

@@ -1,0 +1,58 @@
+"""A kernel that can be booted: an image QEMU understands, and the modules it needs in load order."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from framework.errors import KernelError
+
+_ZIMAGE_MAGIC = (0x24, struct.pack("<I", 0x016F2818))  # Documentation/arm/booting.rst
+_IMAGE_MAGIC = (0x38, b"ARM\x64")  # Documentation/arm64/booting.rst
+_ARCH_NAMES = {"arm": "32-bit Arm", "arm64": "arm64"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """``name`` is what the header of a run shows; ``modules`` are (file name, contents) in load order."""
+
+    name: str
+    image: Path
+    modules: list[tuple[str, bytes]] = field(default_factory=list)
+
+
+def _magic(head: bytes) -> str | None:
+    for arch, (offset, magic) in {"arm": _ZIMAGE_MAGIC, "arm64": _IMAGE_MAGIC}.items():
+        if head[offset : offset + len(magic)] == magic:
+            return arch
+    return None
+
+
+def architecture_of(image: Path) -> str | None:
+    """``arm`` or ``arm64`` by the image's own header (a gzipped Image too), None for anything else.
+
+    Raises KernelError when the file cannot be read.
+    """
+    try:
+        with image.open("rb") as f:
+            head = f.read(64)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(image) as f:
+                head = f.read(64)
+    except (OSError, EOFError) as e:
+        raise KernelError(f"cannot read the kernel {image}: {getattr(e, 'strerror', None) or e}") from e
+    return _magic(head)
+
+
+def check_image(image: Path, linux_arch: str) -> Path:
+    """The image, if a board of this architecture can boot it. Raises KernelError."""
+    arch = architecture_of(image)
+    if arch == linux_arch:
+        return image
+    what = f"is an {_ARCH_NAMES[arch]} kernel" if arch else "is not an Arm kernel image (zImage or Image)"
+    raise KernelError(
+        f"{image} {what}; this host needs a {_ARCH_NAMES[linux_arch]} one",
+        remedy="give an arch/arm/boot/zImage or arch/arm64/boot/Image",
+    )

@@ -1,0 +1,81 @@
+"""From a host file's ``kernel`` keys, or from ``--kernel``, to a kernel that can be booted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from framework.config import HostConfig
+from framework.errors import DownloadFailed, KernelError, Offline
+
+from . import deb, download, tree
+from .kernel import Kernel, check_image
+
+
+def obtain(config: HostConfig, override: str | None = None) -> Kernel:
+    """The host's kernel: ``override`` (see :func:`from_argument`) or the one the host file names.
+
+    Raises KernelError and its kinds, SetupError, CacheFull, ConfigError.
+    """
+    if override is not None:
+        return from_argument(config, override)
+    return _SOURCES[config.kernel["source"]](config)
+
+
+def from_argument(config: HostConfig, what: str) -> Kernel:
+    """``--kernel``: an image, a source tree (built with the host's fragments), or ``deb:PACKAGE@SUITE``."""
+    if what.startswith("deb:"):
+        package, at, suite = what[4:].partition("@")
+        if not at or not package or not suite:
+            raise KernelError(f"--kernel {what}: a Debian kernel is written deb:PACKAGE@SUITE")
+        return deb.from_package(package, suite, config.linux_arch, config.kernel.get("modules", []))
+    path = Path(what)
+    if path.is_dir():
+        return tree.from_tree(path, config.linux_arch, fragments_of(config), [])
+    return Kernel(path.name, check_image(path, config.linux_arch))
+
+
+def fragments_of(config: HostConfig) -> list[str]:
+    """The configuration fragments a kernel for this host is built with."""
+    return config.kernel.get("fragments", [f"{config.linux_arch}-virt", "lab"])
+
+
+def _path(config: HostConfig, name: str) -> Path:
+    """A path in a host file is relative to that file."""
+    return config.path.parent / Path(name).expanduser()
+
+
+def _file(config: HostConfig) -> Kernel:
+    image = check_image(_path(config, config.kernel["image"]), config.linux_arch)
+    return Kernel(image.name, image)
+
+
+def _deb(config: HostConfig) -> Kernel:
+    keys = config.kernel
+    return deb.from_package(keys["package"], keys["suite"], config.linux_arch, keys.get("modules", []))
+
+
+def _tree(config: HostConfig) -> Kernel:
+    patches = [_path(config, p) for p in config.kernel.get("patches", [])]
+    return tree.from_tree(_path(config, config.kernel["path"]), config.linux_arch, fragments_of(config), patches)
+
+
+def _tarball(config: HostConfig) -> Kernel:
+    keys, arch = config.kernel, config.linux_arch
+    if "path" in keys:
+        path = _path(config, keys["path"])
+        download.verify(path, keys["sha256"])
+        return tree.from_tarball(path, keys["sha256"], arch, fragments_of(config))
+    try:
+        path = download.tarball(keys["url"], keys["sha256"])
+    except (Offline, DownloadFailed) as e:
+        # Better a kernel of the same kind than none, as long as the run says which it is.
+        cached = tree.cached_build(arch, fragments_of(config))
+        if cached is None:
+            raise
+        why = "offline" if isinstance(e, Offline) else "the download failed"
+        return replace(cached, name=f"{cached.name}, from the cache in place of {Path(keys['url']).name}: {why}")
+    return tree.from_tarball(path, keys["sha256"], arch, fragments_of(config))
+
+
+_SOURCES = {"file": _file, "deb": _deb, "tarball": _tarball, "tree": _tree}

@@ -1,0 +1,109 @@
+"""ssh to the host, by paramiko: commands, files, and the byte stream the agent speaks on."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import paramiko
+
+from framework.errors import SshUnreachable
+
+_USER = "root"
+_BANNER_TIMEOUT = 10.0
+_RETRY = 0.05
+#: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
+_CIPHERS = ("aes128-ctr",)
+
+
+class Ssh:
+    """One connection, host key pinned. ``check`` is called while waiting, to raise if the machine is lost."""
+
+    def __init__(self, transport: paramiko.Transport, check: Callable[[], None]) -> None:
+        self._transport = transport
+        self._check = check
+
+    @classmethod
+    def connect(
+        cls, port: int, client_key: Path, host_key: str, timeout: float, check: Callable[[], None]
+    ) -> Ssh:
+        """Connect to 127.0.0.1:port within ``timeout`` seconds. Raises SshUnreachable."""
+        deadline = time.monotonic() + timeout
+        last: Exception | None = None
+        while (left := deadline - time.monotonic()) > 0:
+            check()
+            try:
+                return cls(_handshake(port, client_key, host_key, min(left, _BANNER_TIMEOUT)), check)
+            except (OSError, EOFError, paramiko.SSHException) as e:
+                last = e
+                time.sleep(_RETRY)
+        raise SshUnreachable(
+            f"the host does not answer on ssh (127.0.0.1:{port}) within {timeout:.0f} s: {last}",
+            remedy="see on the console whether dropbear started; raise timeouts.ssh in the host file if it is slow",
+        )
+
+    def run(self, command: str, timeout: float = 30.0) -> str:
+        """Run a shell command; its output. Raises SshUnreachable when it fails or does not end."""
+        channel = self._transport.open_session(timeout=timeout)
+        channel.set_combine_stderr(True)
+        channel.settimeout(timeout)
+        channel.exec_command(command)
+        try:
+            output = b"".join(iter(lambda: channel.recv(65536), b""))
+        except TimeoutError as e:
+            self._check()
+            raise SshUnreachable(f"`{command}` did not end within {timeout:.0f} s") from e
+        if status := channel.recv_exit_status():
+            raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output.decode(errors="replace"))
+        return output.decode(errors="replace")
+
+    def put(self, data: bytes, path: str, timeout: float = 30.0) -> None:
+        """Write a file on the host."""
+        channel = self._transport.open_session(timeout=timeout)
+        channel.settimeout(timeout)
+        channel.exec_command(f"cat > '{path}'")
+        channel.sendall(data)
+        channel.shutdown_write()
+        if status := channel.recv_exit_status():
+            raise SshUnreachable(f"cannot write {path} on the host (status {status})")
+
+    def get(self, path: str) -> bytes:
+        """Read a file of the host."""
+        return self.run(f"cat '{path}'").encode()
+
+    def open(self, command: str) -> paramiko.Channel:
+        """Start a command and return its channel."""
+        channel = self._transport.open_session(timeout=10.0)
+        channel.exec_command(command)
+        return channel
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def _handshake(port: int, client_key: Path, host_key: str, timeout: float) -> paramiko.Transport:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    transport = paramiko.Transport(sock)
+    transport.banner_timeout = timeout
+    transport.get_security_options().ciphers = _CIPHERS
+    try:
+        transport.start_client(timeout=timeout)
+        if transport.get_remote_server_key().get_base64() != host_key:
+            raise SshUnreachable(
+                "the host shows another ssh key than its root file system was made with",
+                remedy="something else listens on that port; start the host again",
+            )
+        transport.auth_publickey(_USER, paramiko.ECDSAKey.from_private_key_file(str(client_key)))
+    except BaseException:
+        transport.close()
+        raise
+    return transport
+
+
+def command_line(port: int, client_key: Path) -> str:
+    """The ssh command a person types to reach the host."""
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    return f"ssh {options} -i {client_key} -p {port} {_USER}@127.0.0.1"

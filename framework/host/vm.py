@@ -1,0 +1,337 @@
+"""Virtual machines on the host, as a test author holds them: memory, vCPUs, exits.
+
+A :class:`Vm` remembers what it was given (memslots, what guests were told to write), because that is
+what the oracle holds the kernel against. It trusts nothing it reads back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from framework.errors import AgentTimeout, ConfigError
+from framework.guest.driver import Guest
+from framework.guest.isa import A32, Isa
+from framework.guest.payload import CODE, CODE_SIZE, DOORBELL, MAILBOX, MAILBOX_SIZE, assemble
+from framework.model.memslots import Memslot, SlotFlags
+from framework.model.regime import Regime
+
+from .agent import Agent
+
+PAGE = 0x1000
+BLOCK = 0x20_0000
+_WAIT_SLICE = 0.25
+_RUN_DEADLINE = 20.0
+_CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
+_EL1_32BIT = 1 << 1
+
+
+class Advice(IntEnum):
+    """madvise(2) advice, include/uapi/asm-generic/mman-common.h."""
+
+    DONTNEED = 4
+    FREE = 8
+    MERGEABLE = 12
+    UNMERGEABLE = 13
+    HUGEPAGE = 14
+    NOHUGEPAGE = 15
+    COLD = 20
+    PAGEOUT = 21
+
+
+class Prot(IntEnum):
+    """mprotect(2) protection."""
+
+    NONE = 0
+    READ = 1
+    READ_WRITE = 3
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Why KVM_RUN returned. ``kind`` is the KVM exit's name, ``error`` when the ioctl itself failed."""
+
+    kind: str
+    errno: int = 0
+    data: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mmio(Exit):
+    """KVM_EXIT_MMIO: ``size`` bytes at guest-physical ``ipa``; ``value`` is what was written (0 for a read)."""
+
+    kind: str = "mmio"
+    ipa: int = 0
+    size: int = 0
+    write: bool = False
+    value: int = 0
+
+
+def _decode(raw: dict) -> Exit:
+    if raw["exit"] == "mmio":
+        value = raw["value"] if raw["write"] else 0  # of a read, KVM leaves what was there before
+        return Mmio(ipa=raw["ipa"], size=raw["size"], write=raw["write"], value=value)
+    return Exit(raw["exit"], raw.get("errno", 0), tuple(raw.get("data", ())))
+
+
+class Memory:
+    """Host-virtual memory of the VMM process (the agent) that memslots are made of. Sizes in bytes."""
+
+    def __init__(self, agent: Agent, hva: int, size: int) -> None:
+        self._agent = agent
+        self.hva = hva
+        self.size = size
+
+    def _at(self, offset: int, size: int | None) -> dict[str, int]:
+        return {"hva": self.hva + offset, "size": self.size - offset if size is None else size}
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes as the host sees them. HostOsError (EFAULT) where nothing is mapped."""
+        return self._agent("memory_read", **self._at(offset, size))
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store as the host does; faults the page in for writing."""
+        self._agent("memory_write", hva=self.hva + offset, blob=data)
+
+    def advise(self, advice: Advice, offset: int = 0, size: int | None = None) -> None:
+        """madvise(2) on part of it."""
+        self._agent("memory_advise", advice=int(advice), **self._at(offset, size))
+
+    def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
+        """mprotect(2) on part of it."""
+        self._agent("memory_protect", prot=int(prot), **self._at(offset, size))
+
+    def unmap(self, offset: int = 0, size: int | None = None) -> None:
+        """munmap(2) part of it."""
+        self._agent("memory_unmap", **self._at(offset, size))
+
+    def frames(self, offset: int = 0, size: int | None = None) -> np.ndarray:
+        """Physical address of each page per /proc/PID/pagemap; 0 where no page is present (uint64)."""
+        raw = np.frombuffer(self._agent("memory_pagemap", **self._at(offset, size)), dtype="<u8")
+        present = raw >> np.uint64(63) != 0
+        return np.where(present, (raw & np.uint64((1 << 55) - 1)) << np.uint64(12), np.uint64(0))
+
+    def frame(self, offset: int = 0) -> int:
+        """Physical address of the page at ``offset`` per pagemap; 0 when none is present."""
+        return int(self.frames(offset, PAGE)[0])
+
+
+class Vcpu:
+    """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
+
+    def __init__(self, vm: Vm, index: int, isa: Isa) -> None:
+        self.vm = vm
+        self.index = index
+        self.isa = isa
+        self._agent = vm.agent
+        self._id = {"vm": vm.id, "vcpu": index}
+        features = _EL1_32BIT if isa is A32 and vm.host_bits == 64 else 0
+        self._agent("vcpu_create", features=features, **self._id)
+        self.mailbox = MAILBOX + index * MAILBOX_SIZE
+        self.restart()
+
+    def restart(self) -> None:
+        """To the payload's entry: pc there, first argument the mailbox, exceptions masked. System registers stay."""
+        base, word = (0x4020_0000_0010_0000, 1) if self.vm.host_bits == 32 else (0x6030_0000_0010_0000, 2)
+        pc, pstate = (15, 16) if self.vm.host_bits == 32 else (64, 66)
+        self.set_register(base + 0 * word, self.mailbox)
+        self.set_register(base + pc, CODE)
+        self.set_register(base + pstate, 0x1D3 if self.isa is A32 else 0x3C5)
+
+    def get_register(self, reg: int) -> int:
+        """KVM_GET_ONE_REG; ``reg`` is the full 64-bit id."""
+        return self._agent("vcpu_register", reg=reg, **self._id)
+
+    def set_register(self, reg: int, value: int) -> None:
+        """KVM_SET_ONE_REG."""
+        self._agent("vcpu_register", reg=reg, value=value, **self._id)
+
+    def pin(self, cpu: int) -> None:
+        """Bind the vCPU's thread to a CPU of the host."""
+        self._agent("vcpu_pin", cpu=cpu, **self._id)
+
+    def kick(self) -> None:
+        """Force the running vCPU out of the guest; its exit is then ``interrupted``."""
+        self._agent("vcpu_kick", **self._id)
+
+    def start(self, *, answer: int | None = None, orders: bytes = b"", seconds: float = 0.0) -> Exit | None:
+        """Run; the exit if it comes within ``seconds``, else None and it runs on.
+
+        ``answer`` completes a pending MMIO read; ``orders`` go into the mailbox first.
+        """
+        args = {"answer": answer, "seconds": seconds, **self._id}
+        if orders:
+            args["orders"] = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
+        raw = self._agent("vcpu_run", blob=orders, **args)
+        return raw and _decode(raw)
+
+    def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
+        """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
+        for _ in range(max(1, round(deadline / _WAIT_SLICE))):
+            if raw := self._agent("vcpu_wait", seconds=_WAIT_SLICE, **self._id):
+                return _decode(raw)
+        self.kick()
+        self._agent("vcpu_wait", seconds=1.0, **self._id)
+        raise AgentTimeout(f"vCPU {self.index} did not exit within {deadline:.0f} s", remedy="does the guest loop?")
+
+    def run(self, **how) -> Exit:
+        """Run until an exit. Same arguments as :meth:`start`."""
+        return self.start(seconds=_WAIT_SLICE, **how) or self.wait()
+
+
+@dataclass
+class Written:
+    """Where guests were told to write since the last dirty log: ranges of IPA, bytes."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ipa: int, size: int) -> None:
+        self.ranges.append((ipa, ipa + size))
+
+    def forget(self, slot: Memslot) -> None:
+        self.ranges = [(a, b) for a, b in self.ranges if b <= slot.ipa or a >= slot.end]
+
+    def pages(self, ipas: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Which of the ranges ``[ipa, ipa + size)`` contain a written byte (bool array)."""
+        hit = np.zeros(len(ipas), dtype=bool)
+        for start, end in self.ranges:
+            hit |= (ipas < np.uint64(end)) & (ipas + sizes > np.uint64(start))
+        return hit
+
+
+class Vm:
+    """One VM: its memslots, its vCPUs, and ``guest``, the payload on vCPU 0 that does what it is told.
+
+    ``device`` is what answers MMIO: a dictionary from IPA to the value a read returns (0 elsewhere);
+    writes store into it. ``exits`` lists every MMIO exit of the guests, in order, without the doorbell.
+    """
+
+    def __init__(self, agent: Agent, isa: Isa, *, vcpus: int = 1, ipa_bits: int = 0) -> None:
+        self.agent = agent
+        self.isa = isa
+        self.host_bits = 64 if agent.hello["machine"] == "aarch64" else 32
+        if not agent.hello["kvm"]:
+            raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
+        self.id = agent("vm_create", ipa_bits=ipa_bits)
+        self.slots: dict[int, Memslot] = {}
+        self.memories: list[Memory] = []
+        self.written = Written()
+        self.device: dict[int, int] = {}
+        self.exits: list[Mmio] = []
+        self.regime: Regime | None = None  #: stage 2 as the oracle found it; a VM's root never changes
+        code = self.add_memory(CODE, CODE_SIZE, slot=_CODE_SLOT)
+        code.write(0, assemble(isa.name))
+        self.mailboxes = self.add_memory(MAILBOX, vcpus * MAILBOX_SIZE, slot=_MAILBOX_SLOT)
+        self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
+        self.guests = [Guest(vcpu) for vcpu in self.vcpus]
+        self.alive = True
+
+    @property
+    def name(self) -> str:
+        return f"VM {self.id}"
+
+    @property
+    def guest(self) -> Guest:
+        """The guest on vCPU 0."""
+        return self.guests[0]
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def memory(self, size: int, *, align: int = PAGE, huge: bool = False, shared: bool = False) -> Memory:
+        """Host memory that belongs to no memslot yet. ``huge``: from the hugetlbfs pool (2 MiB pages)."""
+        where = self.agent("memory_map", size=size, align=align, huge=huge, shared=shared)
+        memory = Memory(self.agent, where["hva"], size)
+        self.memories.append(memory)
+        return memory
+
+    def add_memory(
+        self,
+        ipa: int,
+        size: int,
+        *,
+        flags: SlotFlags = SlotFlags.NONE,
+        slot: int | None = None,
+        memory: Memory | None = None,
+        **kind,
+    ) -> Memory:
+        """A new memslot at ``ipa`` of ``size`` bytes, backed by ``memory`` or by new memory of that ``kind``.
+
+        Raises HostOsError when KVM refuses (EEXIST overlap, EINVAL alignment, EFAULT beyond the IPA space).
+        """
+        memory = memory or self.memory(size, **kind)
+        if slot is None:
+            slot = max([_FIRST_FREE_SLOT - 1, *self.slots]) + 1
+        self.set_memslot(Memslot(slot, ipa, size, memory.hva, flags))
+        return memory
+
+    def set_memslot(self, slot: Memslot) -> None:
+        """KVM_SET_USER_MEMORY_REGION: create, move, change flags, or (size 0) delete."""
+        self.agent(
+            "vm_memslot", vm=self.id, slot=slot.slot, ipa=slot.ipa, size=slot.size, hva=slot.hva, flags=int(slot.flags)
+        )
+        old = self.slots.pop(slot.slot, None)
+        if slot.size:
+            self.slots[slot.slot] = slot
+        if slot.logging and (old is None or not old.logging):
+            self.written.forget(slot)
+
+    def slot_at(self, ipa: int) -> Memslot:
+        """The memslot that covers ``ipa``; KeyError when none does."""
+        for slot in self.slots.values():
+            if slot.ipa <= ipa < slot.end:
+                return slot
+        raise KeyError(f"no memslot covers IPA {ipa:#x}")
+
+    def delete_slot(self, ipa: int) -> None:
+        """Delete the memslot that covers ``ipa``."""
+        slot = self.slot_at(ipa)
+        self.set_memslot(Memslot(slot.slot, slot.ipa, 0, slot.hva, slot.flags))
+
+    def move_slot(self, ipa: int, to: int) -> None:
+        """Move the memslot that covers ``ipa`` to begin at IPA ``to``."""
+        slot = self.slot_at(ipa)
+        self.set_memslot(Memslot(slot.slot, to, slot.size, slot.hva, slot.flags))
+
+    def set_flags(self, ipa: int, flags: SlotFlags) -> None:
+        """Change the flags of the memslot that covers ``ipa``."""
+        self.set_memslot(self.slot_at(ipa).with_flags(flags))
+
+    def dirty_pages(self, ipa: int) -> list[int]:
+        """KVM_GET_DIRTY_LOG of the slot that covers ``ipa``: IPAs of its dirty pages; they are clean after."""
+        slot = self.slot_at(ipa)
+        raw = self.agent("vm_dirty_log", vm=self.id, slot=slot.slot, pages=slot.pages)
+        self.written.forget(slot)
+        bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")
+        return [slot.ipa + int(page) * PAGE for page in np.flatnonzero(bits[: slot.pages])]
+
+    def frame_of(self, ipa: int) -> int:
+        """The host's frame (physical address of the byte) behind ``ipa``, per pagemap; 0 if none is present."""
+        hva = self.slot_at(ipa).hva_of(ipa)
+        frame = Memory(self.agent, hva & ~(PAGE - 1), PAGE).frame()
+        return frame and frame | (hva & (PAGE - 1))
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def serve(self, vcpu: Vcpu, exit_: Exit) -> Exit:
+        """Answer MMIO exits from :attr:`device` and run on, until the doorbell or an exit that is not MMIO."""
+        while isinstance(exit_, Mmio) and exit_.ipa != DOORBELL:
+            self.exits.append(exit_)
+            if exit_.write:
+                self.device[exit_.ipa] = exit_.value
+                exit_ = vcpu.run()
+            else:
+                exit_ = vcpu.run(answer=self.device.get(exit_.ipa, 0) & ((1 << 8 * exit_.size) - 1))
+        return exit_
+
+    def destroy(self) -> None:
+        """Close the VM and give back its memory."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.agent("vm_destroy", vm=self.id)
+        for memory in self.memories:
+            memory.unmap()
+
+
