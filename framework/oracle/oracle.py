@@ -1,0 +1,62 @@
+"""The oracle of one host: stop the machine, read both sides at the same moment, judge, go on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from framework.host.host import Host
+from framework.host.vm import Vm
+from framework.model import walk
+from framework.model.walk import Tables
+
+from . import judge, splats
+from .sight import Sight
+from .stage2 import Stage2
+from .verdicts import Finding, Violation
+
+
+class Oracle:
+    """Judges the VMs of one host. All methods may be called while guests run."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._ram = host.machine.ram
+        self._sight = Sight(host)
+        self._writable = host.config.architecture.linux_writable
+
+    def stage2(self, vm: Vm) -> Stage2:
+        """The VM's tables now, after safety was checked. Raises Violation with the diff."""
+        stage2, findings = self.examine(vm)
+        if findings:
+            raise Violation(f"stage 2 of VM {vm.id}: {stage2.regime}", findings, self._context())
+        return stage2
+
+    def examine(self, vm: Vm) -> tuple[Stage2, list[Finding]]:
+        """The VM's tables now, and all that is wrong with them."""
+        self._sight.stage2_regime(vm)
+        space = self._sight.vmm_space()
+        slots = tuple(vm.slots.values())
+        with self._sight.gdb.pause():
+            tables = {v.name: walk.walk(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
+            own = tables[vm.name]
+            view = judge.look(own.leaves, slots, lambda hvas: walk.translate(space, self._ram, hvas))
+        findings = self._case(vm, own, slots, view).findings() + judge.shared_tables(tables)[vm.name]
+        return Stage2(own), findings
+
+    def _case(self, vm: Vm, own: Tables, slots: tuple, view: judge.HostView) -> judge.Case:
+        page = np.uint64(0x1000)
+        return judge.Case(
+            tables=own,
+            slots=slots,
+            view=view,
+            host_writable=self._writable(view.host_desc),
+            written=vm.written.pages(view.ipa, np.full(len(view.ipa), page)),
+            ram=self._ram,
+        )
+
+    def splats(self) -> list[Finding]:
+        """What the host's kernel complained about since this was last asked."""
+        return splats.find(self._host.agent("kernel_log") or b"")
+
+    def _context(self) -> str:
+        return "Last requests to the agent:\n  " + "\n  ".join(self._host.agent.recent)

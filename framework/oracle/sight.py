@@ -1,0 +1,125 @@
+"""Find the tables from outside the machine, and know for certain whose they are.
+
+Nothing here asks the kernel. A VM's root is VTTBR while its guest spins, a process's root is TTBR0 while
+it runs in user mode; a candidate is believed only when walking it leads to a page whose content is known.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from framework.errors import MachineError
+from framework.guest.payload import MAILBOX
+from framework.host.host import Host
+from framework.host.vm import Vm
+from framework.machine.gdb import Gdb
+from framework.model import walk
+from framework.model.regime import HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
+
+_PATIENCE = 5.0
+_POSE = 0.1
+
+
+def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.002)
+    raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
+
+
+def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
+    """The stage-2 regimes in force on the stopped CPUs: HCR.VM set and VTTBR not zero."""
+    found = []
+    for cpu in range(len(gdb.threads)):
+        hcr, vttbr, vtcr = gdb.read(cpu, arch.hcr, arch.vttbr, arch.vtcr)
+        if hcr & HCR_VM and vttbr:
+            found.append(arch.stage2(vttbr, vtcr, hcr))
+    return found
+
+
+def _user_spaces(gdb: Gdb, arch: Architecture) -> list[Regime]:
+    """The user address spaces loaded on the stopped CPUs."""
+    found = []
+    for cpu in range(len(gdb.threads)):
+        names = ("TTBR0", "TTBCR")
+        if arch.name == "armv8":
+            vhe = gdb.read(cpu, arch.hcr)[0] & HCR_E2H
+            names = ("TTBR0_EL2", "TCR_EL2") if vhe else ("TTBR0_EL1", "TCR_EL1")
+        try:
+            found.append(arch.stage1(*gdb.read(cpu, *names)))
+        except ImpossibleRegime:
+            continue  # a CPU that has not set up its user half
+    return found
+
+
+class Sight:
+    """What the lab sees of one host: the VMM's own address space, and the roots of its VMs."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._arch = host.config.architecture
+        self._ram = host.machine.ram
+        self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
+
+    @property
+    def gdb(self) -> Gdb:
+        return self._host.machine.gdb
+
+    def vmm_space(self) -> Regime:
+        """Stage 1 of the process that holds the VMs."""
+        pid = self._host.agent.hello["pid"]
+        if pid not in self._spaces:
+            self._spaces[pid] = self._find_vmm_space()
+        return self._spaces[pid]
+
+    def _find_vmm_space(self) -> Regime:
+        agent, cookie = self._host.agent, os.urandom(16)
+        hva = agent("memory_map", size=0x1000)["hva"]
+        agent("memory_write", hva=hva, blob=cookie)
+
+        def look() -> Regime | None:
+            posing = agent.send("pose", seconds=_POSE)
+            found = None
+            deadline = time.monotonic() + _POSE
+            while found is None and time.monotonic() < deadline:
+                with self.gdb.pause():
+                    found = next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
+            agent.receive(posing)
+            return found
+
+        try:
+            return _until_found(look, "the agent's address space")
+        finally:
+            agent("memory_unmap", hva=hva, size=0x1000)
+
+    def _holds(self, space: Regime, address: int, content: bytes) -> bool:
+        _, pa = walk.translate(space, self._ram, np.array([address], dtype=np.uint64))
+        return bool(self._ram.backed(pa)[0]) and self._ram.read(int(pa[0]), len(content)) == content
+
+    def stage2_regime(self, vm: Vm) -> Regime:
+        """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime."""
+        if vm.regime is None:
+            space = self.vmm_space()
+            hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
+
+            def look() -> Regime | None:
+                with self.gdb.pause():
+                    _, mailbox = walk.translate(space, self._ram, hva)
+                    for regime in guests_on_cpus(self.gdb, self._arch):
+                        _, pa = walk.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
+                        if pa[0] and pa[0] == mailbox[0]:
+                            return regime
+                return None
+
+            if vm.guest.inside:
+                vm.regime = _until_found(look, f"VM {vm.id}")
+            else:
+                with vm.guest.spinning():
+                    vm.regime = _until_found(look, f"VM {vm.id}")
+        return vm.regime

@@ -1,0 +1,33 @@
+"""The kernel's own complaints: BUG, WARNING, lockdep, RCU stalls in the log of one test."""
+
+from __future__ import annotations
+
+import re
+
+from .verdicts import Finding, Kind
+
+#: Linux 3.9 to 6.12: include/asm-generic/bug.h, kernel/locking/lockdep.c, kernel/rcu, mm/, lib/.
+SPLAT = re.compile(
+    r"WARNING: |BUG: |kernel BUG at|possible recursive locking|possible circular locking|inconsistent lock state"
+    r"|suspicious RCU usage|detected stalls|self-detected stall|soft lockup|Internal error|Unable to handle kernel"
+    r"|Bad page (state|map)|Object .*corrupt|Poison overwritten|sleeping function called from invalid context"
+    r"|scheduling while atomic|Kernel panic|refcount_t: |list_(add|del) corruption"
+)
+_FOLLOWING = 12
+
+
+def messages(kmsg: bytes) -> list[str]:
+    """The texts of /dev/kmsg records (Documentation/ABI/testing/dev-kmsg)."""
+    lines = kmsg.decode(errors="replace").splitlines()
+    return [line.partition(";")[2] for line in lines if ";" in line and not line.startswith(" ")]
+
+
+def find(kmsg: bytes) -> list[Finding]:
+    """One finding for each splat, with the lines that follow it."""
+    texts = messages(kmsg)
+    found, skip_to = [], 0
+    for i, text in enumerate(texts):
+        if i >= skip_to and SPLAT.search(text):
+            skip_to = i + _FOLLOWING
+            found.append(Finding(Kind.KERNEL_SPLAT, 0, 0, "a quiet kernel log", "\n        ".join(texts[i:skip_to])))
+    return found

@@ -1,0 +1,29 @@
+"""ftrace's text as events: what the kernel says it did during one test."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_LINE = re.compile(r"^\s*(?P<task>.+)-(?P<tid>\d+)\s+\[(?P<cpu>\d+)\].*?\s(?P<time>\d+\.\d+): (?P<name>\w+): (?P<text>.*)$")
+_FIELD = re.compile(r"(\w+)[ =:]+(0x[0-9a-fA-F]+|-?\d+)\b")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One trace event. ``time`` in seconds of the host's trace clock; ``fields`` by the event's own names."""
+
+    name: str
+    cpu: int
+    time: float
+    text: str
+    fields: dict[str, int] = field(default_factory=dict)
+
+
+def parse(text: str) -> list[Event]:
+    """The events of a trace file (Documentation/trace/ftrace.rst), in order."""
+    events = []
+    for match in filter(None, map(_LINE.match, text.splitlines())):
+        fields = {key: int(value, 0) for key, value in _FIELD.findall(match["text"])}
+        events.append(Event(match["name"], int(match["cpu"]), float(match["time"]), match["text"], fields))
+    return events
