@@ -1,0 +1,333 @@
+"""The pytest front door: options, fixtures in the field's terms, and the judgement after every test.
+
+``pytest --fixtures`` prints the docstrings below; they are the manual for authors of test cases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from . import config as host_files
+from .artifacts import TestFolder
+from .errors import KernelError, LabError
+from .host.host import Host
+from .host.vm import Vm
+from .machine import version
+from .oracle import Oracle
+from .oracle import trace as trace_
+from .oracle.stage2 import Stage2
+from .oracle.verdicts import Finding
+from .pool import Broken, Pool
+
+_POOL = pytest.StashKey[Pool]()
+_SESSION = pytest.StashKey["_HostSession"]()
+_DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
+
+
+# -- options and header --------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("arm-kvm", "hosts and kernels to judge")
+    group.addoption("--host", action="append", metavar="NAME", help="a host of configs/hosts, or a host file (repeatable)")
+    group.addoption(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="[HOST=]KERNEL",
+        help="kernel for the hosts: an image, a source tree, or deb:PACKAGE@SUITE (repeatable with HOST=)",
+    )
+    group.addoption("--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had")
+    group.addoption("--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)")
+    group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
+
+
+def _kernels(values: list[str]) -> dict[str, str]:
+    """``--kernel`` values by host; "" for one that names no host."""
+    known = host_files.host_names()
+    pairs = [value.split("=", 1) if value.split("=", 1)[0] in known and "=" in value else ["", value] for value in values]
+    return dict(pairs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = config.getoption("--host") or list(_DEFAULT_HOSTS)
+    try:
+        hosts = [host_files.find(name) for name in dict.fromkeys(names)]
+    except LabError as e:
+        raise pytest.UsageError(str(e)) from e
+    artifacts = Path(config.getoption("--artifacts")).absolute()
+    config.stash[_POOL] = Pool(hosts, _kernels(config.getoption("--kernel")), artifacts)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch and build kernels before the first test, with their progress on the terminal, and name them."""
+    if session.config.option.collectonly:
+        return
+    pool = session.config.stash[_POOL]
+    needed = {item.callspec.params["host"] for item in session.items if _needs_host(item)}
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    terminal = session.config.pluginmanager.getplugin("terminalreporter")
+    for name in filter(needed.__contains__, pool.configs):
+        with capture.global_and_fixture_disabled():
+            line = _describe(pool, name)
+        if terminal is not None:
+            terminal.write_line(line)
+
+
+def _describe(pool: Pool, name: str) -> str:
+    config = pool.configs[name]
+    try:
+        kernel = pool.kernel(name).name
+    except Broken as e:
+        kernel = f"no kernel: {e.cause.message.splitlines()[0]}"
+    guests = "/".join(config.guests) or "none"
+    return f"{name}: {version.of(config.board.qemu)}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"
+
+
+# -- which case runs where --------------------------------------------------------------------------------
+
+
+def _needs_host(item: pytest.Item) -> bool:
+    return "host" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _suits(config: host_files.HostConfig, definition: pytest.Item) -> bool:
+    wanted = {name for mark in definition.iter_markers("needs") for name in mark.args}
+    if definition.get_closest_marker("no_kvm"):
+        return not config.has_kvm and wanted <= config.can
+    return config.has_kvm and wanted <= config.can
+
+
+def _guests(config: host_files.HostConfig, definition: pytest.Item) -> list[str]:
+    """The guest instruction sets a case runs with on this host."""
+    only = definition.get_closest_marker("guests")
+    isas = config.guests[:1] if definition.get_closest_marker("native") else config.guests
+    return [isa for isa in isas if not only or isa in only.args]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "host" not in metafunc.fixturenames:
+        return
+    suited = [c for c in metafunc.config.stash[_POOL].configs.values() if _suits(c, metafunc.definition)]
+    if "isa" not in metafunc.fixturenames:
+        metafunc.parametrize("host", [c.name for c in suited], indirect=True)
+        return
+    pairs = [(c.name, isa) for c in suited for isa in _guests(c, metafunc.definition)]
+    metafunc.parametrize(("host", "isa"), pairs, indirect=["host"], ids=[f"{h}-{i}" for h, i in pairs])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop cases that no chosen host suits; run the rest host by host, so that each boots once."""
+    order = list(config.stash[_POOL].configs)
+    nowhere = [i for i in items if "host" in getattr(i, "fixturenames", ()) and not isinstance(_host_name(i), str)]
+    if nowhere:
+        config.hook.pytest_deselected(items=nowhere)
+    items[:] = [i for i in items if i not in nowhere]
+    items.sort(key=lambda i: order.index(_host_name(i)) if _needs_host(i) else -1)
+
+
+def _host_name(item: pytest.Item) -> object:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("host")
+
+
+# -- one test on one host ----------------------------------------------------------------------------------
+
+
+class _HostSession:
+    """What the lab holds of one test: its host, its oracle, its folder; and the judgement at its end."""
+
+    def __init__(self, host: Host, folder: TestFolder) -> None:
+        self.host = host
+        self.oracle = host.oracle = getattr(host, "oracle", None) or Oracle(host)
+        self.folder = folder
+        folder.begin(host.machine.logs)
+        self.oracle.splats()  # what was said between tests is nobody's
+
+    def judge(self) -> list[Finding]:
+        """Every VM of the test that has run, and the kernel's log."""
+        findings = []
+        for vm in self.host.vms:
+            if vm.alive and vm.guest.entered:
+                stage2, found = self.oracle.examine(vm)
+                self.folder.write(f"stage2-{vm.id}.txt", stage2.dump())
+                findings += found
+        return findings + self.oracle.splats()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Judge the host after the test's own assertions: a test passes only on a kernel that kept its contract."""
+    try:
+        result = yield
+    except BaseException:
+        with suppress(Exception):  # for the artifacts; the test's own failure is the one to show
+            _judged(item)
+        raise
+    if findings := _judged(item):
+        text = "\n".join(map(str, findings))
+        pytest.fail(f"after the test, the kernel's state breaks the contract:\n{text}", pytrace=False)
+    return result
+
+
+def _judged(item: pytest.Item) -> list[Finding]:
+    session = item.stash.get(_SESSION, None)
+    if session is None or not session.host.machine.alive or not session.host.agent.usable:
+        return []
+    return session.judge()
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The live host this case runs on: a real Linux on an emulated board.
+
+    ``host.agent`` takes requests, ``host.ssh`` shell commands, ``host.machine`` is the board itself
+    (console, RAM, gdbstub), ``host.release`` the kernel's version. Shared by the tests of a run; VMs
+    are destroyed after each.
+    """
+    pool, name = request.config.stash[_POOL], request.param
+    try:
+        host = pool.host(name)
+    except Broken as e:
+        _unusable(request.config, name, e)
+    session = _HostSession(host, TestFolder(pool._artifacts, request.node.nodeid))
+    request.node.stash[_SESSION] = session
+    try:
+        yield host
+    finally:
+        _leave(request, pool, session)
+
+
+def _unusable(config: pytest.Config, name: str, broken: Broken) -> None:
+    """Skip where a kernel with KVM cannot be had, fail where anything else is wrong."""
+    if isinstance(broken.cause, KernelError) and not config.getoption("--require-kvm"):
+        pytest.skip(f"{name}: {broken.cause.one_line}")
+    first = "could not be used earlier in this run, and is not tried again" if broken.again else "cannot be used"
+    details = broken.cause.one_line if broken.again else str(broken.cause)
+    pytest.fail(f"host {name} {first}: {details}", pytrace=False)
+
+
+def _leave(request: pytest.FixtureRequest, pool: Pool, session: _HostSession) -> None:
+    """Collect the artifacts, and give the host back clean, kept or not at all."""
+    host, node = session.host, request.node
+    alive = host.machine.alive
+    if not alive:
+        session.folder.write("lost.txt", str(host.machine.lost()))
+    session.folder.collect(host.machine.logs)
+    node.user_properties += [("artifact", str(path)) for path in session.folder.files]
+    if node.stash.get(_FAILED, False) and request.config.getoption("--keep") and alive:
+        pool.keep(host.config.name)
+        return
+    try:
+        host.reset()
+    except LabError:
+        pool.discard(host.config.name)
+
+
+@pytest.fixture
+def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
+    """Create VMs: ``make_vm(vcpus=1, ipa_bits=0)``. Each has the payload in it and nothing else.
+
+    A VM's memory is added with ``vm.add_memory(ipa, size)``; its guest is commanded through ``vm.guest``
+    (and ``vm.guests[n]`` on the other vCPUs); what it asks of devices is answered by ``vm.device``.
+    """
+
+    def make(**kind) -> Vm:
+        return host.create_vm(isa, **kind)
+
+    return make
+
+
+@pytest.fixture
+def vm(make_vm: Callable[..., Vm]) -> Vm:
+    """A VM with one vCPU, and no memory but the payload's own. See ``make_vm``."""
+    return make_vm()
+
+
+@pytest.fixture
+def stage2(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], Stage2]:
+    """``stage2(vm)``: the VM's stage-2 tables now, read from the board's RAM with the CPUs stopped.
+
+    Safety is checked every time: a violation fails the test with its diff. The result has ``leaf(ipa)``,
+    ``mapped(ipa, size)``, ``within(ipa, size)``, ``leaves`` (numpy arrays) and ``regime`` (geometry).
+    """
+    return request.node.stash[_SESSION].oracle.stage2
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
+    """The judge itself, for tests that want its findings and not its failure: ``oracle.examine(vm)``."""
+    return request.node.stash[_SESSION].oracle
+
+
+@pytest.fixture
+def trace(request: pytest.FixtureRequest, host: Host):
+    """``with trace("kvm:kvm_guest_fault") as events:`` records ftrace events; the list is full after the block."""
+    folder = request.node.stash[_SESSION].folder
+
+    @contextmanager
+    def record(*names: str) -> Iterator[list[trace_.Event]]:
+        events: list[trace_.Event] = []
+        host.agent("trace_start", events=list(names))
+        try:
+            yield events
+        finally:
+            text = host.agent("trace_stop").decode()
+            folder.write("trace.txt", text)
+            events += trace_.parse(text)
+
+    return record
+
+
+@pytest.fixture
+def known_fault() -> Callable[[str], None]:
+    """``known_fault(text)``: the kernel shows exactly this fault, which its developers know; cite them.
+
+    Call it only where the very wrong result was recognised: the case is then reported as an expected
+    failure with ``text``. Any other wrong result must fail, and a mended kernel passes.
+    """
+    return pytest.xfail
+
+
+# -- end of the run -----------------------------------------------------------------------------------------
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    pool = session.config.stash.get(_POOL, None)
+    if pool is None:
+        return
+    try:
+        if pool.kept:
+            _wait_with(pool, session.config)
+    finally:
+        pool.close()
+
+
+def _wait_with(pool: Pool, config: pytest.Config) -> None:
+    """Stay with the kept machines until Ctrl-C: they live exactly as long as this process."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        for host in pool.kept:
+            print(f"\narm-kvm: {host.config.name} is kept as the failed test left it:")
+            print(f"  shell:   {host.ssh_command}\n  tables:  arm-kvm stage2 {host.config.name}")
+        print("Ctrl-C ends it.", flush=True)
+        try:
+            while any(host.machine.process.poll() is None for host in pool.kept):
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            pass

@@ -1,0 +1,84 @@
+"""The hosts of one run: booted when first asked for, replaced when lost, never retried when they do not boot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import HostConfig
+from .errors import LabError
+from .host.host import Host
+from .host.kernel import Kernel, obtain
+
+
+class Broken(Exception):
+    """This host cannot be used in this run. ``cause`` is the first error; ``again`` if it was met before."""
+
+    def __init__(self, cause: LabError, again: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.again = again
+
+
+class Pool:
+    """Live hosts by name. ``kernels`` maps a host's name (or "") to the ``--kernel`` given for it."""
+
+    def __init__(self, hosts: list[HostConfig], kernels: dict[str, str], artifacts: Path) -> None:
+        self.configs = {config.name: config for config in hosts}
+        self.kept: list[Host] = []
+        self._overrides = kernels
+        self._artifacts = artifacts
+        self._kernels: dict[str, Kernel] = {}
+        self._live: dict[str, Host] = {}
+        self._broken: dict[str, LabError] = {}
+        self._boots = 0
+
+    def kernel(self, name: str) -> Kernel:
+        """The host's kernel, fetched or built on first use. Raises Broken."""
+        if name not in self._kernels:
+            override = self._overrides.get(name, self._overrides.get(""))
+            self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], override))
+        return self._kernels[name]
+
+    def host(self, name: str) -> Host:
+        """The live host of this name. Raises Broken."""
+        host = self._live.get(name)
+        if host is not None and not (host.machine.alive and host.agent.usable):
+            self.discard(name)
+            host = None
+        if host is None:
+            kernel = self.kernel(name)
+            self._boots += 1
+            logs = self._artifacts / "hosts" / f"{self._boots:02}-{name}"
+            host = self._live[name] = self._once(name, lambda: Host.boot(self.configs[name], kernel, logs))
+            if self.configs[name].has_kvm:
+                self._once(name, host.require_kvm)
+        return host
+
+    def _once(self, name: str, action):
+        """Do it, unless something failed for this host before; keep the first error."""
+        if name in self._broken:
+            raise Broken(self._broken[name], again=True)
+        try:
+            return action()
+        except LabError as e:
+            self._broken[name] = e
+            raise Broken(e, again=False) from e
+
+    def discard(self, name: str) -> None:
+        """End this host's machine; the next test that needs the host gets a fresh one."""
+        if (host := self._live.pop(name, None)) is not None:
+            host.shutdown()
+
+    def keep(self, name: str) -> Host | None:
+        """Take the host out of the run and leave its machine as it is, with the gdbstub free."""
+        if (host := self._live.pop(name, None)) is not None:
+            host.machine.release_gdb()
+            self.kept.append(host)
+        return host
+
+    def close(self) -> None:
+        """End all machines."""
+        for name in list(self._live):
+            self.discard(name)
+        while self.kept:
+            self.kept.pop().shutdown()
