@@ -1,0 +1,70 @@
+"""The edges of the IPA space: its first page, its last page, and the first address beyond it.
+
+The size comes from the CPU (VTCR), not from a constant; a memslot beyond it must be refused
+(c3058d5da222), and the last entries of the concatenated root must work.
+"""
+
+import pytest
+
+from framework.errors import HostOsError
+from framework.guest.driver import RunFailed
+from framework.guest.isa import GuestException
+from framework.guest.payload import CODE, MAILBOX
+from framework.guest.stage1 import GIB, Stage1
+
+PAGE = 0x1000
+TABLES = 0x2000_0000
+WINDOW = 0xC000_0000
+
+
+def test_first_page(vm, stage2):
+    memory = vm.add_memory(0, PAGE)
+    vm.guest.write(0, 0xF1)
+    assert memory.read(0, 1) == b"\xf1"
+    assert stage2(vm).leaf(0).pa == memory.frame()
+
+
+def test_geometry_is_what_kvm_promises(vm, stage2):
+    """40 bits of IPA, 4 KiB pages: level 1, two concatenated root pages, VMID of the CPU's width."""
+    vm.guest.ping()
+    regime = stage2(vm).regime
+    assert (regime.input_bits, regime.start_level, regime.root_pages) == (40, 1, 2)
+    assert regime.vmid_bits == 8 and 0 < regime.vmid < 256
+
+
+def test_last_page(vm, stage2, known_fault):
+    """The guest reaches the top of the IPA space through its own stage 1: A32 has no other way."""
+    vm.guest.ping()
+    size = stage2(vm).regime.input_size
+    stage1 = Stage1(vm.isa, root=TABLES)
+    stage1.map_block(WINDOW, size - GIB)
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    memory = vm.add_memory(size - PAGE, PAGE)
+    vm.guest.enable_mmu(stage1)
+    vm.guest.write(WINDOW + GIB - 4, 0x1A57)
+    if [exit_.ipa for exit_ in vm.exits] == [(size - 4) & 0xFFFF_FFFF]:
+        known_fault("qemu-system-arm cuts HPFAR to a 32-bit IPA (target_ulong s2addr, until 2025); host a15-wide does not")
+    assert memory.read(PAGE - 4, 4) == b"\x57\x1a\0\0"
+    assert stage2(vm).leaf(size - PAGE).pa == memory.frame()
+
+
+@pytest.mark.parametrize("pages_beyond", [1, 2], ids=["beyond", "across"])
+def test_memslot_beyond_the_space_is_refused(vm, stage2, pages_beyond):
+    vm.guest.ping()
+    size = stage2(vm).regime.input_size
+    with pytest.raises(HostOsError) as refused:
+        vm.add_memory(size - (pages_beyond - 1) * PAGE, pages_beyond * PAGE)
+    assert refused.value.errno in (7, 14, 22), "E2BIG, EFAULT or EINVAL, by version"
+    assert len(stage2(vm).mapped(0, size)) == len(stage2(vm))
+
+
+@pytest.mark.guests("A64")
+def test_access_beyond_the_space_reaches_nothing(vm, stage2):
+    """The first address beyond: an exit or an abort of the guest, never a leaf (A32 cannot form it)."""
+    vm.guest.ping()
+    size = stage2(vm).regime.input_size
+    with pytest.raises((RunFailed, GuestException)):
+        vm.guest.read(size)
+    beyond_the_payload = MAILBOX + PAGE
+    assert stage2(vm).mapped(0, CODE) == []
+    assert stage2(vm).mapped(beyond_the_payload, size - beyond_the_payload) == []

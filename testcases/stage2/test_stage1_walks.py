@@ -1,0 +1,96 @@
+"""The guest's own table walks go through stage 2 too: they fault, are served, and are not writes.
+
+The architecture reports such a fault with S1PTW set. A walk reads its tables, also those in a read-only
+memslot (406504c7b040); a walk into a hole is the guest's own mistake and must come back to it.
+"""
+
+import pytest
+
+from framework.guest.driver import RunFailed
+from framework.guest.isa import GuestException
+from framework.guest.stage1 import Stage1
+from framework.model.memslots import SlotFlags
+
+TABLES = 0x2000_0000
+DATA = 0x8000_0000
+PAGE = 0x1000
+ESR_S1PTW = 1 << 7
+ENOSYS = 38
+
+
+@pytest.fixture
+def stage1(vm):
+    """Identity tables for the guest, their root in a page of its own, not yet written."""
+    return Stage1(vm.isa, root=TABLES)
+
+
+def test_walk_of_a_root_that_is_not_mapped_yet(vm, stage1, stage2, trace):
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    vm.add_memory(DATA, PAGE)
+    with trace("kvm:kvm_guest_fault") as events:
+        vm.guest.enable_mmu(stage1)
+    walks = [e for e in events if e.fields.get("ipa") == TABLES]
+    assert walks and all(e.fields["hsr"] & ESR_S1PTW for e in walks)
+    vm.guest.write(DATA, 5)
+    assert vm.guest.read(DATA) == 5
+    assert stage2(vm).leaf(TABLES).readable
+
+
+def test_walk_of_a_second_level_that_is_not_mapped_yet(vm, stage1, stage2):
+    level2 = TABLES + 0x10_0000
+    stage1.link(DATA, level2)
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    vm.add_memory(level2, PAGE).write(0, Stage1.level2(DATA))
+    vm.add_memory(DATA, PAGE)
+    vm.guest.enable_mmu(stage1)
+    assert stage2(vm).leaf(level2) is None
+    vm.guest.write(DATA, 6)
+    assert stage2(vm).leaf(level2).readable
+    assert stage2(vm).leaf(DATA).writable
+
+
+def test_tables_in_a_read_only_memslot(vm, stage1, stage2, known_fault):
+    """A walk is a read: tables in a read-only memslot serve, and stay unwritable."""
+    level2 = TABLES + 0x10_0000
+    stage1.link(DATA, level2)
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    vm.add_memory(level2, PAGE, flags=SlotFlags.READONLY).write(0, Stage1.level2(DATA))
+    vm.add_memory(DATA, PAGE)
+    vm.guest.enable_mmu(stage1)
+    try:
+        vm.guest.write(DATA, 7)
+    except RunFailed as e:
+        assert e.errno == ENOSYS and stage2(vm).leaf(level2) is None
+        known_fault("a walk of tables in a read-only memslot is taken for a write (mended by 406504c7b040)")
+    assert vm.guest.read(DATA) == 7
+    assert vm.exits == []
+    assert not stage2(vm).leaf(level2).writable
+
+
+def test_walk_into_a_hole_is_the_guests_own_abort(vm, stage1, stage2, known_fault):
+    """The table lies where the guest has no memory: an abort for the guest, no exit, no mapping."""
+    hole = TABLES + 0x10_0000
+    stage1.link(DATA, hole)
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    vm.guest.enable_mmu(stage1)
+    with pytest.raises((GuestException, RunFailed)) as caught:
+        vm.guest.read(DATA)
+    if isinstance(caught.value, RunFailed):
+        assert caught.value.errno == ENOSYS and stage2(vm).leaf(hole) is None
+        known_fault("io_mem_abort() asks for a syndrome before S1PTW, and a walk never has one (5.4)")
+    assert caught.value.kind == "data abort" and caught.value.address == DATA
+    assert vm.exits == []
+    assert stage2(vm).leaf(hole) is None
+
+
+def test_virtual_and_physical_addresses_are_kept_apart(vm, stage1, stage2):
+    """A VA that maps elsewhere: stage 2 holds the IPA, the MMIO exit reports the IPA."""
+    stage1.map_block(0xC000_0000, DATA)
+    vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
+    memory = vm.add_memory(DATA, PAGE)
+    vm.guest.enable_mmu(stage1)
+    vm.guest.write(0xC000_0000, 0x77)
+    assert memory.read(0, 1) == b"\x77"
+    assert stage2(vm).leaf(DATA) is not None and stage2(vm).leaf(0xC000_0000) is None
+    vm.guest.write(0xC000_0000 + 0x10_0004, 1)
+    assert vm.exits[-1].ipa == DATA + 0x10_0004
