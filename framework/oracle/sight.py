@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +18,13 @@ from framework.guest.payload import MAILBOX
 from framework.host.host import Host
 from framework.host.vm import Vm
 from framework.machine.gdb import Gdb
+from framework.machine.machine import connect_gdb
+from framework.machine.ram import Ram
+from framework.machine.rundir import Card
 from framework.model import walk
-from framework.model.regime import HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
+from framework.model.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
+
+from .stage2 import Stage2
 
 _PATIENCE = 5.0
 _POSE = 0.1
@@ -123,3 +129,25 @@ class Sight:
                 with vm.guest.spinning():
                     vm.regime = _until_found(look, f"VM {vm.id}")
         return vm.regime
+
+
+def watch(card: Card, seconds: float) -> list[Stage2]:
+    """The tables of every guest seen inside a CPU of a live machine within ``seconds``, each once.
+
+    Raises MachineError when the machine's gdbstub is taken (by the tests that run on it).
+    """
+    arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
+    ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_base, card.ram_size)
+    gdb = connect_gdb(Path(card.gdb), timeout=5.0)
+    found: dict[int, Stage2] = {}
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            with gdb.pause():
+                for regime in guests_on_cpus(gdb, arch):
+                    found[regime.root] = Stage2(walk.walk(regime, ram))
+            time.sleep(0.01)
+    finally:
+        gdb.close()
+        ram.close()
+    return list(found.values())

@@ -35,6 +35,11 @@ def from_argument(config: HostConfig, what: str) -> Kernel:
     return Kernel(path.name, check_image(path, config.linux_arch))
 
 
+def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[str]) -> Kernel:
+    """Build a source tree for a host into the cache, with ``more`` fragments than its own."""
+    return tree.from_tree(source, config.linux_arch, [*fragments_of(config), *more], patches)
+
+
 def fragments_of(config: HostConfig) -> list[str]:
     """The configuration fragments a kernel for this host is built with."""
     return config.kernel.get("fragments", [f"{config.linux_arch}-virt", "lab"])

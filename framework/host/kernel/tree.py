@@ -81,9 +81,6 @@ def _built(
         build = Build(prepare(work), work / "build", arch, fragment_files(fragments))
         shutil.copy(build.run(), out / "image")
         shutil.copy(work / "build/.config", out / "config")
-        for name in ("System.map", "vmlinux"):
-            if (work / "build" / name).exists():
-                shutil.copy(work / "build" / name, out / name)
         return {"label": label, "version": build.version(), "arch": arch, "fragments": fragments}
 
     return _kernel(cache.obtain("kernels", build_key(arch, fragments, inputs), make))

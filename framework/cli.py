@@ -1,0 +1,178 @@
+"""The command line front door: ``arm-kvm COMMAND``. Every error is one message and an exit code of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from . import cache, config, setup
+from .errors import LabError, NoLiveMachine, SetupError
+from .host.apt import main_archive
+from .host.host import Host
+from .host.kernel import Kernel, obtain
+from .host.kernel.sources import build_for
+from .lab import cache_root, offline
+from .machine import version
+from .machine.rundir import live_machines, run_directory
+from .oracle.sight import watch
+from .terminal import attach
+
+_out = Console(highlight=False)
+_LEAST_DISK = 4 << 30
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def cmd_setup(args: argparse.Namespace) -> int:
+    installed = setup.install()
+    print(f"installed: {' '.join(installed)}" if installed else "all system packages are installed")
+    return 0
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """What this machine has and lacks; exit code 3 when something the tests need is missing."""
+    table = _table("", "what", "for")
+    for need in setup.NEEDS:
+        table.add_row("ok" if need.met else "MISSING", need.program, f"{need.purpose} (package {need.package})")
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    table.add_row("ok" if free > _LEAST_DISK else "LOW", f"{free >> 30} GiB free", f"cache in {root}")
+    try:
+        main_archive()
+        table.add_row("ok", "Debian archive", "configured in apt")
+    except SetupError as e:
+        table.add_row("MISSING", "Debian archive", e.one_line)
+    table.add_row("", "offline" if offline() else "online", "ARM_KVM_OFFLINE")
+    _out.print(table)
+    if lacking := setup.missing():
+        raise SetupError(f"missing packages: {' '.join(lacking)}", remedy="run `arm-kvm setup`")
+    return 0
+
+
+def cmd_hosts(args: argparse.Namespace) -> int:
+    table = _table("host", "board", "kernel", "guests", "can")
+    for name in config.host_names():
+        host = config.find(name)
+        keys = host.kernel
+        kernel = " ".join(str(keys[k]) for k in ("package", "suite", "image", "path") if k in keys)
+        kernel = kernel or Path(keys["url"]).name
+        board = f"{host.board.cpu} x{host.board.cpus}, {host.board.memory >> 20} MiB, {version.of(host.board.qemu)}"
+        table.add_row(name, board, f"{keys['source']}: {kernel}", " ".join(host.guests), " ".join(sorted(host.can)))
+    _out.print(table)
+    return 0
+
+
+def cmd_kernel_list(args: argparse.Namespace) -> int:
+    table = _table("kernel", "version", "size", "image")
+    for entry in cache.entries("kernels"):
+        image, meta = entry.folder / "image", entry.meta
+        label = meta["label"] + (f" [{' '.join(meta['fragments'])}]" if "fragments" in meta else "")
+        table.add_row(label, meta["version"], f"{image.stat().st_size >> 20} MiB", str(image))
+    _out.print(table if table.row_count else "no kernel is cached")
+    return 0
+
+
+def _show(kernel: Kernel) -> int:
+    print(f"{kernel.name}\n{kernel.image}")
+    return 0
+
+
+def cmd_kernel_fetch(args: argparse.Namespace) -> int:
+    return _show(obtain(config.find(args.host)))
+
+
+def cmd_kernel_build(args: argparse.Namespace) -> int:
+    return _show(build_for(config.find(args.host), args.tree, args.patch, args.fragment))
+
+
+def cmd_boot(args: argparse.Namespace) -> int:
+    """Boot a host and hand its console to the person at the terminal."""
+    host_config = config.find(args.host)
+    kernel = obtain(host_config, args.kernel)
+    host = Host.boot(host_config, kernel, run_directory() / "logs", extra="armkvm.shell", ssh_port=args.ssh_port)
+    try:
+        seconds = host.boot_states.reached["agent"]
+        print(f"{host_config.name}: {host.release}, up in {seconds:.1f} s, KVM: {'yes' if host.has_kvm else 'no'}")
+        print(f"shell:  {host.ssh_command}\ntables: arm-kvm stage2 {host_config.name}")
+        print("This is its console; Ctrl-] ends the machine.", flush=True)
+        attach(host.machine.console.take_over(), lambda: host.machine.process.poll() is None)
+    finally:
+        host.shutdown()
+    return 0
+
+
+def cmd_stage2(args: argparse.Namespace) -> int:
+    """The stage-2 tables of the guests that run on a live machine, read from outside."""
+    cards = [card for card in live_machines() if card.host == args.host]
+    if not cards:
+        raise NoLiveMachine(
+            f"no machine of host {args.host!r} is running",
+            remedy=f"start one with `arm-kvm boot {args.host}`, or keep one with pytest --keep",
+        )
+    tables = watch(cards[-1], args.seconds)
+    for stage2 in tables:
+        print(stage2.dump())
+    if not tables:
+        print(f"no guest was seen inside any CPU of {args.host} in {args.seconds:.0f} s")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="arm-kvm", description="A test lab for KVM/ARM, judged from outside the machine.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, text: str, into=commands) -> argparse.ArgumentParser:
+        sub = into.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("setup", cmd_setup, "install the system packages the lab needs (root), or print the line to run")
+    command("doctor", cmd_doctor, "say what this machine has and lacks")
+    command("hosts", cmd_hosts, "list the hosts of configs/hosts")
+    kernel = commands.add_parser("kernel", help="list, fetch and build kernels", description="Kernels and their cache.")
+    actions = kernel.add_subparsers(metavar="ACTION", required=True)
+    command("list", cmd_kernel_list, "list the cached kernels", actions)
+    command("fetch", cmd_kernel_fetch, "fetch (and build) the kernel a host file names", actions).add_argument("host")
+    build = command("build", cmd_kernel_build, "build a source tree for a host, into the cache", actions)
+    build.add_argument("host")
+    build.add_argument("--tree", type=Path, required=True, metavar="DIR", help="a clean kernel source tree")
+    build.add_argument("--patch", type=Path, action="append", default=[], metavar="FILE", help="apply it (repeatable)")
+    build.add_argument("--fragment", action="append", default=[], help="one more of images/kernel (repeatable)")
+    boot = command("boot", cmd_boot, "boot a host: its console here, its ssh line printed")
+    boot.add_argument("host")
+    boot.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
+    boot.add_argument("--ssh-port", type=int, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)")
+    stage2 = command("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
+    stage2.add_argument("host")
+    stage2.add_argument("--seconds", type=float, default=2.0, help="how long to watch the CPUs for guests (default: 2)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except LabError as e:
+        print(f"arm-kvm: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `arm-kvm ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

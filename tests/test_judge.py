@@ -1,0 +1,185 @@
+"""Every verdict on a table that deserves it, and none on one that does not.
+
+Made-up tables in made-up RAM: the judge is pure. The same verdicts on a real kernel's tables are in
+test_verdicts_live.py.
+"""
+
+import numpy as np
+import pytest
+
+from framework.model import descriptors as d
+from framework.model import regime, walk
+from framework.model.memslots import Memslot, SlotFlags
+from framework.oracle import judge
+from framework.oracle.verdicts import Kind, Violation
+
+from .memory import Pages, Table
+
+PAGE = 0x1000
+BLOCK = 2 << 20
+IPA, HVA = 0x8000_0000, 0x1000_0000
+DEVICE_PA = 0x0801_0000
+
+
+class World:
+    """One VM: a stage-2 table, the VMM's own stage 1, and one memslot of 4 MiB."""
+
+    def __init__(self, flags=SlotFlags.NONE):
+        self.ram = Pages(2048)
+        self.stage2 = Table(self.ram, regime.stage2_armv7(self.ram.page(2) | 1 << 48, 0x80003558))
+        self.host = Table(self.ram, regime.stage1_armv7(self.ram.page(), 1 << 31))
+        self.slots = (Memslot(2, IPA, 2 * BLOCK, HVA, flags),)
+        self.frame = self.ram.page(512)
+        self.written = False
+
+    def host_maps(self, page, pa, writable=True):
+        self.host.put(HVA + page * PAGE, 3, pa | 3 | 1 << 10 | (0 if writable else d.ARM_L_PTE_RDONLY))
+
+    def maps(self, page, pa, **kind):
+        return self.stage2.put(IPA + page * PAGE, 3, d.block_or_page(pa, 3, **{"write": True, **kind}))
+
+    def kinds(self):
+        return [finding.kind for finding in self.findings()]
+
+    def findings(self):
+        tables = walk.walk(self.stage2.regime, self.ram)
+        view = judge.look(tables.leaves, self.slots, lambda hvas: walk.translate(self.host.regime, self.ram, hvas))
+        written = np.full(len(view.ipa), self.written)
+        writable = d.linux_arm_writable(view.host_desc)
+        return judge.Case(tables, self.slots, view, writable, written, self.ram).findings()
+
+
+@pytest.fixture
+def world():
+    w = World()
+    w.host_maps(0, w.frame)
+    return w
+
+
+def test_a_right_leaf_is_right(world):
+    world.maps(0, world.frame)
+    assert world.findings() == []
+
+
+def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
+    world.maps(0, world.frame, write=False)
+    assert world.findings() == []
+
+
+def test_other_frame(world):
+    world.maps(0, world.frame + PAGE)
+    (finding,) = world.findings()
+    assert finding.kind is Kind.WRONG_FRAME and finding.ipa == IPA
+    assert f"{world.frame:#x}" in finding.expected and f"{world.frame + PAGE:#x}" in finding.found
+
+
+def test_frame_where_the_host_has_none(world):
+    world.maps(1, world.frame)
+    (finding,) = world.findings()
+    assert finding.kind is Kind.WRONG_FRAME and "the host has no page" in finding.expected
+
+
+def test_writable_where_the_host_is_read_only(world):
+    world.host_maps(0, world.frame, writable=False)
+    world.maps(0, world.frame)
+    (finding,) = world.findings()
+    assert finding.kind is Kind.EXCESS_PERMISSION and " ro at HVA" in finding.expected
+
+
+def test_writable_in_a_read_only_memslot():
+    w = World(SlotFlags.READONLY)
+    w.host_maps(0, w.frame)
+    w.maps(0, w.frame)
+    (finding,) = w.findings()
+    assert finding.kind is Kind.EXCESS_PERMISSION and "read-only" in finding.expected
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_writable_while_clean_in_the_dirty_log(written):
+    w = World(SlotFlags.LOG_DIRTY_PAGES)
+    w.written = written
+    w.host_maps(0, w.frame)
+    w.maps(0, w.frame)
+    assert w.kinds() == ([] if written else [Kind.EXCESS_PERMISSION])
+
+
+def test_outside_every_memslot(world):
+    world.stage2.put(IPA - PAGE, 3, d.block_or_page(world.frame, 3, write=True))
+    assert world.kinds() == [Kind.OUTSIDE_MEMSLOTS]
+
+
+@pytest.mark.parametrize("how", [{"memattr": d.MemAttr.DEVICE_nGnRE}, {"sh": d.Shareability.NON}])
+def test_ram_of_the_wrong_memory_type(world, how):
+    world.maps(0, world.frame, **how)
+    assert world.kinds() == [Kind.WRONG_MEMORY_TYPE]
+
+
+def test_device_is_device_memory_and_never_executable(world):
+    world.host_maps(0, DEVICE_PA)
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
+    assert world.findings() == []
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, execute=True)
+    assert world.kinds() == [Kind.EXCESS_PERMISSION]
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
+    assert world.kinds() == [Kind.WRONG_MEMORY_TYPE]
+
+
+def test_malformed_entry(world):
+    world.ram.store(world.maps(0, world.frame), world.frame | 1)
+    assert world.kinds() == [Kind.MALFORMED_ENTRY]
+
+
+def test_block_is_judged_page_by_page(world):
+    """A block over 512 host pages, one of which is another frame: exactly that page is named."""
+    for page in range(512):
+        world.host_maps(page, world.frame + page * PAGE)
+    world.stage2.put(IPA, 2, d.block_or_page(world.frame, 2, write=True))
+    assert world.findings() == []
+    world.host_maps(77, world.frame + 78 * PAGE)
+    (finding,) = world.findings()
+    assert (finding.kind, finding.ipa, finding.size) == (Kind.WRONG_FRAME, IPA + 77 * PAGE, PAGE)
+
+
+def test_neighbouring_bad_pages_are_one_finding(world):
+    for page in (1, 2, 3, 9):
+        world.maps(page, world.frame)
+    assert [(f.ipa, f.size) for f in world.findings()] == [(IPA + PAGE, 3 * PAGE), (IPA + 9 * PAGE, PAGE)]
+
+
+def test_table_page_with_two_users():
+    one, two = World(), World()
+    two.ram = two.stage2.memory = one.ram
+    two.stage2 = Table(one.ram, regime.stage2_armv7(one.ram.page(2), 0x80003558))
+    one.maps(0, one.frame)
+    shared = one.ram.load(one.stage2.regime.root + 2 * 8)
+    one.ram.store(two.stage2.regime.root + 2 * 8, shared)
+    tables = {name: walk.walk(w.stage2.regime, one.ram) for name, w in (("VM 1", one), ("VM 2", two))}
+    found = judge.shared_tables(tables)
+    assert {f.kind for f in found["VM 1"] + found["VM 2"]} == {Kind.SHARED_TABLE}
+    assert "VM 1, VM 2" in found["VM 1"][0].found
+
+
+def test_table_page_a_guest_can_reach(world):
+    world.maps(0, world.frame)
+    table = d.address(world.ram.load(world.stage2.regime.root + 2 * 8))
+    world.maps(1, table)
+    found = judge.shared_tables({"VM 1": walk.walk(world.stage2.regime, world.ram)})["VM 1"]
+    assert [(f.kind, f.ipa) for f in found] == [(Kind.SHARED_TABLE, IPA + PAGE)]
+
+
+def test_no_table_is_shared_in_a_good_world(world):
+    world.maps(0, world.frame)
+    assert judge.shared_tables({"VM 1": walk.walk(world.stage2.regime, world.ram)}) == {"VM 1": []}
+
+
+def test_the_diff_says_what_a_kernel_developer_needs(world):
+    world.maps(0, world.frame + PAGE)
+    text = str(Violation("stage 2 of VM 1", world.findings(), "Last requests to the agent:\n  > 7 vcpu_run"))
+    for part in ("wrong-frame", f"IPA [{IPA:#x}", "expected", "found", "level 3", "HVA 0x10000000", "> 7 vcpu_run"):
+        assert part in text
+
+
+def test_a_long_list_of_findings_is_cut_with_a_count(world):
+    for page in range(0, 40, 2):
+        world.maps(page + 1, world.frame)
+    assert "... and 12 more" in str(Violation("stage 2", world.findings()))

@@ -1,0 +1,158 @@
+"""Every verdict on a real host: tables corrupted in the machine's RAM, memslots lied about, real splats.
+
+The kernel is healthy; the lab breaks its tables through the gdbstub, sees the verdict, and mends them.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from framework.host.vm import Prot
+from framework.model import descriptors as d
+from framework.model.memslots import SlotFlags
+from framework.oracle import Kind, Violation
+
+IPA = 0x8000_0000
+PAGE = 0x1000
+
+
+@pytest.fixture
+def memory(vm):
+    """64 KiB at IPA, its first eight pages written by the guest."""
+    memory = vm.add_memory(IPA, 16 * PAGE)
+    vm.guest.fill(IPA, 8)
+    return memory
+
+
+@pytest.fixture
+def entry_of(host, oracle):
+    """``entry_of(vm, ipa)``: physical address and value of the entry that maps ``ipa``."""
+
+    def find(vm, ipa):
+        stage2, _ = oracle.examine(vm)
+        desc = stage2.leaf(ipa).desc
+        for page in stage2.tables.pages:
+            words = host.machine.ram.fetch(page + np.arange(512, dtype=np.uint64) * np.uint64(8))
+            if len(at := np.flatnonzero(words == desc)):
+                return int(page) + int(at[0]) * 8, desc
+        raise AssertionError(f"no entry holds {desc:#x}")
+
+    return find
+
+
+@pytest.fixture
+def stored(host):
+    """``with stored(pa, word, then=old):`` the word stands in RAM within the block, ``old`` after it."""
+
+    def write(pa, word):
+        with host.machine.gdb.pause() as gdb:
+            gdb.write_memory(pa, word.to_bytes(8, "little"))
+
+    @contextmanager
+    def store(pa, word, then):
+        write(pa, word)
+        try:
+            yield
+        finally:
+            write(pa, then)
+
+    return store
+
+
+CORRUPTIONS = {
+    Kind.WRONG_FRAME: lambda desc: desc ^ (1 << 13),
+    Kind.WRONG_MEMORY_TYPE: lambda desc: desc & ~(0xF << 2) | d.MemAttr.DEVICE_nGnRE << 2,
+    Kind.MALFORMED_ENTRY: lambda desc: desc & ~2,
+}
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corrupted_leaf_is_caught_under_its_name(vm, memory, oracle, entry_of, stored, kind):
+    pa, desc = entry_of(vm, IPA + 3 * PAGE)
+    with stored(pa, CORRUPTIONS[kind](desc), then=desc):
+        with pytest.raises(Violation) as caught:
+            oracle.stage2(vm)
+        assert caught.value.kinds == {kind}
+        assert caught.value.findings[0].ipa == IPA + 3 * PAGE
+    assert oracle.examine(vm)[1] == []
+
+
+def made_writable(vm, oracle, entry_of, stored, ipa):
+    pa, desc = entry_of(vm, ipa)
+    assert not d.s2_writable(desc)
+    with stored(pa, desc | 1 << 7, then=desc):
+        _, findings = oracle.examine(vm)
+    return [(f.kind, f.ipa, f.expected.partition(" (")[0]) for f in findings]
+
+
+def test_write_permission_in_a_read_only_memslot(vm, oracle, entry_of, stored):
+    vm.add_memory(IPA, PAGE, flags=SlotFlags.READONLY).write(0, b"x")
+    vm.guest.read(IPA)
+    found = made_writable(vm, oracle, entry_of, stored, IPA)
+    assert found == [(Kind.EXCESS_PERMISSION, IPA, "not writable: the memslot is read-only")]
+
+
+def test_write_permission_the_host_does_not_have(vm, memory, oracle, entry_of, stored):
+    memory.protect(Prot.READ)
+    vm.guest.read(IPA)
+    ((kind, ipa, expected),) = made_writable(vm, oracle, entry_of, stored, IPA)
+    assert (kind, ipa) == (Kind.EXCESS_PERMISSION, IPA) and ", ro at HVA" in expected
+
+
+def test_write_permission_on_a_clean_page(vm, memory, oracle, entry_of, stored):
+    vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
+    vm.dirty_pages(IPA)
+    vm.guest.read(IPA)
+    found = made_writable(vm, oracle, entry_of, stored, IPA)
+    assert found == [(Kind.EXCESS_PERMISSION, IPA, "not writable: clean in the dirty log")]
+
+
+def test_a_memslot_that_is_denied(vm, memory, oracle):
+    """The lab is told that the VM has no such memslot: its leaves are then outside every memslot."""
+    truth = vm.slots.copy()
+    del vm.slots[vm.slot_at(IPA).slot]
+    _, findings = oracle.examine(vm)
+    vm.slots = truth
+    assert [(f.kind, f.ipa, f.size) for f in findings] == [(Kind.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
+
+
+def test_a_memslot_that_is_lied_about(vm, memory, oracle):
+    """The lab is told another HVA: every leaf then has the wrong frame."""
+    truth = vm.slots.copy()
+    slot = vm.slot_at(IPA)
+    vm.slots[slot.slot] = replace(slot, hva=slot.hva + PAGE)
+    _, findings = oracle.examine(vm)
+    vm.slots = truth
+    assert {f.kind for f in findings} == {Kind.WRONG_FRAME}
+    assert sum(f.size for f in findings) == 8 * PAGE
+
+
+def test_a_leaf_that_reaches_a_table(vm, memory, oracle, entry_of, stored):
+    pa, desc = entry_of(vm, IPA)
+    table = pa & ~(PAGE - 1)
+    with stored(pa, desc & ~d.ADDRESS | table, then=desc):
+        _, findings = oracle.examine(vm)
+    assert {f.kind for f in findings} == {Kind.SHARED_TABLE, Kind.WRONG_FRAME}
+
+
+def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
+    one, two = make_vm(), make_vm()
+    for vm in (one, two):
+        vm.add_memory(IPA, PAGE)
+        vm.guest.write(IPA, 1)
+        oracle.examine(vm)
+    slots = [vm.regime.root + (IPA >> 30) * 8 for vm in (one, two)]
+    entries = [int(host.machine.ram.fetch(np.array([slot], dtype=np.uint64))[0]) for slot in slots]
+    with stored(slots[1], entries[0], then=entries[1]):
+        assert Kind.SHARED_TABLE in {f.kind for f in oracle.examine(two)[1]}
+    assert oracle.examine(two)[1] == []
+
+
+def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
+    """A record as WARN_ON writes it, put into the real log of the real host."""
+    host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at arch/arm/kvm/mmu.c:1 made_up+0x0/0x4' > /dev/kmsg")
+    (finding,) = oracle.splats()
+    assert finding.kind is Kind.KERNEL_SPLAT and "made_up" in finding.found
+    assert oracle.splats() == []
