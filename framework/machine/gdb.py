@@ -143,16 +143,12 @@ class Gdb:
             raise MachineError(f"gdbstub does not write {len(data)} bytes at {pa:#x}: {answer or 'refused'}")
 
     def close(self) -> None:
-        """Let the machine run and hang up."""
-        try:
-            self.resume()
-            self._ask_detach()
-        except MachineError:
-            pass
+        """Hang up, with the machine running."""
+        if self.stopped:
+            self._ask("D")  # detach, which continues
+            self.stopped = False
         self._sock.close()
 
-    def _ask_detach(self) -> None:
-        if not self.stopped:
-            self.interrupt()
-        self._ask("D")
-        self.stopped = False
+    def abandon(self) -> None:
+        """Let go of a machine that is gone."""
+        self._sock.close()

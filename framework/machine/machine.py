@@ -82,6 +82,7 @@ class Machine:
         self.folder = run_directory() / f"{len(list(run_directory().iterdir()))}"
         self.folder.mkdir()
         self._gdb: Gdb | None = None
+        self._ended = False
         self.ram = Ram.create(board.ram_base, board.memory)
         console, console_end = socket.socketpair()
         qmp, qmp_end = socket.socketpair()
@@ -224,11 +225,14 @@ class Machine:
 
     def kill(self) -> None:
         """End QEMU now. Idempotent; returns when the process is gone."""
+        if self._ended:
+            return
+        self._ended = True
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         if self._gdb is not None:
-            self._gdb._sock.close()
+            self._gdb.abandon()
             self._gdb = None
         if hasattr(self, "_qmp"):
             self._close_qmp()

@@ -139,6 +139,7 @@ def watch(card: Card, seconds: float) -> list[Stage2]:
     arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
     ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_base, card.ram_size)
     gdb = connect_gdb(Path(card.gdb), timeout=5.0)
+    gdb.resume()
     found: dict[int, Stage2] = {}
     deadline = time.monotonic() + seconds
     try:

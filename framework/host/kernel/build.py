@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import BuildFailed, CacheFull, ConfigError, NoKvm, SetupError
+from framework.errors import BuildFailed, CacheFull, ConfigError, LabError, NoKvm, SetupError
 from framework.guardian import Guardian
 from framework.lab import IMAGES
 from framework.progress import note, task
@@ -114,31 +114,29 @@ class Build:
             env=environment, start_new_session=True,
         )  # fmt: skip
         # A build outlives nobody: its whole process group goes when the lab does.
-        guardian = Guardian('kill -9 -- "-$1"', str(process.pid))
+        guardian = Guardian('kill -s KILL -- "-$1"', str(process.pid))
         try:
-            with self._log.open("a") as log, task(title, total, "files") as step:
+            with self._log.open("a", buffering=1) as log, task(title, total, "files") as step:
                 for line in process.stdout:
                     log.write(line)
                     if line.startswith("  ") and line[2:4].strip():
                         step(1, line.split()[-1][-30:])
-            code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
+                if process.wait():
+                    raise self._failure(title)
         finally:
+            if process.poll() is None:  # Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             guardian.cancel()
-        if code:
-            self._fail(title)
 
-    def _fail(self, title: str) -> None:
+    def _failure(self, title: str) -> LabError:
         lines = self._log.read_text(errors="replace").splitlines()
         said = "\n".join(lines[-_TAIL:])
         if "No space left on device" in said:
-            raise CacheFull(
+            return CacheFull(
                 "the disk under the cache is full: the kernel build stopped",
                 remedy="free some space there, or put the cache elsewhere with ARM_KVM_CACHE",
             )
         errors = [line for line in lines if re.search(r"\berror\b|\*\*\*", line, re.I)]
         first = errors[0] if errors else "see below"
-        raise BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=said)
+        return BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=said)

@@ -1,0 +1,24 @@
+"""Fixtures of the framework's own tests."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache for this test alone."""
+    monkeypatch.setenv("ARM_KVM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def arm_kvm():
+    """``arm_kvm("boot", "a15")``: the command line in a process of its own, as a user runs it."""
+
+    def run(*arguments, timeout=120, **how):
+        argv = [sys.executable, "-m", "framework.cli", *map(str, arguments)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **how)
+
+    return run

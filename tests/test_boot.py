@@ -1,0 +1,163 @@
+"""Boots that fail, on real kernels: each under its own name, with the console's last lines."""
+
+import socket
+import time
+from dataclasses import replace
+
+import pytest
+
+from framework import config
+from framework.errors import (
+    AgentError,
+    AgentFault,
+    AgentTimeout,
+    HostLockup,
+    HostOops,
+    HostOsError,
+    HostPanic,
+    HostSilent,
+    QemuDied,
+    SshUnreachable,
+)
+from framework.host import rootfs
+from framework.host.host import Host
+from framework.host.kernel import obtain
+from framework.host.ssh import Ssh
+from framework.machine.rundir import live_machines
+from framework.oracle.sight import watch
+
+ARM64 = config.find("arm64")
+
+
+@pytest.fixture
+def boot(tmp_path):
+    """Boot an arm64 host with words added to its command line."""
+    hosts = []
+
+    def start(extra="", cmdline=ARM64.cmdline, **timeouts):
+        host_config = replace(ARM64, cmdline=cmdline, timeouts=ARM64.timeouts | timeouts)
+        hosts.append(Host.boot(host_config, obtain(ARM64), tmp_path / "logs", extra=extra))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        host.shutdown()
+
+
+def no_machine_of_ours():
+    return [card for card in live_machines() if card.host == "arm64"] == []
+
+
+def test_a_kernel_that_panics_at_boot(boot):
+    with pytest.raises(HostPanic, match="Kernel panic - not syncing") as caught:
+        boot("rdinit=/nonexistent root=/dev/none")
+    for part in ("Last console lines:", "Kernel panic", "QEMU: qemu-system-aarch64", "QEMU's stderr:"):
+        assert part in caught.value.evidence
+    assert no_machine_of_ours()
+
+
+def test_a_host_that_says_nothing(boot):
+    with pytest.raises(HostSilent, match="boot state 'kernel' within 3 s: nothing at all"):
+        boot(cmdline="console=ttyS7", kernel=3.0)
+
+
+def test_a_host_whose_init_never_comes(boot):
+    with pytest.raises(HostSilent, match="boot state 'init' within 5 s") as caught:
+        boot("rdinit=/opt/none init=/bin/sh loglevel=8 initcall_blacklist=populate_rootfs rootdelay=60", init=5.0)
+    assert "timeouts.init" in caught.value.remedy
+
+
+def test_an_ssh_that_never_answers():
+    """A port where somebody listens and nobody speaks."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        key = rootfs.obtain("arm64").client_key
+        with pytest.raises(SshUnreachable, match="does not answer on ssh .* within 1 s") as caught:
+            Ssh.connect(mute.getsockname()[1], key, "", 1.0, lambda: None)
+    assert "timeouts.ssh" in caught.value.remedy
+
+
+def test_a_live_host_and_all_the_ways_it_can_fail(boot):
+    """One boot for all that leaves the host usable, and at the end its panic."""
+    host = boot()
+    assert host.has_kvm and list(host.boot_states.reached) == ["kernel", "init", "network", "ssh", "agent"]
+
+    with pytest.raises(SshUnreachable, match="another ssh key"):
+        Ssh.connect(host.machine.ssh_port, host.rootfs.client_key, "AAAA", 10.0, host.machine.check)
+    with pytest.raises(SshUnreachable, match="`false` failed with status 1"):
+        host.ssh.run("false")
+    with pytest.raises(SshUnreachable, match="did not end within 1 s"):
+        host.ssh.run("sleep 30", timeout=1.0)
+    host.ssh.put(b"to and fro\n", "/tmp/file")
+    assert host.ssh.get("/tmp/file") == b"to and fro\n"
+
+    with pytest.raises(AgentFault) as fault:
+        host.agent("vm_memslot", vm=99, slot=0, ipa=0, size=0, hva=0, flags=0)
+    assert "KeyError: 99" in fault.value.evidence, "the agent's own traceback"
+    with pytest.raises(HostOsError, match="store to memory: EFAULT"):
+        host.agent("memory_write", hva=0x1000, blob=b"x")
+
+    vm = host.create_vm("A64")
+    with vm.guest.spinning():
+        host.machine.release_gdb()
+        (card,) = live_machines()
+        (seen,) = watch(card, 0.5)
+        assert seen.leaf(0x0800_0000).executable and seen.regime.input_bits == 40
+    host.reset()
+
+    with pytest.raises(HostPanic, match="Kernel panic"):
+        host.ssh.run("echo c > /proc/sysrq-trigger", timeout=10.0)
+        host.agent("hello")
+    assert not host.machine.alive
+
+
+def test_an_agent_that_hangs_is_given_up_and_replaced(boot):
+    host = boot()
+    with pytest.raises(AgentTimeout, match="no answer within 1 s"):
+        host.agent("pose", seconds=60.0, deadline=1.0)
+    with pytest.raises(AgentTimeout):
+        host.agent("hello")  # the connection is over: nobody can tell whose answer would come
+    host.vms.append(object())  # makes reset() meet the broken agent
+    with pytest.raises((AttributeError, AgentError)):
+        host.reset()
+
+
+def patch_function(host, name, code):
+    """Overwrite the first instructions of a kernel function in the machine's memory."""
+    line = host.ssh.run(f"grep -w {name} /proc/kallsyms").split()
+    start = next(x for x in host.ssh.run("cat /proc/iomem").splitlines() if "Kernel code" in x)
+    stext = int(host.ssh.run("grep -w _stext /proc/kallsyms").split()[0], 16)
+    pa = int(start.split("-")[0], 16) + int(line[0], 16) - stext
+    with host.machine.gdb.pause() as gdb:
+        gdb.write_memory(pa, code)
+
+
+UDF = bytes(4)
+BRANCH_TO_SELF = bytes.fromhex("00000014")
+
+
+def test_an_oops_is_recognised(boot):
+    host = boot()
+    patch_function(host, "ksys_sync", UDF)
+    with pytest.raises(HostOops, match="oopsed"):
+        host.ssh.run("sync", timeout=10.0)
+        for _ in range(50):
+            host.agent("hello")
+            time.sleep(0.05)
+
+
+def test_a_lock_up_is_recognised(boot):
+    host = boot()
+    patch_function(host, "ksys_sync", BRANCH_TO_SELF)
+    with pytest.raises(HostLockup, match="locked up"):
+        host.ssh.run("sync", timeout=30.0)
+
+
+def test_qemu_that_dies_under_a_request(boot):
+    host = boot()
+    sent = host.agent.send("pose", seconds=5.0)
+    host.machine.process.kill()
+    with pytest.raises(QemuDied, match="signal 9") as caught:
+        host.agent.receive(sent)
+    assert "Last console lines:" in caught.value.evidence

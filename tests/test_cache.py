@@ -1,0 +1,90 @@
+"""The cache: made once whoever asks, nothing half made, a full disk said plainly."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from framework import cache
+from framework.errors import CacheFull
+
+
+def test_key_depends_on_every_input():
+    keys = {cache.key_of(*inputs) for inputs in [("a", "b"), ("ab",), (b"a", b"b"), ("b", "a"), ({"a": 1},), ()]}
+    assert len(keys) == 6
+
+
+def test_made_once_then_found(own_cache):
+    made = []
+
+    def make(out, work):
+        made.append(out)
+        (out / "file").write_text("x")
+        return {"label": "thing"}
+
+    first, second = (cache.obtain("things", "key", make) for _ in range(2))
+    assert first == second and len(made) == 1
+    assert first.meta == {"label": "thing"} and (first.folder / "file").read_text() == "x"
+    assert [entry.folder for entry in cache.entries("things")] == [first.folder]
+
+
+def test_a_failed_entry_leaves_its_work_and_no_result(own_cache):
+    def fail(out, work):
+        (work / "half").write_text("h")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        cache.obtain("things", "key", fail)
+    assert cache.lookup("things", "key") is None
+
+    def resume(out, work):
+        return {"found": (work / "half").read_text()}
+
+    entry = cache.obtain("things", "key", resume)
+    assert entry.meta == {"found": "h"}
+    assert sorted(p.name for p in entry.folder.parent.iterdir()) == ["key", "key.lock"]
+
+
+def _slow_maker(log):
+    def make(out, work):
+        with open(log, "a") as f:
+            f.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        return {}
+
+    cache.obtain("things", "key", make)
+
+
+def test_two_processes_make_it_once(own_cache, tmp_path):
+    log = tmp_path / "makers"
+    both = [multiprocessing.get_context("fork").Process(target=_slow_maker, args=(log,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(20)
+    assert [p.exitcode for p in both] == [0, 0] and len(log.read_text().splitlines()) == 1
+
+
+def test_a_killed_maker_leaves_no_lock(own_cache, tmp_path):
+    log = tmp_path / "makers"
+    process = multiprocessing.get_context("fork").Process(target=_slow_maker, args=(log,))
+    process.start()
+    while not log.exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert cache.lookup("things", "key") is None
+    _slow_maker(log)
+    assert cache.lookup("things", "key") is not None
+
+
+def test_a_full_disk_has_a_message_of_its_own(own_cache):
+    def make(out, work):
+        with open("/dev/full", "w") as full:  # a real ENOSPC, without filling a disk
+            full.write("x")
+
+    with pytest.raises(CacheFull, match="is full") as caught:
+        cache.obtain("things", "key", make)
+    assert "ARM_KVM_CACHE" in caught.value.remedy

@@ -1,0 +1,34 @@
+"""One tree of errors: a distinct exit code for every kind, one message each, nothing bare."""
+
+import framework.errors as errors
+from framework.errors import LabError
+
+
+def kinds():
+    found = [LabError]
+    for kind in found:
+        found += kind.__subclasses__()
+    return found
+
+
+def test_exit_codes_are_distinct():
+    own = [kind for kind in kinds() if "exit_code" in vars(kind)]
+    codes = [kind.exit_code for kind in own]
+    assert len(set(codes)) == len(codes) and 0 not in codes
+
+
+def test_the_drawing_names_every_kind_with_its_code():
+    for kind in kinds():
+        line = next(line for line in errors.__doc__.splitlines() if f" {kind.__name__} " in line or line.strip() == kind.__name__)
+        if "exit_code" in vars(kind) and kind is not LabError:
+            assert f" {kind.exit_code} " in line, line
+
+
+def test_message_remedy_and_evidence_in_one_text():
+    error = LabError("it broke\nin two lines", remedy="mend it", evidence="proof")
+    assert str(error) == "it broke\nin two lines\nRemedy: mend it\nproof"
+    assert error.one_line == "it broke - mend it"
+
+
+def test_a_host_errno_has_its_name():
+    assert str(errors.HostOsError("KVM_RUN", 14)) == "KVM_RUN: EFAULT (Bad address)"

@@ -1,0 +1,152 @@
+"""The machine: real QEMU processes refused, lost, killed; and nothing left behind, however the lab ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from framework import config
+from framework.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
+from framework.machine.board import Boot
+from framework.machine.machine import Logs, Machine
+
+BOARD = config.find("arm64").board
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a machine whose kernel is sixteen bytes of nothing: QEMU does not mind."""
+    machines = []
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bytes(16))
+
+    def make(board=BOARD, **how):
+        machines.append(Machine.start(board, Boot(kernel, kernel, ""), Logs(tmp_path / "logs"), **how))
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.kill()
+
+
+def test_missing_qemu_names_the_remedy(start, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SetupError, match="qemu-system-aarch64 is not installed") as caught:
+        start()
+    assert "arm-kvm setup" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"cpu": "cortex-a99"}, "cortex-a99"), ({"machine": "virt,gic-version=9"}, "gic"), ({"machine": "vrit"}, "machine")],
+)
+def test_a_board_qemu_refuses(start, change, words):
+    with pytest.raises(QemuRefused, match=words) as caught:
+        start(replace(BOARD, **change))
+    assert "QEMU: qemu-system-aarch64 -nodefaults" in caught.value.evidence
+    assert "QEMU's stderr:" in caught.value.evidence
+
+
+def test_a_busy_port(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PortBusy, match="port for ssh is in use"):
+            start(ssh_port=taken.getsockname()[1])
+
+
+def test_the_port_is_free_and_forwarded(start):
+    one, other = start(), start()
+    assert one.ssh_port != other.ssh_port
+    for machine in (one, other):
+        socket.create_connection(("127.0.0.1", machine.ssh_port), timeout=5).close()
+
+
+def test_qemu_that_is_killed_is_reported_with_evidence(start):
+    machine = start()
+    machine.check()
+    os.kill(machine.process.pid, signal.SIGKILL)
+    machine.process.wait()
+    with pytest.raises(QemuDied, match="signal 9") as caught:
+        machine.check()
+    assert "QEMU: qemu-system-aarch64" in caught.value.evidence
+    with pytest.raises(QemuDied):
+        machine.qmp("query-status")
+
+
+def test_qmp_errors_are_typed(start):
+    with pytest.raises(MachineError, match="no-such-command"):
+        start().qmp("no-such-command")
+
+
+def test_ram_and_gdbstub_see_the_same_memory(start):
+    machine = start()
+    pa = BOARD.ram_base + 0x100_0000
+    with machine.gdb.pause() as gdb:
+        gdb.write_memory(pa, b"stage two")
+        assert machine.ram.read(pa, 9) == b"stage two"
+        assert len(gdb.threads) == BOARD.cpus
+        assert gdb.read(0, "VTTBR_EL2") == [0] and gdb.has("VTCR_EL2") and not gdb.has("VTCR_EL9")
+    with pytest.raises(ValueError, match="not RAM"):
+        machine.ram.read(0, 8)
+
+
+def test_stop_and_go_many_times(start):
+    """One packet left in the stream would shift every later answer."""
+    machine = start()
+    for _ in range(50):
+        with machine.gdb.pause() as gdb:
+            assert gdb.read(1, "ID_AA64MMFR0_EL1", "HCR_EL2") == [0x1124, 0]
+
+
+def test_a_machine_belongs_to_the_main_thread(start):
+    """PR_SET_PDEATHSIG fires when the forking thread ends."""
+    import threading
+
+    caught = []
+
+    def other():
+        try:
+            start()
+        except MachineError as e:
+            caught.append(e)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(caught[0])
+
+
+LAB = """
+import sys, time
+from pathlib import Path
+from framework import config
+from framework.machine.board import Boot
+from framework.machine.machine import Logs, Machine
+kernel = Path(sys.argv[1])
+machine = Machine.start(config.find("arm64").board, Boot(kernel, kernel, ""), Logs(kernel.parent / "logs"))
+print(machine.process.pid, machine.folder, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_lab(tmp_path, end):
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bytes(16))
+    lab = subprocess.Popen([sys.executable, "-c", LAB, str(kernel)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid, folder = lab.stdout.readline().split()
+    assert Path(f"/proc/{pid}").exists() and Path(folder).exists()
+    lab.send_signal(end)
+    lab.wait(10)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and (Path(f"/proc/{pid}").exists() or Path(folder).parent.exists()):
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists(), "QEMU is still there"
+    assert not Path(folder).parent.exists(), "the run directory is still there"
