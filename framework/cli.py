@@ -130,7 +130,9 @@ def cmd_stage2(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="arm-kvm", description="A test lab for KVM/ARM, judged from outside the machine.")
+    parser = argparse.ArgumentParser(
+        prog="arm-kvm", description="A test lab for KVM/ARM, judged from outside the machine."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run, text: str, into=commands) -> argparse.ArgumentParser:
@@ -153,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     boot = command("boot", cmd_boot, "boot a host: its console here, its ssh line printed")
     boot.add_argument("host")
     boot.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
-    boot.add_argument("--ssh-port", type=int, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)")
+    boot.add_argument(
+        "--ssh-port", type=int, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
+    )
     stage2 = command("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
     stage2.add_argument("host")
     stage2.add_argument("--seconds", type=float, default=2.0, help="how long to watch the CPUs for guests (default: 2)")

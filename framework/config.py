@@ -24,7 +24,12 @@ _KERNEL = {
     "tarball": ("url", "path", "sha256", "fragments"),
     "tree": ("path", "patches", "fragments"),
 }
-_REQUIRED = {"file": ("image",), "deb": ("package", "suite"), "tarball": ("sha256", "fragments"), "tree": ("path", "fragments")}
+_REQUIRED = {
+    "file": ("image",),
+    "deb": ("package", "suite"),
+    "tarball": ("sha256", "fragments"),
+    "tree": ("path", "fragments"),
+}
 #: Debian's name of the architecture -> the kernel's name, and how to read its registers.
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
 #: What each QEMU can carry: the 64-bit one has the 32-bit boards too.

@@ -14,7 +14,7 @@ class Guardian:
 
     def __init__(self, script: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            ["sh", "-c", f"read -r order; [ -n \"$order\" ] || {{ {script}; }}", "arm-kvm-guardian", *arguments],
+            ["sh", "-c", f'read -r order; [ -n "$order" ] || {{ {script}; }}', "arm-kvm-guardian", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from .pool import Broken, Pool
 
 _POOL = pytest.StashKey[Pool]()
 _SESSION = pytest.StashKey["_HostSession"]()
+_BLAMED = pytest.StashKey[Path]()  # the host file a skip is due to
+_TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
 _DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
 
 
@@ -34,7 +37,9 @@ _DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("arm-kvm", "hosts and kernels to judge")
-    group.addoption("--host", action="append", metavar="NAME", help="a host of configs/hosts, or a host file (repeatable)")
+    group.addoption(
+        "--host", action="append", metavar="NAME", help="a host of configs/hosts, or a host file (repeatable)"
+    )
     group.addoption(
         "--kernel",
         action="append",
@@ -42,15 +47,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="[HOST=]KERNEL",
         help="kernel for the hosts: an image, a source tree, or deb:PACKAGE@SUITE (repeatable with HOST=)",
     )
-    group.addoption("--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had")
-    group.addoption("--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)")
+    group.addoption(
+        "--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had"
+    )
+    group.addoption(
+        "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
+    )
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
 
 def _kernels(values: list[str]) -> dict[str, str]:
     """``--kernel`` values by host; "" for one that names no host."""
     known = host_files.host_names()
-    pairs = [value.split("=", 1) if value.split("=", 1)[0] in known and "=" in value else ["", value] for value in values]
+    pairs = [
+        value.split("=", 1) if value.split("=", 1)[0] in known and "=" in value else ["", value] for value in values
+    ]
     return dict(pairs)
 
 
@@ -86,7 +97,9 @@ def _describe(pool: Pool, name: str) -> str:
     except Broken as e:
         kernel = f"no kernel: {e.cause.message.splitlines()[0]}"
     guests = "/".join(config.guests) or "none"
-    return f"{name}: {version.of(config.board.qemu)}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"
+    return (
+        f"{name}: {version.of(config.board.qemu)}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"
+    )
 
 
 # -- which case runs where --------------------------------------------------------------------------------
@@ -189,6 +202,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     if report.failed:
         item.stash[_FAILED] = True
+    if report.skipped and (host_file := item.stash.get(_BLAMED, None)):
+        # One place for all of a host's skips, so that the summary has one line for them.
+        report.longrepr = (os.path.relpath(host_file), 1, report.longrepr[2])
     return report
 
 
@@ -201,10 +217,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     are destroyed after each.
     """
     pool, name = request.config.stash[_POOL], request.param
-    try:
-        host = pool.host(name)
-    except Broken as e:
-        _unusable(request.config, name, e)
+    host = _host_or_outcome(request.node, pool, name)
     session = _HostSession(host, TestFolder(pool._artifacts, request.node.nodeid))
     request.node.stash[_SESSION] = session
     try:
@@ -213,13 +226,24 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         _leave(request, pool, session)
 
 
-def _unusable(config: pytest.Config, name: str, broken: Broken) -> None:
-    """Skip where a kernel with KVM cannot be had, fail where anything else is wrong."""
-    if isinstance(broken.cause, KernelError) and not config.getoption("--require-kvm"):
-        pytest.skip(f"{name}: {broken.cause.one_line}")
-    first = "could not be used earlier in this run, and is not tried again" if broken.again else "cannot be used"
-    details = broken.cause.one_line if broken.again else str(broken.cause)
-    pytest.fail(f"host {name} {first}: {details}", pytrace=False)
+def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
+    """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
+    try:
+        return pool.host(name)
+    except Broken as e:
+        cause = e.cause
+    config = item.config
+    if isinstance(cause, KernelError) and not config.getoption("--require-kvm"):
+        item.stash[_BLAMED] = pool.configs[name].path
+        pytest.skip(f"{name}: {cause.one_line}")
+    told = config.stash.setdefault(_TOLD, set())
+    if name in told:
+        pytest.fail(
+            f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}",
+            pytrace=False,
+        )
+    told.add(name)
+    pytest.fail(f"host {name} cannot be used: {cause}", pytrace=False)
 
 
 def _leave(request: pytest.FixtureRequest, pool: Pool, session: _HostSession) -> None:

@@ -11,12 +11,11 @@ from .host.kernel import Kernel, obtain
 
 
 class Broken(Exception):
-    """This host cannot be used in this run. ``cause`` is the first error; ``again`` if it was met before."""
+    """This host cannot be used in this run. ``cause`` is the first error met."""
 
-    def __init__(self, cause: LabError, again: bool) -> None:
+    def __init__(self, cause: LabError) -> None:
         super().__init__(str(cause))
         self.cause = cause
-        self.again = again
 
 
 class Pool:
@@ -57,12 +56,12 @@ class Pool:
     def _once(self, name: str, action):
         """Do it, unless something failed for this host before; keep the first error."""
         if name in self._broken:
-            raise Broken(self._broken[name], again=True)
+            raise Broken(self._broken[name])
         try:
             return action()
         except LabError as e:
             self._broken[name] = e
-            raise Broken(e, again=False) from e
+            raise Broken(e) from e
 
     def discard(self, name: str) -> None:
         """End this host's machine; the next test that needs the host gets a fresh one."""

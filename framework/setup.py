@@ -26,7 +26,7 @@ class Need:
         return os.path.exists(self.program) if self.program.startswith("/") else shutil.which(self.program) is not None
 
 
-RUN = (
+NEEDS = (
     Need("qemu-system-arm", "qemu-system-arm", "32-bit boards"),
     Need("qemu-system-aarch64", "qemu-system-arm", "64-bit boards"),
     Need("mmdebstrap", "mmdebstrap", "root file systems"),
@@ -34,8 +34,6 @@ RUN = (
     Need("arm-linux-gnueabi-as", "binutils-arm-linux-gnueabi", "A32 guest payload"),
     Need("aarch64-linux-gnu-as", "binutils-aarch64-linux-gnu", "A64 guest payload"),
     Need("zstd", "zstd", "modules and images of newer Debian kernels"),
-)
-BUILD = (
     Need("arm-linux-gnueabi-gcc", "gcc-arm-linux-gnueabi", "32-bit kernels"),
     Need("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu", "64-bit kernels"),
     Need("gcc", "gcc", "tools of the kernel's build"),
@@ -46,12 +44,11 @@ BUILD = (
     Need("patch", "patch", "patch series"),
     Need("/usr/include/openssl/ssl.h", "libssl-dev", "tools of newer kernels' builds"),
 )
-NEEDS = RUN + BUILD
 
 
-def missing(needs: tuple[Need, ...] = NEEDS) -> list[str]:
+def missing() -> list[str]:
     """Packages that are not installed, each once."""
-    return list(dict.fromkeys(need.package for need in needs if not need.met))
+    return list(dict.fromkeys(need.package for need in NEEDS if not need.met))
 
 
 def install() -> list[str]:

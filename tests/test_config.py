@@ -48,7 +48,11 @@ WRONG = {
     "CPUs not a number": ("cpus: 2", "cpus: two", "'two' is not a number from 1 to 64"),
     "memory": ("memory: 1G", "memory: 1T", "'1T' is not a size like 512M or 1G"),
     "little memory": ("memory: 1G", "memory: 64M", "not between 128M and 64G"),
-    "wrong user space": ("qemu-system-aarch64", "qemu-system-arm", "impossible board: qemu-system-arm does not run arm64"),
+    "wrong user space": (
+        "qemu-system-aarch64",
+        "qemu-system-arm",
+        "impossible board: qemu-system-arm does not run arm64",
+    ),
     "unknown guest": ("[A64, A32]", "[A64, T32]", "'T32' is not known; one of: A32, A64"),
     "list expected": ("[A64, A32]", "A64", "is not a list of names"),
     "unknown time-out": ("guests:", "timeouts: {shs: 3}\nguests:", "unknown key 'shs' in timeouts; did you mean 'ssh'"),

@@ -19,7 +19,11 @@ def test_exit_codes_are_distinct():
 
 def test_the_drawing_names_every_kind_with_its_code():
     for kind in kinds():
-        line = next(line for line in errors.__doc__.splitlines() if f" {kind.__name__} " in line or line.strip() == kind.__name__)
+        line = next(
+            line
+            for line in errors.__doc__.splitlines()
+            if f" {kind.__name__} " in line or line.strip() == kind.__name__
+        )
         if "exit_code" in vars(kind) and kind is not LabError:
             assert f" {kind.exit_code} " in line, line
 

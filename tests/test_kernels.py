@@ -163,7 +163,9 @@ def test_the_configured_tarball_gives_way_to_a_cached_kernel(source, own_cache, 
     with pytest.raises(KernelError, match="not cached"):
         obtain(A15)
     from_argument(A15, str(source))
-    assert obtain(A15).name == "Linux 5.4.999 (tree linux-small), from the cache in place of linux-5.4.302.tar.xz: offline"
+    assert (
+        obtain(A15).name == "Linux 5.4.999 (tree linux-small), from the cache in place of linux-5.4.302.tar.xz: offline"
+    )
 
 
 def test_a_tree_without_kvm_is_said_before_it_is_compiled(source, own_cache):
@@ -208,7 +210,9 @@ BUILDER += "print(from_argument(config.find('a15'), sys.argv[1]).image)"
 
 
 def builder(source):
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_build_once(source, runs):

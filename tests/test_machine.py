@@ -44,7 +44,11 @@ def test_missing_qemu_names_the_remedy(start, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"cpu": "cortex-a99"}, "cortex-a99"), ({"machine": "virt,gic-version=9"}, "gic"), ({"machine": "vrit"}, "machine")],
+    [
+        ({"cpu": "cortex-a99"}, "cortex-a99"),
+        ({"machine": "virt,gic-version=9"}, "gic"),
+        ({"machine": "vrit"}, "machine"),
+    ],
 )
 def test_a_board_qemu_refuses(start, change, words):
     with pytest.raises(QemuRefused, match=words) as caught:
@@ -105,24 +109,6 @@ def test_stop_and_go_many_times(start):
             assert gdb.read(1, "ID_AA64MMFR0_EL1", "HCR_EL2") == [0x1124, 0]
 
 
-def test_a_machine_belongs_to_the_main_thread(start):
-    """PR_SET_PDEATHSIG fires when the forking thread ends."""
-    import threading
-
-    caught = []
-
-    def other():
-        try:
-            start()
-        except MachineError as e:
-            caught.append(e)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert "main thread" in str(caught[0])
-
-
 LAB = """
 import sys, time
 from pathlib import Path
@@ -140,7 +126,9 @@ time.sleep(60)
 def test_nothing_survives_the_lab(tmp_path, end):
     kernel = tmp_path / "kernel"
     kernel.write_bytes(bytes(16))
-    lab = subprocess.Popen([sys.executable, "-c", LAB, str(kernel)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    lab = subprocess.Popen(
+        [sys.executable, "-c", LAB, str(kernel)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     pid, folder = lab.stdout.readline().split()
     assert Path(f"/proc/{pid}").exists() and Path(folder).exists()
     lab.send_signal(end)

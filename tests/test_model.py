@@ -124,7 +124,16 @@ def tables(draw):
 def test_walk_finds_every_leaf_and_nothing_else(made):
     memory, r, expected = made
     found = walk.walk(r, memory)
-    assert dict(zip(found.leaves.ia.tolist(), zip(found.leaves.pa.tolist(), found.leaves.size.tolist()))) == expected
+    assert (
+        dict(
+            zip(
+                found.leaves.ia.tolist(),
+                zip(found.leaves.pa.tolist(), found.leaves.size.tolist(), strict=True),
+                strict=True,
+            )
+        )
+        == expected
+    )
     assert found.leaves.ia.tolist() == sorted(expected) and found.malformed == []
 
 

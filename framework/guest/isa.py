@@ -119,11 +119,7 @@ class Isa:
 
     def default_access(self, size: int, write: bool, signed: bool = False) -> Access:
         """The plain instruction of this size and direction. ValueError when there is none."""
-        widest = [
-            a
-            for a in self.accesses
-            if (a.size, a.write, a.signed, a.syndrome) == (size, write, signed, True)
-        ]
+        widest = [a for a in self.accesses if (a.size, a.write, a.signed, a.syndrome) == (size, write, signed, True)]
         if not widest:
             raise ValueError(f"{self.name} has no {'signed ' if signed else ''}access of {size} bytes")
         return widest[0]

@@ -30,7 +30,13 @@ def archives() -> list[Archive]:
     if shutil.which("apt-get") is None:
         raise SetupError("apt-get is not installed: Debian's packages cannot be had", remedy="use a Debian machine")
     said = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)", "Identifier: Packages"],
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)",
+            "Identifier: Packages",
+        ],
         capture_output=True,
         text=True,
     ).stdout
@@ -104,7 +110,9 @@ class PrivateApt:
         done = self._run("apt-cache", "show", "--no-all-versions", package)
         if done.returncode:
             raise SetupError(f"suite {self._suite!r} has no package {package!r}", evidence=done.stderr.strip())
-        fields = [line.split(":", 1)[1] for line in done.stdout.splitlines() if line.startswith(("Depends:", "Pre-Depends:"))]
+        fields = [
+            line.split(":", 1)[1] for line in done.stdout.splitlines() if line.startswith(("Depends:", "Pre-Depends:"))
+        ]
         return [item.split("|")[0].split("(")[0].split(":")[0].strip() for f in fields for item in f.split(",")]
 
     def download(self, packages: list[str], where: Path) -> list[Path]:

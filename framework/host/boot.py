@@ -1,10 +1,10 @@
 """Boot as a sequence of named states, each with a timeout and an event that only a living host produces.
 
-    kernel   the kernel wrote its first line on the console
-    init     our init runs (images/init says so)
-    network  dropbear listens (images/init says so)
-    ssh      an ssh session is open: the host's key is the pinned one, ours is accepted
-    agent    the agent answered its first request
+kernel   the kernel wrote its first line on the console
+init     our init runs (images/init says so)
+network  dropbear listens (images/init says so)
+ssh      an ssh session is open: the host's key is the pinned one, ours is accepted
+agent    the agent answered its first request
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from .rootfs import AGENT_HOME, Rootfs
 from .ssh import Ssh
 
 _AGENT_COMMAND = f"cd /{AGENT_HOME} && exec python3 -E -S -m agent"
-_CONSOLE_STATES = {"kernel": re.compile(r"."), "init": re.compile(r"^arm-kvm: init"), "network": re.compile(r"^arm-kvm: up")}
+_CONSOLE_STATES = {
+    "kernel": re.compile(r"."),
+    "init": re.compile(r"^arm-kvm: init"),
+    "network": re.compile(r"^arm-kvm: up"),
+}
 
 
 @dataclass

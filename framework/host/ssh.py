@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import paramiko
@@ -14,6 +14,7 @@ from framework.errors import SshUnreachable
 _USER = "root"
 _BANNER_TIMEOUT = 10.0
 _RETRY = 0.05
+_SLICE = 0.2
 #: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
 _CIPHERS = ("aes128-ctr",)
 
@@ -26,9 +27,7 @@ class Ssh:
         self._check = check
 
     @classmethod
-    def connect(
-        cls, port: int, client_key: Path, host_key: str, timeout: float, check: Callable[[], None]
-    ) -> Ssh:
+    def connect(cls, port: int, client_key: Path, host_key: str, timeout: float, check: Callable[[], None]) -> Ssh:
         """Connect to 127.0.0.1:port within ``timeout`` seconds. Raises SshUnreachable."""
         deadline = time.monotonic() + timeout
         last: Exception | None = None
@@ -46,28 +45,38 @@ class Ssh:
 
     def run(self, command: str, timeout: float = 30.0) -> str:
         """Run a shell command; its output. Raises SshUnreachable when it fails or does not end."""
-        channel = self._transport.open_session(timeout=timeout)
-        channel.set_combine_stderr(True)
-        channel.settimeout(timeout)
-        channel.exec_command(command)
-        try:
-            output = b"".join(iter(lambda: channel.recv(65536), b""))
-        except TimeoutError as e:
-            self._check()
-            raise SshUnreachable(f"`{command}` did not end within {timeout:.0f} s") from e
-        if status := channel.recv_exit_status():
-            raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output.decode(errors="replace"))
-        return output.decode(errors="replace")
+        return self._execute(command, b"", timeout)
 
     def put(self, data: bytes, path: str, timeout: float = 30.0) -> None:
         """Write a file on the host."""
-        channel = self._transport.open_session(timeout=timeout)
+        self._execute(f"cat > '{path}'", data, timeout)
+
+    def _execute(self, command: str, data: bytes, timeout: float) -> str:
+        channel = self.open(command)
+        channel.set_combine_stderr(True)
         channel.settimeout(timeout)
-        channel.exec_command(f"cat > '{path}'")
         channel.sendall(data)
         channel.shutdown_write()
+        output = b"".join(self._received(channel, command, timeout)).decode(errors="replace")
         if status := channel.recv_exit_status():
-            raise SshUnreachable(f"cannot write {path} on the host (status {status})")
+            raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output)
+        return output
+
+    def _received(self, channel: paramiko.Channel, command: str, timeout: float) -> Iterator[bytes]:
+        """What the command prints, until it ends; in slices, so that a machine that is lost is noticed."""
+        channel.settimeout(_SLICE)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                data = channel.recv(65536)
+            except TimeoutError as e:
+                self._check()
+                if time.monotonic() > deadline:
+                    raise SshUnreachable(f"`{command}` did not end within {timeout:.0f} s") from e
+                continue
+            if not data:
+                return
+            yield data
 
     def get(self, path: str) -> bytes:
         """Read a file of the host."""

@@ -333,5 +333,3 @@ class Vm:
         self.agent("vm_destroy", vm=self.id)
         for memory in self.memories:
             memory.unmap()
-
-

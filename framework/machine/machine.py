@@ -1,23 +1,20 @@
 """A running board: QEMU's process with everything the lab holds of it.
 
-States: a Machine object exists only while its QEMU was started; :meth:`Machine.check` raises as soon
-as it is lost, with the evidence. QEMU dies with the lab: it carries PR_SET_PDEATHSIG, so it is always
-started from the process's main thread (the signal fires when the forking *thread* ends).
+A Machine object exists only while its QEMU was started; :meth:`Machine.check` raises as soon as it is
+lost, with the evidence. QEMU ends with the lab, however the lab ends: a guardian sees to it. (Not
+PR_SET_PDEATHSIG, which fires when the forking *thread* ends and wants code run between fork and exec.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
-import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuRefused, SetupError
+from framework.guardian import Guardian
 
 from .board import Board, Boot, command_line
 from .console import Console
@@ -32,16 +30,9 @@ from .gdb import Gdb
 from .ram import Ram
 from .rundir import run_directory
 
-_PR_SET_PDEATHSIG = 1
 _START_TIMEOUT = 20.0
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child, before exec: be killed when the lab's main thread ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the lab ended between fork and prctl
-        os._exit(1)
+#: What ends a machine, whether the lab says so or is gone: QEMU's process group, then its folder.
+_END = 'kill -s KILL -- "-$1"; rm -rf -- "$2"'
 
 
 @dataclass(frozen=True)
@@ -89,6 +80,7 @@ class Machine:
         fds = {"ram_fd": self.ram.fd, "console_fd": console_end.fileno(), "qmp_fd": qmp_end.fileno()}
         self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port)
         self.process = self._spawn(list(fds.values()))
+        self._guardian = Guardian(_END, str(self.process.pid), str(self.folder))
         console_end.close()
         qmp_end.close()
         self.console = Console(console, logs.console)
@@ -106,9 +98,6 @@ class Machine:
         return cls(board, boot, logs, ssh_port)
 
     def _spawn(self, fds: list[int]) -> subprocess.Popen:
-        if threading.current_thread() is not threading.main_thread():
-            raise MachineError("machines are started from the main thread: they die with the thread that forks")
-        lab = os.getpid()
         with self.logs.stderr.open("wb") as stderr:
             return subprocess.Popen(
                 self.argv,
@@ -116,8 +105,7 @@ class Machine:
                 stdout=stderr,
                 stderr=stderr,
                 pass_fds=fds,
-                start_new_session=True,  # Ctrl-C is the lab's to handle
-                preexec_fn=lambda: _die_with_parent(lab),
+                start_new_session=True,  # Ctrl-C is the lab's to handle, and the group is QEMU's own
             )
 
     # -- QMP -------------------------------------------------------------------------------------
@@ -228,9 +216,8 @@ class Machine:
         if self._ended:
             return
         self._ended = True
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self._guardian.fire()
+        self.process.wait()
         if self._gdb is not None:
             self._gdb.abandon()
             self._gdb = None
@@ -240,13 +227,10 @@ class Machine:
             self.console.poll()
             self.console.close()
         self.ram.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _close_qmp(self) -> None:
-        try:
+        with suppress(QMPError, OSError, EOFError):  # the peer is gone, which is what was wanted
             self._qmp.close()
-        except (QMPError, OSError, EOFError):
-            pass  # the peer is gone, which is what was wanted
 
 
 def connect_gdb(path: Path, timeout: float = 10.0) -> Gdb:

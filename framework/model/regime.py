@@ -178,6 +178,4 @@ class Architecture:
 
 
 ARMV7 = Architecture("armv7", "VTTBR", "VTCR", "HCR", stage2_armv7, stage1_armv7, linux_arm_writable)
-ARMV8 = Architecture(
-    "armv8", "VTTBR_EL2", "VTCR_EL2", "HCR_EL2", stage2_armv8, stage1_armv8, linux_arm64_writable
-)
+ARMV8 = Architecture("armv8", "VTTBR_EL2", "VTCR_EL2", "HCR_EL2", stage2_armv8, stage1_armv8, linux_arm64_writable)

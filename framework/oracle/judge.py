@@ -146,7 +146,9 @@ class Case:
             return []
         runs = np.split(at, np.flatnonzero(np.diff(self.view.ipa[at]) != _PAGE) + 1)
         return [
-            Finding(kind, int(self.view.ipa[run[0]]), len(run) * d.PAGE_SIZE, expected(run[0]), self._found_words(run[0]))
+            Finding(
+                kind, int(self.view.ipa[run[0]]), len(run) * d.PAGE_SIZE, expected(run[0]), self._found_words(run[0])
+            )
             for run in runs
         ]
 

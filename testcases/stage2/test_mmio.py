@@ -58,7 +58,7 @@ def test_sign_extending_loads(vm, isa, known_fault, top_bit):
     if lost_their_sign:
         known_fault(
             f"{', '.join(lost_their_sign)}: the sign is masked off again after the extension, by "
-            "vcpu_data_host_to_guest() (since b30070862edb; \"KVM: arm64: Fix sign-extension of MMIO loads\", 2026)"
+            'vcpu_data_host_to_guest() (since b30070862edb; "KVM: arm64: Fix sign-extension of MMIO loads", 2026)'
         )
 
 

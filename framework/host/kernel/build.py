@@ -32,7 +32,9 @@ class Toolchain:
         """First line of the compiler's --version: an input of every build. Raises SetupError."""
         for program in (f"{self.prefix}gcc", "make", "flex", "bison", "bc"):
             if shutil.which(program) is None:
-                raise SetupError(f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup --build`")
+                raise SetupError(
+                    f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup --build`"
+                )
         return subprocess.run([f"{self.prefix}gcc", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 

@@ -42,7 +42,10 @@ def _fetch(url: str, partial: Path) -> None:
         resumed = answer.status == 206
         length = int(answer.headers.get("Content-Length", 0))
         done = have if resumed else 0
-        with partial.open("ab" if resumed else "wb") as out, task(f"download {Path(urlsplit(url).path).name}", done + length, "bytes") as step:
+        with (
+            partial.open("ab" if resumed else "wb") as out,
+            task(f"download {Path(urlsplit(url).path).name}", done + length, "bytes") as step,
+        ):
             step(done)
             while chunk := answer.read(_CHUNK):
                 out.write(chunk)

@@ -50,6 +50,7 @@ def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) 
     def prepare(work: Path) -> Path:
         return _patched(tree, patches, work) if patches else tree
 
+    fragment_files(fragments)  # a wrong name is said before the tree is read
     inputs = [fingerprint(tree, arch), *(_read_patch(p) for p in patches)]
     label = f"tree {tree.name}" + (f" + {len(patches)} patches" if patches else "")
     return _built(label, arch, fragments, inputs, prepare)

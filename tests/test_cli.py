@@ -1,0 +1,88 @@
+"""The command line as a user meets it: every mistake one message and an exit code of its own, no traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from framework import config, setup
+from framework.errors import ConfigError, KernelError, NoLiveMachine, SetupError
+
+COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(arm_kvm, command):
+    done = arm_kvm(*command.split(), "--help")
+    assert done.returncode == 0 and "usage: arm-kvm" in done.stdout
+
+
+MISTAKES = {
+    "unknown host": (["boot", "a16"], ConfigError, "did you mean 'a15'"),
+    "no such kernel": (["boot", "arm64", "--kernel", "/none/Image"], KernelError, "cannot read the kernel"),
+    "kernel of the wrong kind": (["boot", "arm64", "--kernel", sys.executable], KernelError, "not an Arm kernel"),
+    "nothing runs": (["stage2", "a15-debian"], NoLiveMachine, "arm-kvm boot a15-debian"),
+    "not a tree": (["kernel", "build", "a15", "--tree", "/proc"], KernelError, "not a kernel source tree"),
+    "no fragment": (
+        ["kernel", "build", "a15", "--tree", "/proc", "--fragment", "debgu"],
+        ConfigError,
+        "there are: arm-virt",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_message_and_its_own_exit_code(arm_kvm, mistake):
+    arguments, error, words = MISTAKES[mistake]
+    done = arm_kvm(*arguments)
+    assert done.returncode == error.exit_code
+    assert words in done.stderr and done.stderr.startswith("arm-kvm: ") and "Traceback" not in done.stderr
+
+
+def test_hosts_lists_every_host_file(arm_kvm):
+    said = arm_kvm("hosts").stdout
+    assert all(name in said for name in config.host_names())
+
+
+def test_doctor_names_what_is_missing(arm_kvm, tmp_path):
+    done = arm_kvm("doctor", env=os.environ | {"PATH": str(tmp_path)})
+    assert done.returncode == SetupError.exit_code
+    assert "missing packages: qemu-system-arm" in done.stderr and "arm-kvm setup" in done.stderr
+
+
+def test_setup_tells_a_plain_user_the_exact_line(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(setup, "NEEDS", (setup.Need("no-such-program", "some-package", "a test"),))
+    with pytest.raises(SetupError) as caught:
+        setup.install()
+    line = "apt-get update && apt-get install -y --no-install-recommends some-package"
+    assert caught.value.remedy == f"run as root: {line}"
+
+
+def test_setup_does_nothing_twice(arm_kvm):
+    done = arm_kvm("setup")
+    assert done.returncode == 0 and "all system packages are installed" in done.stdout
+
+
+def test_boot_gives_console_ssh_and_tables(arm_kvm, tmp_path):
+    """The tour of the README: boot a host, reach it over the printed line, look at its tables, end it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "framework.cli", "boot", "arm64"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        first = [process.stdout.readline() for _ in range(4)]
+        assert re.search(r"^arm64: .* up in \d+\.\d s, KVM: yes", first[0])
+        assert first[1].startswith("shell:  ssh ") and "-p " in first[1]
+        watched = arm_kvm("stage2", "arm64", "--seconds", "0.2")
+        assert watched.returncode == 0 and "no guest was seen" in watched.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    assert process.returncode == 130
+    time.sleep(0.1)
+    assert arm_kvm("stage2", "arm64").returncode == NoLiveMachine.exit_code

@@ -1,0 +1,220 @@
+"""The pytest front door, run as its users run it: skips, failures, artifacts, kept machines.
+
+Each test runs pytest in a process of its own, on a small suite, on real hosts.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from framework.lab import CONFIGS, ROOT
+from framework.machine.rundir import live_machines
+
+PASSING = """
+def test_vm_runs(vm, stage2):
+    vm.add_memory(0x80000000, 0x1000)
+    vm.guest.write(0x80000000, 1)
+    assert stage2(vm).leaf(0x80000000).writable
+"""
+
+
+class Run:
+    """Runs pytest on ``suite`` with the plugin and nothing of this repository's own options."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def argv(self, suite, *options):
+        (self.folder / "test_suite.py").write_text(suite)
+        (self.folder / "pytest.ini").write_text("[pytest]\naddopts = -ra --tb=short -p no:logging\n")
+        plain = ["-p", "framework.plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
+        return [sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
+
+    def start(self, suite, *options, **environment):
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(self.argv(suite, *options), cwd=self.folder, env=env, **how)
+
+    def __call__(self, suite, *options, **environment):
+        process = self.start(suite, *options, **environment)
+        said, _ = process.communicate(timeout=120)
+        return process.returncode, said
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+@pytest.fixture
+def empty_cache(tmp_path):
+    return {"ARM_KVM_CACHE": str(tmp_path / "cache"), "ARM_KVM_OFFLINE": "1"}
+
+
+def test_the_header_names_qemu_kernel_and_guests(run):
+    code, said = run(PASSING, "--host", "arm64")
+    assert code == 0 and "2 passed" in said
+    assert re.search(r"arm64: QEMU [\d.]+, cortex-a57 x2; Linux 6\.1\S* \(Debian .*\); guests A64/A32", said)
+
+
+def test_a_kernel_that_cannot_be_had_is_one_plain_skip(run, empty_cache):
+    suite = PASSING + PASSING.replace("test_vm_runs", "test_again")
+    code, said = run(suite, "--host", "a15", **empty_cache)
+    assert code == 0 and "2 skipped" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("SKIPPED")]
+    assert "[2]" in line and "a15: linux-5.4.302.tar.xz is not cached" in line and "--kernel PATH" in line
+
+
+def test_require_kvm_makes_it_a_failure(run, empty_cache):
+    code, said = run(PASSING, "--host", "a15", "--require-kvm", **empty_cache)
+    assert code == 1 and "1 error" in said
+    assert "host a15 cannot be used: linux-5.4.302.tar.xz is not cached" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_given_kernel_without_kvm(run, tmp_path, strict):
+    """The kernel boots on the A15, starts in HYP mode and has no KVM: the same as one that cannot be had."""
+    text = (CONFIGS / "hosts/a15-debian.yaml").read_text()
+    (tmp_path / "a15x.yaml").write_text(text.replace("can: [a15]\nguests: []", "can: [kvm, a15]\nguests: [A32]"))
+    code, said = run(PASSING, "--host", "a15x.yaml", *(["--require-kvm"] if strict else []))
+    assert code == (1 if strict else 0)
+    assert "boots but has no KVM in it" in said and "--kernel PATH" in said
+    assert ("1 error" if strict else "1 skipped") in said
+
+
+def test_a_failed_boot_is_not_tried_again(run, tmp_path):
+    text = (CONFIGS / "hosts/arm64.yaml").read_text()
+    (tmp_path / "sick.yaml").write_text(text.replace("nokaslr", "nokaslr rdinit=/none root=/dev/none"))
+    suite = PASSING + PASSING.replace("test_vm_runs", "test_again")
+    code, said = run(suite, "--host", "sick.yaml")
+    assert code == 1 and "4 errors" in said
+    assert said.count("Last console lines:") == 1
+    assert said.count("could not be used earlier in this run, and is not tried again: the host's kernel panicked") == 3
+    assert len(list((tmp_path / "artifacts/hosts").iterdir())) == 1, "one boot"
+
+
+PANIC = """
+def test_panic(host, isa):
+    host.ssh.run("echo c > /proc/sysrq-trigger", timeout=20)
+"""
+
+
+def test_a_panic_fails_its_test_and_the_next_gets_a_fresh_host(run, tmp_path):
+    code, said = run(PANIC + PASSING, "--host", "arm64", "-k", "A64")
+    assert code == 1 and "1 failed, 1 passed" in said
+    assert "HostPanic: the host's kernel panicked" in said and "sysrq triggered crash" in said
+    (folder,) = (tmp_path / "artifacts").glob("**/test_suite.test_panic*")
+    assert "Kernel panic" in (folder / "console.log").read_text()
+    assert (
+        "HostPanic" not in (folder / "lost.txt").read_text()
+        and "Last console lines" in (folder / "lost.txt").read_text()
+    )
+
+
+SPLAT = """
+def test_splat(host, isa):
+    host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
+"""
+
+
+def test_a_splat_fails_the_test_that_caused_it(run):
+    code, said = run(SPLAT + PASSING, "--host", "arm64", "-k", "A64")
+    assert code == 1 and "1 failed, 1 passed" in said
+    assert "kernel-splat" in said and "mm/made_up.c" in said
+
+
+LIE = """
+from dataclasses import replace
+
+def test_lie(vm):
+    vm.add_memory(0x80000000, 0x1000)
+    vm.guest.write(0x80000000, 1)
+    slot = vm.slot_at(0x80000000)
+    vm.slots[slot.slot] = replace(slot, ipa=0x90000000)
+"""
+
+
+def test_a_violation_after_the_test_fails_it_with_the_diff(run):
+    code, said = run(LIE, "--host", "arm64", "-k", "A64")
+    assert code == 1 and "1 failed" in said
+    assert re.search(r"outside-memslots\s+IPA \[0x80000000, 0x80001000\)", said)
+    assert "expected  nothing mapped: no memslot here" in said
+
+
+def test_artifacts_of_a_test_are_in_one_folder_and_in_junit(run, tmp_path):
+    code, _ = run(PASSING, "--host", "arm64", "-k", "A64", "--junitxml", "junit.xml")
+    assert code == 0
+    (folder,) = (tmp_path / "artifacts").glob("**/test_suite.test_vm_runs*")
+    names = {path.name for path in folder.iterdir()}
+    assert {"agent.log", "stage2-1.txt"} <= names
+    assert "IPA [0x0080000000, 0x0080001000)" in (folder / "stage2-1.txt").read_text()
+    attached = {p.get("value") for p in ET.parse(tmp_path / "junit.xml").iter("property")}
+    assert {str(path) for path in folder.iterdir()} <= attached
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--host", "arm46"], "did you mean 'arm64'"), (["--host", "none.yaml"], "No such file")],
+)
+def test_a_wrong_option_is_a_usage_error(run, options, words):
+    code, said = run(PASSING, *options)
+    assert code == 4 and words in said and "Traceback" not in said
+
+
+FAILING = """
+def test_fails(vm):
+    vm.guest.ping()
+    assert False
+"""
+
+
+def test_keep_leaves_the_machine_until_ctrl_c(run, tmp_path):
+    process = run.start(FAILING, "--host", "arm64", "-k", "A64", "--keep")
+    try:
+        for line in process.stdout:
+            if "Ctrl-C ends it" in line:
+                break
+            if line.strip().startswith("shell:"):
+                shell = line.split("shell:")[1].split()
+        (card,) = [c for c in live_machines() if c.lab_pid == process.pid]
+        assert shell == card.ssh.split()
+    finally:
+        process.send_signal(signal.SIGINT)
+        code = process.wait(20)
+    assert code == 1
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{card.qemu_pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{card.qemu_pid}").exists()
+
+
+SLOW = """
+import time
+
+def test_slow(vm):
+    print("ready", flush=True)
+    vm.guest.ping()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_is_left_when_pytest_is_ended(run, tmp_path, end):
+    process = run.start(SLOW, "--host", "arm64", "-k", "A64", "-s")
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    (card,) = [c for c in live_machines() if c.lab_pid == process.pid]
+    process.send_signal(end)
+    process.wait(20)
+    deadline = time.monotonic() + 5
+    left = [Path(f"/proc/{card.qemu_pid}"), Path(card.gdb).parent.parent]
+    while any(path.exists() for path in left) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(path.exists() for path in left)
