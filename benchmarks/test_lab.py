@@ -1,0 +1,66 @@
+"""How fast the lab is: cold boot, an MMIO exit, a verdict. `tox -e bench`; no figure here decides a test.
+
+Each benchmark measures what a user waits for, on a real host; medians are what the README quotes.
+"""
+
+import pytest
+
+from framework import config
+from framework.errors import LabError
+from framework.host.host import Host
+from framework.host.kernel import obtain
+
+IPA = 0x8000_0000
+
+
+@pytest.mark.parametrize("name", ["a15", "arm64"])
+def test_cold_boot_to_first_agent_answer(benchmark, tmp_path, name):
+    """QEMU start to the agent's first answer; kernel and root file system are cached."""
+    host_config = config.find(name)
+    try:
+        kernel = obtain(host_config)
+    except LabError as e:
+        pytest.skip(e.one_line)
+    hosts = []
+
+    def boot():
+        hosts.append(Host.boot(host_config, kernel, tmp_path / "logs"))
+
+    def end():
+        while hosts:
+            hosts.pop().shutdown()
+
+    boot()  # the first boot of a root file system also compiles the agent
+    end()
+    benchmark.pedantic(boot, rounds=7, teardown=end)
+
+
+@pytest.mark.native
+def test_mmio_exit_round_trip(benchmark, host, vm):
+    """Guest, KVM, user space and back: 1,000 doorbells rung inside the agent, no ssh in between."""
+    vm.guest.ping()
+    exits = 1000
+
+    def ring():
+        return host.agent("vcpu_measure_mmio", vm=vm.id, vcpu=0, exits=exits, deadline=60)
+
+    result = benchmark.pedantic(ring, rounds=5)
+    benchmark.extra_info["microseconds_per_exit"] = round(result["seconds"] * 1e6, 1)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("leaves", [4096, 65536])
+def test_stop_read_walk_judge_continue(benchmark, vm, stage2, leaves):
+    """The machine stopped, both sides read, every leaf judged, the machine running again."""
+    vm.add_memory(IPA, leaves * 0x1000)
+    vm.guest.fill(IPA, leaves)
+    assert len(stage2(vm)) == leaves + 2
+    benchmark.pedantic(stage2, args=(vm,), rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.native
+def test_one_guest_order(benchmark, vm):
+    """A read by the guest as a test case commands it: over ssh, through the agent, into the guest and back."""
+    vm.add_memory(IPA, 0x1000)
+    vm.guest.read(IPA)
+    benchmark.pedantic(vm.guest.read, args=(IPA,), rounds=50)
