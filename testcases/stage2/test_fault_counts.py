@@ -35,15 +35,17 @@ def test_second_access_does_not_fault(vm, stage2, trace):
     assert len(stage2(vm).mapped(IPA, memory.size)) == 32
 
 
-def test_read_then_write_faults_once_per_change(vm, stage2, trace):
-    """Twice where the read gave the shared zero page, once where it gave a writable frame at once."""
+def test_read_then_write_faults_no_more_than_the_host_changes(vm, stage2, trace):
+    """Once if the read gave a writable frame. Else again for the write; and once more if breaking copy on
+    write called KVM's own notifier under the fault, which then starts over (mmu_notifier_retry)."""
     vm.add_memory(IPA, PAGE)
     vm.guest.ping()
     with trace("kvm:kvm_guest_fault") as events:
         vm.guest.read(IPA)
         was_writable = stage2(vm).leaf(IPA).writable
         vm.guest.write(IPA, 1)
-    assert faults(events, IPA, PAGE) == [IPA] * (1 if was_writable else 2)
+    seen = faults(events, IPA, PAGE)
+    assert set(seen) == {IPA} and len(seen) in ((1,) if was_writable else (2, 3))
 
 
 def test_far_apart_pages_need_tables_of_their_own(vm, stage2):
