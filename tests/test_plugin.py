@@ -168,6 +168,15 @@ def test_a_wrong_option_is_a_usage_error(run, options, words):
     assert code == 4 and words in said and "Traceback" not in said
 
 
+def test_a_kernel_elsewhere_on_the_disk_is_not_a_test_path(tmp_path):
+    """`--kernel PATH` and `--artifacts DIR` of things that exist, as `tox -e arm-kvm --` passes them."""
+    (tmp_path / "zImage").write_bytes(b"not a kernel")
+    argv = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--collect-only", "-q"]
+    argv += ["--host", "arm64", "--kernel", str(tmp_path / "zImage"), "--artifacts", str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "testcases/stage2/test_mmio.py::" in done.stdout, done.stderr
+
+
 FAILING = """
 def test_fails(vm):
     vm.guest.ping()
