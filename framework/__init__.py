@@ -6,6 +6,7 @@ The rooms, and the one way imports run between them::
                             ->  guest
                             ->  model          (imports nothing)
 
-``agent`` is the exception that proves the rule: it is imported by nobody here, it is
-copied into the host's root file system and runs there on the standard library alone.
+``agent`` runs inside the host, on the standard library alone: it is copied into the root file
+system, and only its wire format is used on this side. ``errors``, ``cache``, ``progress``,
+``guardian``, ``lab`` and ``config`` serve all rooms but the model.
 """

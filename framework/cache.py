@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import CacheFull
+from .errors import CacheFull, CacheUnusable
 from .lab import cache_root
 from .progress import note
 
@@ -39,10 +39,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk into CacheFull."""
+    """Turn a full disk into CacheFull and a forbidden one into CacheUnusable."""
     try:
         yield
     except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise CacheUnusable(
+                f"cannot write {e.filename or where}: {e.strerror}",
+                remedy="see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
+            ) from e
         if e.errno not in FULL:
             raise
         free = shutil.disk_usage(where).free >> 20 if where.exists() else 0

@@ -46,7 +46,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     for need in setup.NEEDS:
         table.add_row("ok" if need.met else "MISSING", need.program, f"{need.purpose} (package {need.package})")
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
+    with cache.disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     table.add_row("ok" if free > _LEAST_DISK else "LOW", f"{free >> 30} GiB free", f"cache in {root}")
     try:
@@ -176,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `arm-kvm ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        print(f"arm-kvm: {e}", file=sys.stderr)
+        return LabError.exit_code
 
 
 if __name__ == "__main__":

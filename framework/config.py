@@ -77,7 +77,10 @@ class _Node:
         self._lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
         self._children = {key.value: value for key, value in node.value}
         self._here = node.start_mark.line + 1
-        self.values = yaml.SafeLoader("").construct_document(node)
+        try:
+            self.values = yaml.SafeLoader("").construct_document(node)
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path}:{self._here}: {what}: {getattr(e, 'problem', e)}") from e
 
     def wrong(self, key: str, message: str) -> ConfigError:
         return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")
@@ -97,7 +100,7 @@ class _Node:
 
     def one_of(self, key: str, choices) -> str:
         value = self.values[key]
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             near = difflib.get_close_matches(str(value), list(choices), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
             raise self.wrong(key, f"{key}: {value!r} is not known; {hint}")
@@ -155,11 +158,16 @@ def _kernel(node: _Node) -> dict:
         raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(_KERNEL)})")
     source = node.one_of("source", _KERNEL)
     node.check_keys(("source", *_KERNEL[source]), _REQUIRED[source])
-    for key in ("fragments", "modules", "patches"):
-        node.names(key)
+    for key in node.values:
+        if key in ("fragments", "modules", "patches"):
+            node.names(key)
+        else:
+            node.text(key)
+    if source == "tarball" and not re.fullmatch(r"[0-9a-f]{64}", node.values["sha256"].lower()):
+        raise node.wrong("sha256", "sha256: not the 64 hexadecimal digits of a checksum")
     if source == "tarball" and ("url" in node.values) == ("path" in node.values):
         raise node.wrong("source", "a tarball kernel has either a url or a path")
-    return dict(node.values)
+    return dict(node.values) | ({"sha256": node.values["sha256"].lower()} if source == "tarball" else {})
 
 
 def load(path: Path) -> HostConfig:
@@ -194,7 +202,7 @@ def load(path: Path) -> HostConfig:
         board=board,
         kernel=_kernel(top.child("kernel", "kernel")),
         rootfs=rootfs,
-        cmdline=top.values.get("cmdline", ""),
+        cmdline=top.text("cmdline") if "cmdline" in top.values else "",
         can=frozenset(can),
         guests=tuple(top.names("guests")),
         timeouts=timeouts,

@@ -13,6 +13,7 @@
      |    +-- NoKvm           9    ... because it boots, but has no KVM in it
      +-- RootfsError         10  the root file system cannot be made
      +-- CacheFull           11  the disk under the cache is full
+     +-- CacheUnusable       25  the cache cannot be written
      +-- MachineError        12  QEMU itself
      |    +-- QemuRefused    13    ... did not accept the board
      |    +-- PortBusy       14    ... could not have the port for ssh
@@ -103,6 +104,10 @@ class RootfsError(LabError):
 
 class CacheFull(LabError):
     exit_code = 11
+
+
+class CacheUnusable(LabError):
+    exit_code = 25
 
 
 class MachineError(LabError):

@@ -18,5 +18,5 @@ def offline() -> bool:
 def cache_root() -> Path:
     """ARM_KVM_CACHE, else the user's cache folder (XDG base directory specification)."""
     if chosen := os.environ.get("ARM_KVM_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arm-kvm"

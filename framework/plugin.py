@@ -15,7 +15,7 @@ import pytest
 
 from . import config as host_files
 from .artifacts import TestFolder
-from .errors import KernelError, LabError
+from .errors import ConfigError, KernelError, LabError
 from .host.host import Host
 from .host.vm import Vm
 from .machine import version
@@ -56,23 +56,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
 
-def _kernels(values: list[str]) -> dict[str, str]:
-    """``--kernel`` values by host; "" for one that names no host."""
-    known = host_files.host_names()
-    pairs = [
-        value.split("=", 1) if value.split("=", 1)[0] in known and "=" in value else ["", value] for value in values
-    ]
-    return dict(pairs)
+def _kernels(values: list[str], hosts: list[str]) -> dict[str, str]:
+    """``--kernel`` values by host; "" for the one that names no host. Raises ConfigError."""
+    kernels: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        known = equals and (name in hosts or name in host_files.host_names())
+        name, what = (name, rest) if known else ("", value)
+        if known and name not in hosts:
+            raise ConfigError(f"--kernel {value}: host {name} does not run; hosts of this run: {', '.join(hosts)}")
+        if name in kernels:
+            raise ConfigError(f"--kernel {value}: {name or 'every host'} has a kernel already: {kernels[name]}")
+        kernels[name] = what
+    return kernels
 
 
 def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("--host") or list(_DEFAULT_HOSTS)
     try:
         hosts = [host_files.find(name) for name in dict.fromkeys(names)]
+        kernels = _kernels(config.getoption("--kernel"), [host.name for host in hosts])
     except LabError as e:
         raise pytest.UsageError(str(e)) from e
     artifacts = Path(config.getoption("--artifacts")).absolute()
-    config.stash[_POOL] = Pool(hosts, _kernels(config.getoption("--kernel")), artifacts)
+    config.stash[_POOL] = Pool(hosts, kernels, artifacts)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -165,7 +172,7 @@ class _HostSession:
         """Every VM of the test that has run, and the kernel's log."""
         findings = []
         for vm in self.host.vms:
-            if vm.alive and vm.guest.entered:
+            if vm.alive and any(guest.entered for guest in vm.guests):
                 stage2, found = self.oracle.examine(vm)
                 self.folder.write(f"stage2-{vm.id}.txt", stage2.dump())
                 findings += found
@@ -175,23 +182,47 @@ class _HostSession:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """Judge the host after the test's own assertions: a test passes only on a kernel that kept its contract."""
+    session = item.stash.get(_SESSION, None)
     try:
         result = yield
-    except BaseException:
-        with suppress(Exception):  # for the artifacts; the test's own failure is the one to show
-            _judged(item)
+    except (Exception, pytest.fail.Exception) as e:
+        if session is not None and not isinstance(e, pytest.skip.Exception):
+            _judge_failed(item, session, known=isinstance(e, pytest.xfail.Exception))
         raise
-    if findings := _judged(item):
-        text = "\n".join(map(str, findings))
-        pytest.fail(f"after the test, the kernel's state breaks the contract:\n{text}", pytrace=False)
+    if session is not None:
+        _judge_passed(session)
     return result
 
 
-def _judged(item: pytest.Item) -> list[Finding]:
-    session = item.stash.get(_SESSION, None)
-    if session is None or not session.host.machine.alive or not session.host.agent.usable:
-        return []
-    return session.judge()
+def _judge_passed(session: _HostSession) -> None:
+    try:
+        session.host.machine.check()
+        session.host.agent.require()
+        findings = session.judge()
+    except LabError as e:
+        lost = e
+    else:
+        lost = None
+    if lost is not None:
+        pytest.fail(f"after the test, its host is lost: {lost}", pytrace=False)
+    if findings:
+        pytest.fail(_contract(findings), pytrace=False)
+
+
+def _judge_failed(item: pytest.Item, session: _HostSession, known: bool) -> None:
+    """Of a failed test the findings are a section of its report; beside a known fault they are a failure."""
+    findings: list[Finding] = []
+    with suppress(LabError):  # the host may be lost, which is then the test's own failure
+        findings = session.judge()
+    if findings and known:
+        pytest.fail(_contract(findings), pytrace=False)
+    if findings:
+        item.add_report_section("call", "arm-kvm", _contract(findings))
+
+
+def _contract(findings: list[Finding]) -> str:
+    text = "\n".join(map(str, findings))
+    return f"after the test, the kernel's state breaks the contract:\n{text}"
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -312,7 +343,7 @@ def trace(request: pytest.FixtureRequest, host: Host):
             yield events
         finally:
             text = host.agent("trace_stop").decode()
-            folder.write("trace.txt", text)
+            folder.write(f"trace-{len(folder.files)}.txt", text)
             events += trace_.parse(text)
 
     return record

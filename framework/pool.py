@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from .config import HostConfig
@@ -40,6 +41,8 @@ class Pool:
 
     def host(self, name: str) -> Host:
         """The live host of this name. Raises Broken."""
+        if name in self._broken:
+            raise Broken(self._broken[name])
         host = self._live.get(name)
         if host is not None and not (host.machine.alive and host.agent.usable):
             self.discard(name)
@@ -50,7 +53,11 @@ class Pool:
             logs = self._artifacts / "hosts" / f"{self._boots:02}-{name}"
             host = self._live[name] = self._once(name, lambda: Host.boot(self.configs[name], kernel, logs))
             if self.configs[name].has_kvm:
-                self._once(name, host.require_kvm)
+                try:
+                    self._once(name, host.require_kvm)
+                except Broken:
+                    self.discard(name)
+                    raise
         return host
 
     def _once(self, name: str, action):
@@ -77,7 +84,9 @@ class Pool:
 
     def close(self) -> None:
         """End all machines."""
-        for name in list(self._live):
-            self.discard(name)
-        while self.kept:
-            self.kept.pop().shutdown()
+        hosts = [*self._live.values(), *self.kept]
+        self._live.clear()
+        self.kept.clear()
+        with ExitStack() as stack:  # every one is ended, whatever another says
+            for host in hosts:
+                stack.callback(host.shutdown)

@@ -79,7 +79,7 @@ def test_a_32_bit_board_with_too_much_memory(host_file):
 @pytest.mark.parametrize("keys", ["{url: 'http://x', path: y}", "{}"])
 def test_a_tarball_has_one_place(host_file, keys):
     host = yaml.safe_load(GOOD)
-    host["kernel"] = {"source": "tarball", "sha256": "0", "fragments": ["lab"], **yaml.safe_load(keys)}
+    host["kernel"] = {"source": "tarball", "sha256": "0" * 64, "fragments": ["lab"], **yaml.safe_load(keys)}
     with pytest.raises(ConfigError, match="either a url or a path"):
         config.load(host_file(yaml.safe_dump(host)))
 

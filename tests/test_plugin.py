@@ -83,10 +83,11 @@ def test_a_given_kernel_without_kvm(run, tmp_path, strict):
     """The kernel boots on the A15, starts in HYP mode and has no KVM: the same as one that cannot be had."""
     text = (CONFIGS / "hosts/a15-debian.yaml").read_text()
     (tmp_path / "a15x.yaml").write_text(text.replace("can: [a15]\nguests: []", "can: [kvm, a15]\nguests: [A32]"))
-    code, said = run(PASSING, "--host", "a15x.yaml", *(["--require-kvm"] if strict else []))
+    suite = PASSING + PASSING.replace("test_vm_runs", "test_again")
+    code, said = run(suite, "--host", "a15x.yaml", *(["--require-kvm"] if strict else []))
     assert code == (1 if strict else 0)
     assert "boots but has no KVM in it" in said and "--kernel PATH" in said
-    assert ("1 error" if strict else "1 skipped") in said
+    assert ("2 errors" if strict else "2 skipped") in said
 
 
 def test_a_failed_boot_is_not_tried_again(run, tmp_path):
@@ -130,6 +131,21 @@ def test_a_splat_fails_the_test_that_caused_it(run):
     assert "kernel-splat" in said and "mm/made_up.c" in said
 
 
+KNOWN = """
+def test_known(host, vm, known_fault):
+    host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
+    known_fault("something else that is known")
+
+def test_known_and_alone(vm, known_fault):
+    known_fault("something that is known")
+"""
+
+
+def test_a_known_fault_excuses_nothing_else(run):
+    code, said = run(KNOWN, "--host", "arm64", "-k", "A64")
+    assert code == 1 and "1 failed" in said and "1 xfailed" in said and "kernel-splat" in said
+
+
 LIE = """
 from dataclasses import replace
 
@@ -161,7 +177,12 @@ def test_artifacts_of_a_test_are_in_one_folder_and_in_junit(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--host", "arm46"], "did you mean 'arm64'"), (["--host", "none.yaml"], "No such file")],
+    [
+        (["--host", "arm46"], "did you mean 'arm64'"),
+        (["--host", "none.yaml"], "No such file"),
+        (["--host", "arm64", "--kernel", "a15=zImage"], "host a15 does not run"),
+        (["--host", "arm64", "--kernel", "zImage", "--kernel", "Image"], "has a kernel already: zImage"),
+    ],
 )
 def test_a_wrong_option_is_a_usage_error(run, options, words):
     code, said = run(PASSING, *options)

@@ -24,12 +24,8 @@ class Agent:
             "release": os.uname().release,
             "kvm": self._kvm is not None,
             "pid": os.getpid(),
-            "page": memory.PAGE,
             "cpus": os.cpu_count(),
         }
-
-    def capability(self, number):
-        return kvm._ioctl("KVM_CHECK_EXTENSION", self._kvm, kvm.CHECK_EXTENSION, number)
 
     # -- VMs -------------------------------------------------------------------------------------
 

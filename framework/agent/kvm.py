@@ -27,9 +27,7 @@ def _ior(nr, size):
     return 0x8000AE00 | size << 16 | nr
 
 
-GET_API_VERSION = _io(0x00)
 CREATE_VM = _io(0x01)
-CHECK_EXTENSION = _io(0x03)
 GET_VCPU_MMAP_SIZE = _io(0x04)
 CREATE_VCPU = _io(0x41)
 GET_DIRTY_LOG = _iow(0x42, 16)
@@ -39,9 +37,6 @@ GET_ONE_REG = _iow(0xAB, 16)
 SET_ONE_REG = _iow(0xAC, 16)
 ARM_VCPU_INIT = _iow(0xAE, 32)
 ARM_PREFERRED_TARGET = _ior(0xAF, 32)
-
-FEATURE_EL1_32BIT = 1 << 1
-FEATURE_PSCI_0_2 = 1 << 2
 
 # struct kvm_run
 _IMMEDIATE_EXIT = 1
@@ -75,11 +70,15 @@ class Vcpu:
 
     def __init__(self, vm_fd, index, features, run_size):
         self.fd = _ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
-        target = bytearray(32)
-        _ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, target)
-        struct.pack_into("<I", target, 4, features)
-        _ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, target)
-        self.run = mmap.mmap(self.fd, run_size)
+        try:
+            target = bytearray(32)
+            _ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, target)
+            struct.pack_into("<I", target, 4, features)
+            _ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, target)
+            self.run = mmap.mmap(self.fd, run_size)
+        except OSError:
+            os.close(self.fd)  # or it would keep the whole VM alive
+            raise
         self.busy = False
         self._orders = queue.SimpleQueue()
         self._exits = queue.SimpleQueue()

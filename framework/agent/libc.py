@@ -6,8 +6,8 @@ import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
-MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x10, 0x20, 0x40000
+PROT_READ, PROT_WRITE = 1, 2
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x20, 0x40000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc.mmap.restype = ctypes.c_void_p

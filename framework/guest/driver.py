@@ -61,14 +61,17 @@ class Result:
 
 
 class Guest:
-    """The payload on one vCPU. Addresses are IPAs until :meth:`enable_mmu`, then guest-virtual."""
+    """The payload on one vCPU. Addresses are IPAs until :meth:`enable_mmu`, then guest-virtual.
+
+    (What was written is remembered by the address given: do not log dirty pages through a moved mapping.)
+    """
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
         self._vm = vcpu.vm
         self._isa = vcpu.isa
         self.entered = False  #: an order was given: the vCPU has run
-        self.inside = False  #: the vCPU spins inside the guest now
+        self.running = False  #: an order is under way
 
     # -- single orders ------------------------------------------------------------------------------
 
@@ -147,11 +150,9 @@ class Guest:
     def spinning(self) -> Iterator[None]:
         """Within the block the vCPU stays inside the guest."""
         self._begin([Order("spin")], wait=0.0)
-        self.inside = True
         try:
             yield
         finally:
-            self.inside = False
             self._poke(p.STOP, 1)
             self._end(1)
 
@@ -170,13 +171,16 @@ class Guest:
         for order in orders:
             if order.wrote:
                 self._vm.written.add(*order.wrote)
-        self.entered = True
+        self.entered = self.running = True
         header = _HEADER.pack(len(orders), 0, 0, 0).ljust(p.ORDERS, b"\0")
         box = header + b"".join(order.encode() for order in orders)
         self._first_exit = self._vcpu.start(orders=box, seconds=wait)
 
     def _end(self, count: int) -> list[Result]:
-        exit_ = self._vm.serve(self._vcpu, self._first_exit or self._vcpu.wait())
+        try:
+            exit_ = self._vm.serve(self._vcpu, self._first_exit or self._vcpu.wait())
+        finally:
+            self.running = False
         if getattr(exit_, "ipa", None) != p.DOORBELL:
             self._vcpu.restart()  # the failed instruction would only fail again
             raise RunFailed(exit_)

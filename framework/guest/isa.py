@@ -3,7 +3,7 @@
 An :class:`Access` is one load or store instruction the payload can execute on demand, with any of a
 range of data registers, so that a test case names an instruction and never writes one.
 
-Sources: ARM DDI 0406C.d A8.8, B3.13 (fault status); ARM DDI 0487 C6.2, D19.2.37 (ESR_EL1).
+Sources: ARM DDI 0406C.d A8.8, B3.13 (fault status); ARM DDI 0487 C6.2, register ESR_EL1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One root table with 1 GiB entries (level 1): 4 of them for A32, 512 for A64. The author puts the encoded
 tables into guest memory, wherever the test wants them, and turns the MMU on.
 
-Sources: ARM DDI 0406C.d B3.6, B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487 D8.3, D19.2.139 (TCR_EL1).
+Sources: ARM DDI 0406C.d B3.6, B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487 D8.3, register TCR_EL1.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import paramiko
@@ -25,7 +26,7 @@ class Agent:
     AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
     """
 
-    def __init__(self, channel: paramiko.Channel, log: Path, check: Callable[[], None]) -> None:
+    def __init__(self, channel: paramiko.Channel, log: Path, check: Callable[[], None], timeout: float) -> None:
         self._channel = channel
         self._channel.settimeout(_SLICE)
         self._log = log.open("w", encoding="utf-8", buffering=1)
@@ -34,7 +35,7 @@ class Agent:
         self._next = 0
         self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
         self._broken: AgentError | None = None
-        self.hello = self("hello")
+        self.hello = self("hello", deadline=timeout)
 
     def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
         """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
@@ -42,16 +43,26 @@ class Agent:
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
         """Send a request without waiting; :meth:`receive` takes its answer. Returns the request's id."""
-        if self._broken is not None:
-            raise self._broken
+        self.require()
         self._next += 1
         message = {"id": self._next, "op": op, "args": args}
         self._say(f"> {self._next} {op} {args} {f'+{len(blob)} B' if blob else ''}")
-        try:
-            self._channel.sendall(wire.encode(message, blob))
-        except OSError as e:
-            self._lose(AgentError(f"the agent's connection is closed: {e}"))
+        self._write(memoryview(wire.encode(message, blob)))
         return self._next
+
+    def _write(self, data: memoryview) -> None:
+        """Send it all, with patience for a slow host and none for a lost one."""
+        end = time.monotonic() + _DEFAULT_DEADLINE
+        while len(data):
+            try:
+                data = data[self._channel.send(data) :]
+            except TimeoutError:
+                self._check()
+                if time.monotonic() > end:
+                    self._lose(AgentTimeout("the agent does not take a request"))
+            except (OSError, EOFError, paramiko.SSHException) as e:
+                self._check()
+                self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
     def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
         """The answer to ``request``, within ``deadline`` seconds."""
@@ -100,6 +111,11 @@ class Agent:
     def usable(self) -> bool:
         return self._broken is None
 
+    def require(self) -> None:
+        """Raise what broke the connection, if something did."""
+        if self._broken is not None:
+            raise self._broken
+
     def _say(self, line: str) -> None:
         line = line[:_LOG_WIDTH]
         self.recent.append(line)
@@ -107,5 +123,6 @@ class Agent:
             self._log.write(f"{time.monotonic():.4f} {line}\n")
 
     def close(self) -> None:
-        self._channel.close()
+        with suppress(OSError, EOFError, paramiko.SSHException):
+            self._channel.close()
         self._log.close()

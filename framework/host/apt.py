@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import SetupError
+from framework.errors import KernelError, SetupError
 from framework.progress import note
 
 _TRIES = 3
@@ -19,7 +19,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Archive:
-    """One configured repository: its URI, its suite, and the keyring that signs it ("" if unnamed)."""
+    """One configured repository: its URI and its suite."""
 
     uri: str
     suite: str
@@ -69,7 +69,7 @@ def source_lines(suite: str) -> list[list[str]]:
 
 
 class PrivateApt:
-    """apt for another architecture and suite, with all its state in one folder."""
+    """apt for another architecture and suite, with all its state in one folder. Its methods raise KernelError."""
 
     def __init__(self, folder: Path, architecture: str, suite: str) -> None:
         self._folder = folder
@@ -103,13 +103,21 @@ class PrivateApt:
                 failure = done.stderr
             if len(lines) > 1:
                 note(f"{self._suite}: an update or security index is broken; going on without them")
-        raise SetupError(f"apt cannot read the index of suite {self._suite!r}", evidence=failure.strip())
+        raise KernelError(
+            f"apt cannot read the index of suite {self._suite!r}",
+            remedy="correct the suite, or try again when the archive is reachable",
+            evidence=failure.strip(),
+        )
 
     def depends(self, package: str) -> list[str]:
         """Names of what ``package`` depends on directly, first alternatives only."""
         done = self._run("apt-cache", "show", "--no-all-versions", package)
         if done.returncode:
-            raise SetupError(f"suite {self._suite!r} has no package {package!r}", evidence=done.stderr.strip())
+            raise KernelError(
+                f"suite {self._suite!r} has no package {package!r}",
+                remedy="correct package and suite",
+                evidence=done.stderr.strip(),
+            )
         fields = [
             line.split(":", 1)[1] for line in done.stdout.splitlines() if line.startswith(("Depends:", "Pre-Depends:"))
         ]
@@ -119,5 +127,9 @@ class PrivateApt:
         """Download the packages' .deb files into ``where``."""
         done = self._run("apt-get", "download", *packages, cwd=where)
         if done.returncode:
-            raise SetupError(f"apt cannot download {' '.join(packages)}", evidence=done.stderr.strip())
+            raise KernelError(
+                f"apt cannot download {' '.join(packages)}",
+                remedy="try again when the archive is reachable",
+                evidence=done.stderr.strip(),
+            )
         return sorted(where.glob("*.deb"))

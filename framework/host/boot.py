@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from framework.errors import HostSilent, LabError
@@ -48,6 +47,8 @@ def _await_line(machine: Machine, state: str, timeout: float) -> None:
         for line in machine.console.lines(min(left, 0.5)):
             if _CONSOLE_STATES[state].search(line):
                 return
+            if time.monotonic() > deadline:
+                break
         machine.check()
     quiet = "nothing at all on the console" if not machine.console.lines_seen else "no sign of it on the console"
     raise HostSilent(
@@ -64,7 +65,7 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
             progress.reach(state)
         ssh = Ssh.connect(machine.ssh_port, rootfs.client_key, rootfs.host_key, timeouts["ssh"], machine.check)
         progress.reach("ssh")
-        agent = start_agent(machine, ssh, machine.check)
+        agent = start_agent(machine, ssh, timeouts["agent"])
         progress.reach("agent")
         return ssh, agent
     except LabError as e:
@@ -73,6 +74,6 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
         raise
 
 
-def start_agent(machine: Machine, ssh: Ssh, check: Callable[[], None]) -> Agent:
+def start_agent(machine: Machine, ssh: Ssh, timeout: float) -> Agent:
     """Start the agent and wait for its first answer."""
-    return Agent(ssh.open(_AGENT_COMMAND), machine.logs.agent, check)
+    return Agent(ssh.open(_AGENT_COMMAND), machine.logs.agent, machine.check, timeout)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from framework.cache import disk_errors
 from framework.config import HostConfig
 from framework.errors import LabError, NoKvm
 from framework.guest.isa import ISAS
@@ -39,17 +42,20 @@ class Host:
         no process behind.
         """
         rootfs = rootfs_.obtain(config.rootfs)
-        initramfs = rootfs.initramfs(run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio", kernel.modules)
+        initramfs = run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio"
         try:
+            with disk_errors(run_directory()):
+                rootfs.initramfs(initramfs, kernel.modules)
             boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
             machine = Machine.start(config.board, boot, Logs(logs), ssh_port)
         finally:
-            initramfs.unlink()
+            initramfs.unlink(missing_ok=True)
         try:
             host = cls(config, kernel, machine, rootfs)
             host._leave_card()
             if rootfs.bytecode is None:
-                rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
+                with suppress(LabError):  # it only makes later boots faster
+                    rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
         except BaseException:
             machine.kill()
             raise
@@ -60,7 +66,7 @@ class Host:
         Card(
             host=self.config.name,
             qemu_pid=machine.process.pid,
-            lab_pid=run_directory_pid(),
+            lab_pid=os.getpid(),
             ram=f"/proc/{machine.process.pid}/fd/{machine.ram.fd}",
             ram_base=machine.ram.base,
             ram_size=machine.ram.size,
@@ -106,16 +112,13 @@ class Host:
         except LabError:
             self.machine.check()
             self.agent.close()
-            self.agent = start_agent(self.machine, self.ssh, self.machine.check)
+            self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
         finally:
             self.vms.clear()
 
     def shutdown(self) -> None:
         """End the machine. Idempotent."""
-        self.agent.close()
-        self.ssh.close()
-        self.machine.kill()
-
-
-def run_directory_pid() -> int:
-    return int(run_directory().name.split("-")[0])
+        with ExitStack() as stack:
+            stack.callback(self.machine.kill)
+            stack.callback(self.ssh.close)
+            stack.callback(self.agent.close)

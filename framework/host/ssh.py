@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import paramiko
@@ -15,6 +17,7 @@ _USER = "root"
 _BANNER_TIMEOUT = 10.0
 _RETRY = 0.05
 _SLICE = 0.2
+_OPEN_TIMEOUT = 10.0
 #: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
 _CIPHERS = ("aes128-ctr",)
 
@@ -53,14 +56,28 @@ class Ssh:
 
     def _execute(self, command: str, data: bytes, timeout: float) -> str:
         channel = self.open(command)
-        channel.set_combine_stderr(True)
-        channel.settimeout(timeout)
-        channel.sendall(data)
-        channel.shutdown_write()
-        output = b"".join(self._received(channel, command, timeout)).decode(errors="replace")
-        if status := channel.recv_exit_status():
+        with closing(channel), self._bounded(command, timeout):
+            channel.set_combine_stderr(True)
+            channel.sendall(data)
+            channel.shutdown_write()
+            output = b"".join(self._received(channel, command, timeout)).decode(errors="replace")
+            status = channel.recv_exit_status()
+        if status:
             raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output)
         return output
+
+    @contextmanager
+    def _bounded(self, command: str, timeout: float) -> Iterator[None]:
+        """End the connection when paramiko waits on after the deadline: some of its waits have none."""
+        watchdog = threading.Timer(timeout + 5.0, self._transport.close)
+        watchdog.start()
+        try:
+            yield
+        except (paramiko.SSHException, EOFError, OSError) as e:
+            self._check()
+            raise SshUnreachable(f"`{command}`: the ssh connection ended: {e}") from e
+        finally:
+            watchdog.cancel()
 
     def _received(self, channel: paramiko.Channel, command: str, timeout: float) -> Iterator[bytes]:
         """What the command prints, until it ends; in slices, so that a machine that is lost is noticed."""
@@ -84,9 +101,10 @@ class Ssh:
 
     def open(self, command: str) -> paramiko.Channel:
         """Start a command and return its channel."""
-        channel = self._transport.open_session(timeout=10.0)
-        channel.exec_command(command)
-        return channel
+        with self._bounded(command, _OPEN_TIMEOUT):
+            channel = self._transport.open_session(timeout=_OPEN_TIMEOUT)
+            channel.exec_command(command)
+            return channel
 
     def close(self) -> None:
         self._transport.close()
@@ -96,7 +114,7 @@ def _handshake(port: int, client_key: Path, host_key: str, timeout: float) -> pa
     sock = socket.create_connection(("127.0.0.1", port), timeout=timeout)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport = paramiko.Transport(sock)
-    transport.banner_timeout = timeout
+    transport.banner_timeout = transport.auth_timeout = timeout
     transport.get_security_options().ciphers = _CIPHERS
     try:
         transport.start_client(timeout=timeout)

@@ -191,7 +191,8 @@ class Written:
         self.ranges.append((ipa, ipa + size))
 
     def forget(self, slot: Memslot) -> None:
-        self.ranges = [(a, b) for a, b in self.ranges if b <= slot.ipa or a >= slot.end]
+        outside = [((a, min(b, slot.ipa)), (max(a, slot.end), b)) for a, b in self.ranges]
+        self.ranges = [(a, b) for pair in outside for a, b in pair if a < b]
 
     def pages(self, ipas: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Which of the ranges ``[ipa, ipa + size)`` contain a written byte (bool array)."""
@@ -221,12 +222,16 @@ class Vm:
         self.device: dict[int, int] = {}
         self.exits: list[Mmio] = []
         self.regime: Regime | None = None  #: stage 2 as the oracle found it; a VM's root never changes
-        code = self.add_memory(CODE, CODE_SIZE, slot=_CODE_SLOT)
-        code.write(0, assemble(isa.name))
-        self.mailboxes = self.add_memory(MAILBOX, vcpus * MAILBOX_SIZE, slot=_MAILBOX_SLOT)
-        self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
-        self.guests = [Guest(vcpu) for vcpu in self.vcpus]
         self.alive = True
+        try:
+            code = self.add_memory(CODE, CODE_SIZE, slot=_CODE_SLOT)
+            code.write(0, assemble(isa.name))
+            self.mailboxes = self.add_memory(MAILBOX, vcpus * MAILBOX_SIZE, slot=_MAILBOX_SLOT)
+            self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
+        except BaseException:
+            self.destroy()
+            raise
+        self.guests = [Guest(vcpu) for vcpu in self.vcpus]
 
     @property
     def name(self) -> str:

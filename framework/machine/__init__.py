@@ -1,4 +1,4 @@
 """The emulated board, seen from outside: QEMU's process, RAM, registers, console, QMP.
 
-Knows nothing of Linux: the same machine would carry any operating system.
+Knows of Linux only the words in which a kernel on the console says that it is lost.
 """

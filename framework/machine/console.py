@@ -24,8 +24,12 @@ FATAL: tuple[tuple[re.Pattern[str], type[HostError], str], ...] = (
     (re.compile(r"Kernel panic - not syncing"), HostPanic, "the host's kernel panicked"),
     (re.compile(r"soft lockup - CPU|hard LOCKUP"), HostLockup, "a CPU of the host is locked up"),
     (re.compile(r"INFO: task .* blocked for more than"), HostLockup, "a task of the host hangs"),
-    (re.compile(r"rcu.*(detected stalls|self-detected stall)"), HostLockup, "a CPU of the host stalls RCU"),
-    (re.compile(r"Internal error: Oops"), HostOops, "the host's kernel oopsed"),
+    (
+        re.compile(r"rcu.*(detected (expedited )?stalls|self-detected stall)"),
+        HostLockup,
+        "a CPU of the host stalls RCU",
+    ),
+    (re.compile(r"Internal error: "), HostOops, "the host's kernel oopsed"),
     (re.compile(r"Unable to handle kernel "), HostOops, "the host's kernel oopsed"),
     (re.compile(r"kernel BUG at "), HostOops, "the host's kernel hit a BUG"),
     (re.compile(r"HYP panic"), HostPanic, "the hypervisor panicked"),
@@ -36,7 +40,7 @@ _AFTERMATH = 0.3
 
 
 class Console:
-    """Lines of the host's console. ``log`` grows by every byte; ``tail()`` is what an error shows."""
+    """Lines of the host's console, in ``log`` as they are read; ``tail()`` is what an error shows."""
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
         self._sock = sock
@@ -100,11 +104,6 @@ class Console:
     def tail(self) -> str:
         rest = self._spawn.buffer if isinstance(self._spawn.buffer, str) else ""
         return "\n".join([*self._lines, *([rest] if rest.strip() else [])])
-
-    def position(self) -> int:
-        """Bytes logged so far: the start of a test's own part of the log."""
-        self._file.flush()
-        return self.log.stat().st_size
 
     def close(self) -> None:
         self._file.close()

@@ -40,8 +40,11 @@ class Gdb:
 
     def _send(self, body: str) -> None:
         raw = body.encode("latin-1")
+        self._transmit(b"$%s#%02x" % (raw, sum(raw) & 0xFF))
+
+    def _transmit(self, data: bytes) -> None:
         try:
-            self._sock.sendall(b"$%s#%02x" % (raw, sum(raw) & 0xFF))
+            self._sock.sendall(data)
         except OSError as e:
             raise QemuDied(f"gdbstub is gone: {e}") from e
 
@@ -50,6 +53,7 @@ class Gdb:
             try:
                 more = self._sock.recv(65536)
             except TimeoutError as e:
+                self._sock.close()  # a late answer would be taken for the next one
                 raise MachineError("gdbstub did not answer in time") from e
             except OSError as e:
                 raise QemuDied(f"gdbstub is gone: {e}") from e
@@ -57,7 +61,7 @@ class Gdb:
                 raise QemuDied("gdbstub closed the connection")
             self._stream += more
         self._stream = self._stream[match.end() :]
-        self._sock.sendall(b"+")
+        self._transmit(b"+")
         return match.group(1).decode("latin-1")
 
     def _ask(self, body: str) -> str:
@@ -85,7 +89,7 @@ class Gdb:
     def interrupt(self) -> None:
         """Stop all CPUs; returns when they have stopped."""
         if not self.stopped:
-            self._sock.sendall(b"\x03")
+            self._transmit(b"\x03")
             self._receive()
             self.stopped = True
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuRefused, SetupError
-from framework.guardian import Guardian
+from framework.guardian import Guardian, spawn
 
 from .board import Board, Boot, command_line
 from .console import Console
@@ -31,8 +32,6 @@ from .ram import Ram
 from .rundir import run_directory
 
 _START_TIMEOUT = 20.0
-#: What ends a machine, whether the lab says so or is gone: QEMU's process group, then its folder.
-_END = 'kill -s KILL -- "-$1"; rm -rf -- "$2"'
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,11 @@ class Logs:
     folder: Path
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            remedy = "choose another folder with --artifacts DIR"
+            raise SetupError(f"cannot keep logs in {self.folder}: {e.strerror}", remedy=remedy) from e
 
     @property
     def console(self) -> Path:
@@ -70,22 +73,26 @@ class Machine:
     def __init__(self, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> None:
         self.board = board
         self.logs = logs
-        self.folder = run_directory() / f"{len(list(run_directory().iterdir()))}"
-        self.folder.mkdir()
         self._gdb: Gdb | None = None
+        self._qmp: QEMUMonitorProtocol | None = None
         self._ended = False
+        self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=run_directory()))
         self.ram = Ram.create(board.ram_base, board.memory)
         console, console_end = socket.socketpair()
         qmp, qmp_end = socket.socketpair()
         fds = {"ram_fd": self.ram.fd, "console_fd": console_end.fileno(), "qmp_fd": qmp_end.fileno()}
         self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port)
-        self.process = self._spawn(list(fds.values()))
-        self._guardian = Guardian(_END, str(self.process.pid), str(self.folder))
-        console_end.close()
-        qmp_end.close()
         self.console = Console(console, logs.console)
-        self._qmp = self._connect_qmp(qmp)
-        self.ssh_port = self._forwarded_port()
+        self.process, self._guardian = self._spawn(list(fds.values()))
+        try:
+            console_end.close()
+            qmp_end.close()
+            self._qmp_log = _QmpLog(logs.qmp, self.folder.name)
+            self._qmp = self._connect_qmp(qmp)
+            self.ssh_port = self._forwarded_port()
+        except BaseException:
+            self.kill()
+            raise
 
     @classmethod
     def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> Machine:
@@ -97,27 +104,14 @@ class Machine:
             raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
         return cls(board, boot, logs, ssh_port)
 
-    def _spawn(self, fds: list[int]) -> subprocess.Popen:
+    def _spawn(self, fds: list[int]) -> tuple[subprocess.Popen, Guardian]:
         with self.logs.stderr.open("wb") as stderr:
-            return subprocess.Popen(
-                self.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=fds,
-                start_new_session=True,  # Ctrl-C is the lab's to handle, and the group is QEMU's own
-            )
+            return spawn(self.argv, str(self.folder), stdout=stderr, stderr=stderr, pass_fds=fds)
 
     # -- QMP -------------------------------------------------------------------------------------
 
     def _connect_qmp(self, sock: socket.socket) -> QEMUMonitorProtocol:
-        name = f"{self.folder.parent.name}.{self.folder.name}"
-        log = logging.getLogger(f"qemu.qmp.protocol.{name}")
-        for logger in (log, logging.getLogger(f"qemu.qmp.qmp_client.{name}")):
-            logger.setLevel(logging.DEBUG)
-            logger.propagate = False
-            logger.addHandler(logging.FileHandler(self.logs.qmp))
-        qmp = QEMUMonitorProtocol(sock, nickname=name)
+        qmp = QEMUMonitorProtocol(sock, nickname=self.folder.name)
         qmp.settimeout(_START_TIMEOUT)
         try:
             qmp.connect()
@@ -184,9 +178,7 @@ class Machine:
 
     def evidence(self) -> str:
         """What to look at when this machine was lost: console, command line, stderr."""
-        parts = []
-        if hasattr(self, "console"):
-            parts.append("Last console lines:\n" + (self.console.tail() or "(none)"))
+        parts = ["Last console lines:\n" + (self.console.tail() or "(none)")]
         parts.append("QEMU: " + shlex.join(self.argv))
         parts.append("QEMU's stderr: " + (self.stderr_tail() or "(empty)"))
         return "\n".join(parts)
@@ -218,19 +210,37 @@ class Machine:
         self._ended = True
         self._guardian.fire()
         self.process.wait()
+        self.console.poll()
+        self.console.close()
         if self._gdb is not None:
             self._gdb.abandon()
             self._gdb = None
-        if hasattr(self, "_qmp"):
-            self._close_qmp()
-        if hasattr(self, "console"):
-            self.console.poll()
-            self.console.close()
+        self._close_qmp()
         self.ram.close()
 
     def _close_qmp(self) -> None:
-        with suppress(QMPError, OSError, EOFError):  # the peer is gone, which is what was wanted
-            self._qmp.close()
+        if self._qmp is not None:
+            with suppress(QMPError, OSError, EOFError):  # the peer is gone, which is what was wanted
+                self._qmp.close()
+        self._qmp_log.close()
+
+
+class _QmpLog:
+    """What QMP says under ``nickname`` goes to a file, and nowhere else, until :meth:`close`."""
+
+    def __init__(self, path: Path, nickname: str) -> None:
+        self._handler = logging.FileHandler(path, mode="w")
+        names = (f"qemu.qmp.protocol.{nickname}", f"qemu.qmp.qmp_client.{nickname}")
+        self._loggers = [logging.getLogger(name) for name in names]
+        for logger in self._loggers:
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+            logger.addHandler(self._handler)
+
+    def close(self) -> None:
+        for logger in self._loggers:
+            logger.removeHandler(self._handler)
+        self._handler.close()
 
 
 def connect_gdb(path: Path, timeout: float = 10.0) -> Gdb:

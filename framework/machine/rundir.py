@@ -11,26 +11,37 @@ import atexit
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from framework.errors import SetupError
 from framework.guardian import Guardian
 
 
 def _home() -> Path:
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"arm-kvm-{os.getuid()}"
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
+    return (runtime if runtime.is_dir() else Path(tempfile.gettempdir())) / f"arm-kvm-{os.getuid()}"
 
 
 _CLEAN_UP = 'rm -rf -- "$1"; rmdir -- "${1%/*}"'
 
 
+def _new_folder(tries: int = 10) -> Path:
+    home = _home()
+    for _ in range(tries):
+        home.mkdir(mode=0o700, exist_ok=True)
+        # Another lab's guardian may remove the empty home just now.
+        with suppress(FileNotFoundError):
+            return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
+    raise SetupError(f"cannot make a folder in {home}", remedy="see whether something keeps removing it")
+
+
 @cache
 def run_directory() -> Path:
     """This process's own folder, made on first use and removed by its guardian when the process ends."""
-    home = _home()
-    home.mkdir(mode=0o700, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
+    folder = _new_folder()
     guardian = Guardian(_CLEAN_UP, str(folder))
     atexit.register(guardian.fire)  # on a clean exit, be done before the lab's caller looks
     return folder
@@ -51,10 +62,15 @@ class Card:
     ssh: str  #: command line that opens a shell
 
     def save(self, folder: Path) -> None:
-        (folder / "card.json").write_text(json.dumps(asdict(self), indent=1))
+        unfinished = folder / "card.new"
+        unfinished.write_text(json.dumps(asdict(self), indent=1))
+        unfinished.rename(folder / "card.json")
 
 
 def live_machines() -> list[Card]:
     """Cards of all machines of this user whose QEMU still runs."""
-    cards = [Card(**json.loads(path.read_text())) for path in sorted(_home().glob("*/*/card.json"))]
+    cards = []
+    for path in sorted(_home().glob("*/*/card.json")):
+        with suppress(OSError, ValueError, TypeError):  # gone meanwhile, or of another version of the lab
+            cards.append(Card(**json.loads(path.read_text())))
     return [card for card in cards if Path(f"/proc/{card.qemu_pid}").exists()]

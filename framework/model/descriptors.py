@@ -1,6 +1,6 @@
 """Long-format translation table descriptors, 4 KiB granule.
 
-Sources: ARM DDI 0406C.d, B3.6.2 (Armv7 LPAE) and B3.6.5 (stage 2 attributes); ARM DDI 0487,
+Sources: ARM DDI 0406C.d, B3.6 (Armv7 LPAE, stage 2 attributes included); ARM DDI 0487,
 D8.3 (VMSAv8-64). Both formats agree on every field used here; they differ in output address
 width, which belongs to the regime.
 
@@ -26,7 +26,7 @@ ADDRESS = 0x0000_FFFF_FFFF_F000
 
 
 class MemAttr(IntEnum):
-    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C table B3-25, DDI 0487 table D8-97)."""
+    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6)."""
 
     DEVICE_nGnRnE = 0b0000
     DEVICE_nGnRE = 0b0001

@@ -1,7 +1,7 @@
 """From the control registers to the shape of a translation: start level, root, sizes.
 
 Sources: ARM DDI 0406C.d B4.1.159 (VTCR), B4.1.160 (VTTBR), B4.1.153 (TTBCR), B3.6.6
-(concatenation); ARM DDI 0487 D19.2.160 (VTCR_EL2), D19.2.161 (VTTBR_EL2), D19.2.139 (TCR_EL1);
+(concatenation); ARM DDI 0487, registers VTCR_EL2, VTTBR_EL2, TCR_EL1;
 KVM's choice: Linux 5.4 arch/arm/include/asm/kvm_arm.h and arch/arm64/include/asm/kvm_arm.h.
 """
 

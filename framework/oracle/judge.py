@@ -2,7 +2,8 @@
 
 The contract, leaf by leaf: it points at the frame that the host's own page table holds for that
 address; it grants no more than memslot, host mapping and dirty log allow; its memory type fits what
-is there; it lies in a memslot. And of the tables: each page has one use and no guest can reach it.
+is there; it lies in a memslot (what KVM maps for itself, a GICv2's CPU interface, is not among the VMs
+of this lab yet). And of the tables: each page has one use and no guest can reach it.
 
 Sources: Documentation/virt/kvm/api.txt (KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG),
 Documentation/vm/mmu_notifier.rst, virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c (6.1).
@@ -24,6 +25,7 @@ from .verdicts import Finding, Kind
 
 _PAGE = np.uint64(d.PAGE_SIZE)
 _OFFSET = np.uint64(d.PAGE_SIZE - 1)
+NO_PAGE = "the host has no page"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Case:
         slot = self.slots[view.slot[page]]
         hva = slot.hva_of(int(view.ipa[page]))
         if not view.host_desc[page]:
-            return f"nothing mapped: the host has no page at HVA {hva:#x} ({slot})"
+            return f"nothing mapped: {NO_PAGE} at HVA {hva:#x} ({slot})"
         rights = "rw" if self.host_writable[page] else "ro"
         return f"PA {int(view.host_pa[page]):#x}, {rights} at HVA {hva:#x} ({slot})"
 

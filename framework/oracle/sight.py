@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from framework.errors import MachineError
+from framework.errors import MachineError, NoLiveMachine
 from framework.guest.payload import MAILBOX
 from framework.host.host import Host
 from framework.host.vm import Vm
@@ -45,7 +45,10 @@ def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
     for cpu in range(len(gdb.threads)):
         hcr, vttbr, vtcr = gdb.read(cpu, arch.hcr, arch.vttbr, arch.vtcr)
         if hcr & HCR_VM and vttbr:
-            found.append(arch.stage2(vttbr, vtcr, hcr))
+            try:
+                found.append(arch.stage2(vttbr, vtcr, hcr))
+            except ImpossibleRegime as e:
+                raise MachineError(f"CPU {cpu} runs a guest under a regime the model does not know: {e}") from e
     return found
 
 
@@ -123,7 +126,7 @@ class Sight:
                             return regime
                 return None
 
-            if vm.guest.inside:
+            if any(guest.running for guest in vm.guests):
                 vm.regime = _until_found(look, f"VM {vm.id}")
             else:
                 with vm.guest.spinning():
@@ -137,7 +140,10 @@ def watch(card: Card, seconds: float) -> list[Stage2]:
     Raises MachineError when the machine's gdbstub is taken (by the tests that run on it).
     """
     arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
-    ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_base, card.ram_size)
+    try:
+        ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_base, card.ram_size)
+    except OSError as e:
+        raise NoLiveMachine(f"the machine of host {card.host} has just ended: {e.strerror}") from e
     gdb = connect_gdb(Path(card.gdb), timeout=5.0)
     gdb.resume()
     found: dict[int, Stage2] = {}

@@ -8,10 +8,11 @@ from .verdicts import Finding, Kind
 
 #: Linux 3.9 to 6.12: include/asm-generic/bug.h, kernel/locking/lockdep.c, kernel/rcu, mm/, lib/.
 SPLAT = re.compile(
-    r"WARNING: |BUG: |kernel BUG at|possible recursive locking|possible circular locking|inconsistent lock state"
-    r"|suspicious RCU usage|detected stalls|self-detected stall|soft lockup|Internal error|Unable to handle kernel"
-    r"|Bad page (state|map)|Object .*corrupt|Poison overwritten|sleeping function called from invalid context"
-    r"|scheduling while atomic|Kernel panic|refcount_t: |list_(add|del) corruption"
+    r"WARNING: |BUG: |\bBUG \S+ \(|UBSAN: |kernel BUG at|Kernel panic|Internal error|Unable to handle kernel"
+    r"|possible recursive locking|possible circular locking|inconsistent lock state|suspicious RCU usage"
+    r"|detected (expedited )?stalls|self-detected stall|soft lockup|scheduling while atomic"
+    r"|sleeping function called from invalid context|Bad page (state|map)|Poison overwritten"
+    r"|refcount_t: |list_(add|del) corruption"
 )
 _FOLLOWING = 12
 

@@ -57,8 +57,8 @@ def test_sign_extending_loads(vm, isa, known_fault, top_bit):
             lost_their_sign.append(access.name)
     if lost_their_sign:
         known_fault(
-            f"{', '.join(lost_their_sign)}: the sign is masked off again after the extension, by "
-            'vcpu_data_host_to_guest() (since b30070862edb; "KVM: arm64: Fix sign-extension of MMIO loads", 2026)'
+            f"{', '.join(lost_their_sign)}: vcpu_data_host_to_guest() masks the sign off again (arm64: since "
+            'b30070862edb; mended by "KVM: arm64: Fix sign-extension of MMIO loads", 2026)'
         )
 
 

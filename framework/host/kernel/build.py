@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import BuildFailed, CacheFull, ConfigError, LabError, NoKvm, SetupError
-from framework.guardian import Guardian
+from framework.guardian import spawn
 from framework.lab import IMAGES
 from framework.progress import note, task
 
@@ -30,11 +29,9 @@ class Toolchain:
 
     def version(self) -> str:
         """First line of the compiler's --version: an input of every build. Raises SetupError."""
-        for program in (f"{self.prefix}gcc", "make", "flex", "bison", "bc"):
+        for program in (f"{self.prefix}gcc", "gcc", "make", "flex", "bison", "bc"):
             if shutil.which(program) is None:
-                raise SetupError(
-                    f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup --build`"
-                )
+                raise SetupError(f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup`")
         return subprocess.run([f"{self.prefix}gcc", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
@@ -73,6 +70,7 @@ class Build:
     def run(self) -> Path:
         """Configure and compile; the image's path. Raises BuildFailed, NoKvm, SetupError, CacheFull."""
         self._folder.mkdir(exist_ok=True)
+        self._log.unlink(missing_ok=True)
         self._configure()
         title = f"build Linux {self.version()} ({self._tools.arch})"
         self._make(self._tools.target, title=title, total=self._tools.objects)
@@ -111,12 +109,9 @@ class Build:
         if "KBUILD_HOSTCFLAGS" in (self._source / "Makefile").read_text(errors="replace"):
             argv.append("HOSTCFLAGS=-fcommon")  # before about 5.4.20 dtc defines yylloc twice
         environment = os.environ | {"KBUILD_BUILD_USER": "arm-kvm", "KBUILD_BUILD_HOST": "lab", "LC_ALL": "C"}
-        process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        # A build outlives nobody: its whole process group goes when the lab does.
-        guardian = Guardian('kill -s KILL -- "-$1"', str(process.pid))
+        process, guardian = spawn(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        )
         try:
             with self._log.open("a", buffering=1) as log, task(title, total, "files") as step:
                 for line in process.stdout:
@@ -127,7 +122,7 @@ class Build:
                     raise self._failure(title)
         finally:
             if process.poll() is None:  # Ctrl-C
-                os.killpg(process.pid, signal.SIGKILL)
+                guardian.fire()
                 process.wait()
             guardian.cancel()
 

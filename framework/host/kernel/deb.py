@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
+import os
 import re
 import shutil
 import struct
@@ -17,6 +19,7 @@ from framework.progress import task
 
 from .kernel import Kernel, check_image
 
+_FORMAT = 1  #: raise it when what is taken from a package changes
 _ARCH = {"arm": "armhf", "arm64": "arm64"}
 _FOLLOWED = re.compile(r"^linux-(image|binary|modules)-")
 _MODULE = re.compile(r"^(?P<name>.+)\.ko(?P<packing>\.xz|\.gz|\.zst)?$")
@@ -35,7 +38,7 @@ def from_package(package: str, suite: str, arch: str, modules: list[str]) -> Ker
             version = next((p.name for p in _module_root(root).iterdir() if p.is_dir()), "unknown")
         return {"label": f"{package}, {suite}", "version": version, "modules": order, "deb": True}
 
-    entry = cache.obtain("kernels", cache.key_of("deb", package, suite, arch, modules), make)
+    entry = cache.obtain("kernels", cache.key_of("deb", _FORMAT, package, suite, arch, modules), make)
     meta = entry.meta
     loaded = [(name, (entry.folder / "modules" / name).read_bytes()) for name in meta["modules"]]
     return Kernel(f"Linux {meta['version']} (Debian {meta['label']})", entry.folder / "image", loaded)
@@ -57,7 +60,7 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     for deb in apt.download(wanted, debs):
-        subprocess.run(["dpkg-deb", "-x", str(deb), str(root)], check=True, capture_output=True)
+        _tool(["dpkg-deb", "-x", str(deb), str(root)])
     return root
 
 
@@ -86,13 +89,27 @@ def _unwrapped(image: Path) -> bytes:
     unpack = {"gzip": gzip.decompress, "xzkern": lzma.decompress, "lzma": lzma.decompress, "zstd": _unzstd}.get(packing)
     if unpack is None:
         raise KernelError(f"{image.name} is packed with {packing}, which the lab does not unpack")
-    return unpack(data[offset : offset + size])
+    try:
+        return unpack(data[offset : offset + size])
+    except (lzma.LZMAError, OSError, EOFError) as e:
+        raise KernelError(f"{image.name} is not the {packing} image it says it is: {e}") from e
 
 
 def _unzstd(data: bytes) -> bytes:
     if shutil.which("zstd") is None:
         raise SetupError("zstd is not installed: this kernel package needs it", remedy="run `arm-kvm setup`")
-    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True).stdout
+    return _tool(["zstd", "-dcq"], data)
+
+
+def _tool(argv: list[str], data: bytes | None = None) -> bytes:
+    """Run an unpacker; its output. Raises KernelError, or CacheFull by its own words."""
+    done = subprocess.run(argv, input=data, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        if os.strerror(errno.ENOSPC) in said:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise KernelError(f"{argv[0]} does not unpack the kernel package", evidence=said)
+    return done.stdout
 
 
 def _unpacked_module(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import ipaddress
 import urllib.error
 import urllib.request
@@ -62,7 +63,7 @@ def tarball(url: str, sha256: str) -> Path:
     """
     name = Path(urlsplit(url).path).name
     if (entry := cache.lookup("downloads", sha256)) is not None:
-        return entry.folder / name
+        return entry.folder / entry.meta["name"]
     if offline() and not _is_loopback(urlsplit(url).hostname):
         raise Offline(
             f"{name} is not cached and ARM_KVM_OFFLINE forbids the download",
@@ -74,10 +75,11 @@ def tarball(url: str, sha256: str) -> Path:
         try:
             _fetch(url, partial)
         except urllib.error.HTTPError as e:
+            partial.unlink(missing_ok=True)  # also when it is the range of a partial file that is refused
             raise DownloadFailed(
                 f"cannot download {url}: the server says {e.code} {e.reason}", remedy="correct the url in the host file"
             ) from e
-        except (urllib.error.URLError, TimeoutError, ConnectionError, OSError) as e:
+        except (http.client.HTTPException, OSError, ValueError) as e:
             if getattr(e, "errno", None) in cache.FULL:
                 raise
             reason = getattr(e, "reason", e)
@@ -87,9 +89,10 @@ def tarball(url: str, sha256: str) -> Path:
             ) from e
         verify(partial, sha256, forget=True)
         partial.rename(out / name)
-        return {"url": url}
+        return {"url": url, "name": name}
 
-    return cache.obtain("downloads", sha256, make).folder / name
+    entry = cache.obtain("downloads", sha256, make)
+    return entry.folder / entry.meta["name"]
 
 
 def verify(path: Path, sha256: str, *, forget: bool = False) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from framework.config import HostConfig
-from framework.errors import DownloadFailed, KernelError, Offline
+from framework.errors import DownloadFailed, KernelError, Offline, SetupError
 
 from . import deb, download, tree
 from .kernel import Kernel, check_image
@@ -71,6 +72,9 @@ def _tarball(config: HostConfig) -> Kernel:
         path = _path(config, keys["path"])
         download.verify(path, keys["sha256"])
         return tree.from_tarball(path, keys["sha256"], arch, fragments_of(config))
+    with suppress(SetupError):  # no compiler here: then nothing was built here either
+        if (built := tree.cached_tarball(keys["sha256"], arch, fragments_of(config))) is not None:
+            return built
     try:
         path = download.tarball(keys["url"], keys["sha256"])
     except (Offline, DownloadFailed) as e:

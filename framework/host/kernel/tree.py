@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from framework import cache
-from framework.errors import BuildFailed, KernelError
+from framework.errors import BuildFailed, KernelError, SetupError
 from framework.progress import task
 
 from .build import TOOLCHAINS, Build, fragment_files
@@ -51,6 +53,8 @@ def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) 
         return _patched(tree, patches, work) if patches else tree
 
     fragment_files(fragments)  # a wrong name is said before the tree is read
+    if patches and shutil.which("patch") is None:
+        raise SetupError("patch is not installed", remedy="run `arm-kvm setup`")
     inputs = [fingerprint(tree, arch), *(_read_patch(p) for p in patches)]
     label = f"tree {tree.name}" + (f" + {len(patches)} patches" if patches else "")
     return _built(label, arch, fragments, inputs, prepare)
@@ -59,6 +63,12 @@ def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) 
 def from_tarball(tarball: Path, sha256: str, arch: str, fragments: list[str]) -> Kernel:
     """The kernel built from a release tarball."""
     return _built(tarball.name, arch, fragments, [sha256], lambda work: _unpacked(tarball, work))
+
+
+def cached_tarball(sha256: str, arch: str, fragments: list[str]) -> Kernel | None:
+    """The kernel built from the tarball of this checksum, if it is in the cache: the tarball is then not needed."""
+    entry = cache.lookup("kernels", build_key(arch, fragments, [sha256]))
+    return entry and _kernel(entry)
 
 
 def cached_build(arch: str, fragments: list[str]) -> Kernel | None:
@@ -105,7 +115,7 @@ def _patched(tree: Path, patches: list[Path], work: Path) -> Path:
     if not done.exists():
         shutil.rmtree(copy, ignore_errors=True)
         with task(f"copy {tree.name}"):
-            shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+            _copy(tree, copy)
         for patch in patches:
             argv = ["patch", "-p1", "--batch", "--forward", "-d", str(copy), "-i", str(patch.resolve())]
             applied = subprocess.run(argv, capture_output=True, text=True)
@@ -113,6 +123,16 @@ def _patched(tree: Path, patches: list[Path], work: Path) -> Path:
                 raise BuildFailed(f"the patch {patch} does not apply to {tree}", evidence=applied.stdout)
         done.touch()
     return copy
+
+
+def _copy(tree: Path, copy: Path) -> None:
+    try:
+        shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    except shutil.Error as e:
+        reason = str(e.args[0][0][2])
+        if os.strerror(errno.ENOSPC) in reason:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+        raise KernelError(f"cannot copy {tree}: {reason}") from e
 
 
 def _unpacked(tarball: Path, work: Path) -> Path:
@@ -123,7 +143,7 @@ def _unpacked(tarball: Path, work: Path) -> Path:
         try:
             with task(f"unpack {tarball.name}"), tarfile.open(tarball) as archive:
                 archive.extractall(folder, filter="tar")
-        except tarfile.TarError as e:
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
             raise KernelError(f"{tarball} is not a tar archive: {e}") from e
         done.touch()
     tops = [p for p in folder.iterdir() if p.is_dir()]

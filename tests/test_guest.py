@@ -1,0 +1,97 @@
+"""The payload and its driver, on real hosts: batches, exceptions as data, hypercalls, registers, concurrency."""
+
+import pytest
+
+from framework.errors import AgentTimeout, HostOsError, SetupError
+from framework.guest import payload
+from framework.guest.driver import Order
+from framework.guest.isa import A32, A64, ISAS, GuestException, Status
+
+IPA = 0x8000_0000
+UNDEFINED = {"A32": bytes.fromhex("f000f0e7"), "A64": bytes(4)}
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_payload_fits_and_starts_with_code(name):
+    image = payload.assemble(name)
+    assert 0 < len(image) <= payload.CODE_SIZE and any(image[:4])
+
+
+def test_missing_binutils_name_the_remedy(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    payload.assemble.cache_clear()
+    with pytest.raises(SetupError, match="arm-linux-gnueabi-as is not installed"):
+        payload.assemble("A32")
+
+
+def test_isas_refuse_what_they_do_not_have():
+    with pytest.raises(ValueError, match="A32 has no access 'ldr-x'"):
+        A32.access("ldr-x")
+    with pytest.raises(ValueError, match="no access of 8 bytes"):
+        A32.default_access(8, write=False)
+    with pytest.raises(ValueError, match="registers 0 to 14"):
+        A64.gadget(A64.accesses[0], 15)
+
+
+def test_a_batch_answers_order_by_order(vm):
+    vm.add_memory(IPA, 0x1000)
+    orders = [
+        Order("fill", IPA, count=2, stride=4),
+        Order("execute", 0x3000_0000),
+        Order("check", IPA, count=2, stride=4),
+        Order("check", IPA, value=1, count=2, stride=4),
+    ]
+    filled, aborted, good, bad = vm.guest.batch(orders)
+    assert filled.status is Status.OK and aborted.status not in (Status.OK, Status.PENDING)
+    assert (good.value, bad.value, bad.address) == (0, 2, IPA)
+    with pytest.raises(ValueError, match="1 to 63 orders"):
+        vm.guest.batch([Order("nop")] * 64)
+
+
+def test_an_undefined_instruction_comes_back_as_data(vm, isa):
+    vm.add_memory(IPA, 0x1000).write(8, UNDEFINED[isa])
+    with pytest.raises(GuestException) as caught:
+        vm.guest.execute(IPA + 8)
+    assert (caught.value.kind, caught.value.pc, caught.value.external) == ("undefined", IPA + 8, False)
+    vm.guest.ping()
+
+
+def test_an_unknown_hypercall_is_not_supported(vm, isa):
+    """Arm DEN0022 (PSCI), DEN0028 (SMCCC): -1 in the result register."""
+    assert vm.guest.hypercall(0x8400_FFFF) == (1 << ISAS[isa].pointer_bits) - 1
+
+
+def test_flush_and_registers(vm):
+    vm.guest.flush_tlb()
+    bits, core = (32, 0x4020_0000_0010_0000) if vm.host_bits == 32 else (64, 0x6030_0000_0010_0000)
+    vcpu = vm.vcpus[0]
+    vcpu.set_register(core + 4 * bits // 32, 0xFEED)
+    assert vcpu.get_register(core + 4 * bits // 32) == 0xFEED
+
+
+def test_a_guest_that_never_comes_back_is_kicked_out(vm):
+    vm.add_memory(IPA, 0x1000).write(0, bytes.fromhex("feffffea" if vm.isa is A32 else "00000014"))  # b .
+    vcpu = vm.vcpus[0]
+    vm.guest._begin([Order("execute", IPA)], wait=0.0)
+    with pytest.raises(AgentTimeout, match="vCPU 0 did not exit within 1 s"):
+        vcpu.wait(deadline=1.0)
+    vcpu.restart()
+    vm.guest.ping()
+
+
+def test_a_vcpu_runs_one_order_at_a_time(vm):
+    with vm.guest.spinning(), pytest.raises(HostOsError, match="KVM_RUN: EBUSY"):
+        vm.guest.ping()
+
+
+def test_tables_are_read_while_guests_spin(make_vm, stage2):
+    vm = make_vm(vcpus=2)
+    with vm.guests[0].spinning(), vm.guests[1].spinning():
+        assert stage2(vm).leaf(payload.CODE).executable
+    vm.guests[1].ping()
+
+
+def test_a_vm_that_cannot_be_made_leaves_nothing(host, isa, make_vm):
+    with pytest.raises(HostOsError):
+        make_vm(ipa_bits=7 << 8)
+    make_vm().guest.ping()
