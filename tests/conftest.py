@@ -6,6 +6,10 @@ import sys
 import pytest
 
 
+#: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
+HEARS_CTRL_C = ("env", "--default-signal=INT")
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """An empty cache for this test alone."""

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ import time
 import pytest
 
 from framework import config, setup
-from framework.errors import ConfigError, KernelError, NoLiveMachine, SetupError
+from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, SetupError
+
+from .conftest import HEARS_CTRL_C
 
 COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2"]
 
@@ -43,6 +46,14 @@ def test_a_mistake_gets_one_message_and_its_own_exit_code(arm_kvm, mistake):
     assert words in done.stderr and done.stderr.startswith("arm-kvm: ") and "Traceback" not in done.stderr
 
 
+def test_a_busy_port_has_its_own_exit_code(arm_kvm):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = arm_kvm("boot", "arm64", "--ssh-port", taken.getsockname()[1])
+    assert done.returncode == PortBusy.exit_code and "--ssh-port" in done.stderr
+
+
 def test_hosts_lists_every_host_file(arm_kvm):
     said = arm_kvm("hosts").stdout
     assert all(name in said for name in config.host_names())
@@ -71,7 +82,7 @@ def test_setup_does_nothing_twice(arm_kvm):
 def test_boot_gives_console_ssh_and_tables(arm_kvm, tmp_path):
     """The tour of the README: boot a host, reach it over the printed line, look at its tables, end it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "framework.cli", "boot", "arm64"],
+        [*HEARS_CTRL_C, sys.executable, "-m", "framework.cli", "boot", "arm64"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

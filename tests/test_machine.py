@@ -16,6 +16,8 @@ from framework.errors import MachineError, PortBusy, QemuDied, QemuRefused, Setu
 from framework.machine.board import Boot
 from framework.machine.machine import Logs, Machine
 
+from .conftest import HEARS_CTRL_C
+
 BOARD = config.find("arm64").board
 
 
@@ -127,7 +129,10 @@ def test_nothing_survives_the_lab(tmp_path, end):
     kernel = tmp_path / "kernel"
     kernel.write_bytes(bytes(16))
     lab = subprocess.Popen(
-        [sys.executable, "-c", LAB, str(kernel)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*HEARS_CTRL_C, sys.executable, "-c", LAB, str(kernel)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     pid, folder = lab.stdout.readline().split()
     assert Path(f"/proc/{pid}").exists() and Path(folder).exists()

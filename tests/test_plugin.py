@@ -17,6 +17,8 @@ import pytest
 from framework.lab import CONFIGS, ROOT
 from framework.machine.rundir import live_machines
 
+from .conftest import HEARS_CTRL_C
+
 PASSING = """
 def test_vm_runs(vm, stage2):
     vm.add_memory(0x80000000, 0x1000)
@@ -35,10 +37,11 @@ class Run:
         (self.folder / "test_suite.py").write_text(suite)
         (self.folder / "pytest.ini").write_text("[pytest]\naddopts = -ra --tb=short -p no:logging\n")
         plain = ["-p", "framework.plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
-        return [sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
+        return [*HEARS_CTRL_C, sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
 
     def start(self, suite, *options, **environment):
         env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        env.pop("CI", None)  # where pytest repeats every failure in full
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.argv(suite, *options), cwd=self.folder, env=env, **how)
 
