@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-
 #: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
 
