@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -29,6 +30,7 @@ _POOL = pytest.StashKey[Pool]()
 _SESSION = pytest.StashKey["_HostSession"]()
 _BLAMED = pytest.StashKey[Path]()  # the host file a skip is due to
 _TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
+_ORACLES: WeakKeyDictionary[Host, Oracle] = WeakKeyDictionary()
 _DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
 
 
@@ -163,7 +165,7 @@ class _HostSession:
 
     def __init__(self, host: Host, folder: TestFolder) -> None:
         self.host = host
-        self.oracle = host.oracle = getattr(host, "oracle", None) or Oracle(host)
+        self.oracle = _ORACLES.setdefault(host, Oracle(host))  # it remembers what it has found of the host
         self.folder = folder
         folder.begin(host.machine.logs)
         self.oracle.splats()  # what was said between tests is nobody's
@@ -195,14 +197,13 @@ def pytest_runtest_call(item: pytest.Item):
 
 
 def _judge_passed(session: _HostSession) -> None:
+    lost, findings = None, []
     try:
         session.host.machine.check()
         session.host.agent.require()
         findings = session.judge()
     except LabError as e:
         lost = e
-    else:
-        lost = None
     if lost is not None:
         pytest.fail(f"after the test, its host is lost: {lost}", pytrace=False)
     if findings:
@@ -211,13 +212,12 @@ def _judge_passed(session: _HostSession) -> None:
 
 def _judge_failed(item: pytest.Item, session: _HostSession, known: bool) -> None:
     """Of a failed test the findings are a section of its report; beside a known fault they are a failure."""
-    findings: list[Finding] = []
-    with suppress(LabError):  # the host may be lost, which is then the test's own failure
-        findings = session.judge()
-    if findings and known:
-        pytest.fail(_contract(findings), pytrace=False)
-    if findings:
-        item.add_report_section("call", "arm-kvm", _contract(findings))
+    if known:
+        _judge_passed(session)
+        return
+    with suppress(Exception):  # whatever the test left behind, its own failure is the one to show
+        if findings := session.judge():
+            item.add_report_section("call", "arm-kvm", _contract(findings))
 
 
 def _contract(findings: list[Finding]) -> str:
@@ -249,7 +249,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """
     pool, name = request.config.stash[_POOL], request.param
     host = _host_or_outcome(request.node, pool, name)
-    session = _HostSession(host, TestFolder(pool._artifacts, request.node.nodeid))
+    session = _HostSession(host, TestFolder(pool.artifacts, request.node.nodeid))
     request.node.stash[_SESSION] = session
     try:
         yield host

@@ -26,7 +26,7 @@ class Pool:
         self.configs = {config.name: config for config in hosts}
         self.kept: list[Host] = []
         self._overrides = kernels
-        self._artifacts = artifacts
+        self.artifacts = artifacts
         self._kernels: dict[str, Kernel] = {}
         self._live: dict[str, Host] = {}
         self._broken: dict[str, LabError] = {}
@@ -50,7 +50,7 @@ class Pool:
         if host is None:
             kernel = self.kernel(name)
             self._boots += 1
-            logs = self._artifacts / "hosts" / f"{self._boots:02}-{name}"
+            logs = self.artifacts / "hosts" / f"{self._boots:02}-{name}"
             host = self._live[name] = self._once(name, lambda: Host.boot(self.configs[name], kernel, logs))
             if self.configs[name].has_kvm:
                 try:

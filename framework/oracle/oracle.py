@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import numpy as np
 
@@ -24,9 +25,9 @@ class Oracle:
     """Judges the VMs of one host. All methods may be called while guests run."""
 
     def __init__(self, host: Host) -> None:
-        self._host = host
+        self._host = weakref.proxy(host)  # an oracle lives as long as its host
         self._ram = host.machine.ram
-        self._sight = Sight(host)
+        self._sight = Sight(self._host)
         self._writable = host.config.architecture.linux_writable
 
     def stage2(self, vm: Vm) -> Stage2:
