@@ -33,7 +33,7 @@ def from_argument(config: HostConfig, what: str) -> Kernel:
     path = Path(what)
     if path.is_dir():
         return tree.from_tree(path, config.linux_arch, fragments_of(config), [])
-    return Kernel(path.name, check_image(path, config.linux_arch))
+    return Kernel(str(path), check_image(path, config.linux_arch))
 
 
 def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[str]) -> Kernel:
