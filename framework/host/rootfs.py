@@ -52,7 +52,7 @@ class Rootfs:
     def keep_bytecode(self, files: list[tuple[str, int]], blob: bytes) -> None:
         """Save what :meth:`framework.agent.__main__.Agent.bytecode` compiled, for the next boots.
 
-        Compiling takes an emulated CPU three seconds, and this machine's Python may be another version.
+        Compiling takes an emulated CPU one to two seconds, and this machine's Python may be another version.
         """
 
         def make(out: Path, work: Path) -> dict:

@@ -58,7 +58,7 @@ def test_sign_extending_loads(vm, isa, known_fault, top_bit):
     if lost_their_sign:
         known_fault(
             f"{', '.join(lost_their_sign)}: vcpu_data_host_to_guest() masks the sign off again (arm64: since "
-            'b30070862edb; mended by "KVM: arm64: Fix sign-extension of MMIO loads", 2026)'
+            'b30070862edb; patch posted in 2026: "KVM: arm64: Fix sign-extension of MMIO loads")'
         )
 
 
