@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from . import cache, config, setup
-from .errors import LabError, NoLiveMachine, SetupError
+from . import cache, config, progress, setup
+from .conform import departures
+from .conform.run import Difference, conform
+from .conform.silicon import Lab
+from .errors import LabError, NoLiveMachine, NonConformance, SetupError
 from .host.apt import main_archive
 from .host.host import Host
 from .host.kernel import Kernel, obtain
@@ -25,6 +30,7 @@ from .terminal import attach
 
 _out = Console(highlight=False)
 _LEAST_DISK = 4 << 30
+_CONFORM_HOSTS = ("a15", "arm64")
 
 
 def _table(*columns: str) -> Table:
@@ -130,6 +136,30 @@ def cmd_stage2(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_conform(args: argparse.Namespace) -> int:
+    """The model against the emulated CPU; no kernel is involved."""
+    if args.departures:
+        print("\n".join(map(str, departures.ALL)))
+        return 0
+    for name in args.host or _CONFORM_HOSTS:
+        _conform(config.find(name), args.cases, secrets.randbits(32) if args.seed is None else args.seed)
+    return 0
+
+
+def _conform(host: config.HostConfig, cases: int, seed: int) -> None:
+    again = f"arm-kvm conform --host {host.name} --cases {cases} --seed {seed}"
+    started = time.monotonic()
+    with Lab(host, run_directory() / "logs") as lab, progress.task(again, cases, "cases") as advance:
+        try:
+            tally = conform(lab, cases, seed, advance)
+        except Difference as e:
+            raise NonConformance(
+                f"{host.name}: model and silicon differ", remedy=f"repeat it with `{again}`", evidence=str(e)
+            ) from e
+    minutes = (time.monotonic() - started) / 60
+    print(f"{again}\n{tally}\nno unexplained difference; {tally.cases / minutes:,.0f} cases a minute", flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arm-kvm", description="A test lab for KVM/ARM, judged from outside the machine."
@@ -162,6 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     stage2 = command("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
     stage2.add_argument("host")
     stage2.add_argument("--seconds", type=float, default=2.0, help="how long to watch the CPUs for guests (default: 2)")
+    conformance = command("conform", cmd_conform, "hold the model against the emulated CPU, on random tables")
+    conformance.add_argument("--host", action="append", metavar="BOARD", help="a host's board (default: a15 and arm64)")
+    conformance.add_argument(
+        "--cases", type=int, default=100_000, metavar="N", help="at least so many (default: 100000)"
+    )
+    conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
+    conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
     return parser
 
 

@@ -18,6 +18,7 @@
      |    +-- QemuRefused    13    ... did not accept the board
      |    +-- PortBusy       14    ... could not have the port for ssh
      |    +-- QemuDied       15    ... ended while the lab needed it
+     |    +-- ProgramSilent  26    ... runs, but the conformance program in it does not answer
      +-- HostError           16  the Linux on the board
      |    +-- HostPanic      17    ... panicked
      |    +-- HostOops       18    ... oopsed, or hit a BUG
@@ -29,6 +30,7 @@
      |    +-- AgentFault          ... failed with an exception of its own
      |    +-- HostOsError         ... a system call answered with an errno
      +-- NoLiveMachine       24  a command needs a running machine, and none runs
+     +-- NonConformance      27  the reference model and the emulated CPU differ
 
 Catch a meaning (``except KernelError``), not an enumeration of causes. The number is the
 exit code of ``arm-kvm``; pytest keeps its own.
@@ -126,6 +128,10 @@ class QemuDied(MachineError):
     exit_code = 15
 
 
+class ProgramSilent(MachineError):
+    exit_code = 26
+
+
 class HostError(LabError):
     exit_code = 16
 
@@ -174,3 +180,7 @@ class HostOsError(AgentError):
 
 class NoLiveMachine(LabError):
     exit_code = 24
+
+
+class NonConformance(LabError):
+    exit_code = 27

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from framework.model import descriptors as d
+
 BASE = 0x4000_0000
 PAGE = 0x1000
 
@@ -25,8 +27,8 @@ class Pages:
     def store(self, pa: int, word: int) -> None:
         self.words[(pa - BASE) // 8] = word
 
-    def load(self, pa: int) -> int:
-        return int(self.words[(pa - BASE) // 8])
+    def load(self, pa: int) -> int | None:
+        return int(self.words[(pa - BASE) // 8]) if 0 <= pa - BASE < len(self.words) * 8 else None
 
     def fetch(self, pas: np.ndarray) -> np.ndarray:
         out = np.zeros(len(pas), dtype=np.uint64)
@@ -39,28 +41,19 @@ class Pages:
 
 
 class Table:
-    """A stage-2 or stage-1 table built entry by entry, with the model's own encoders."""
+    """A stage-2 or stage-1 table built entry by entry, whatever the entries are."""
 
     def __init__(self, memory: Pages, regime) -> None:
         self.memory, self.regime = memory, regime
-        self.pages = {(regime.start_level, 0): regime.root}
 
     def put(self, ia: int, level: int, desc: int) -> int:
         """Store ``desc`` as the entry of ``level`` for ``ia``, making tables on the way; the entry's address."""
-        from framework.model import descriptors as d
-
         base = self.regime.root
         for at in range(self.regime.start_level, level):
-            slot = base + self._index(ia, at) * 8
+            slot = base + self.regime.index(ia, at) * 8
             if not self.memory.load(slot) & 1:
-                self.memory.store(slot, d.table(self.memory.page()))
-            base = d.address(self.memory.load(slot))
-        entry = base + self._index(ia, level) * 8
+                self.memory.store(slot, d.encode(d.Table(self.memory.page()), at))
+            base = d.decode(self.memory.load(slot), at).address
+        entry = base + self.regime.index(ia, level) * 8
         self.memory.store(entry, desc)
         return entry
-
-    def _index(self, ia: int, level: int) -> int:
-        from framework.model import descriptors as d
-
-        mask = (self.regime.entries if level == self.regime.start_level else d.ENTRIES) - 1
-        return ia >> d.level_shift(level) & mask

@@ -15,7 +15,7 @@ from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, 
 
 from .conftest import HEARS_CTRL_C
 
-COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2"]
+COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2", "conform"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

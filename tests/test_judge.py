@@ -4,11 +4,13 @@ Made-up tables in made-up RAM: the judge is pure. The same verdicts on a real ke
 test_verdicts_live.py.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from framework.model import descriptors as d
-from framework.model import regime, walk
+from framework.model import regime, stage1, sweep
 from framework.model.memslots import Memslot, SlotFlags
 from framework.oracle import judge
 from framework.oracle.verdicts import Kind, Violation
@@ -33,17 +35,17 @@ class World:
         self.written = False
 
     def host_maps(self, page, pa, writable=True):
-        self.host.put(HVA + page * PAGE, 3, pa | 3 | 1 << 10 | (0 if writable else d.ARM_L_PTE_RDONLY))
+        self.host.put(HVA + page * PAGE, 3, stage1.leaf(pa, 3) | (0 if writable else d.ARM_L_PTE_RDONLY.mask))
 
     def maps(self, page, pa, **kind):
-        return self.stage2.put(IPA + page * PAGE, 3, d.block_or_page(pa, 3, **{"write": True, **kind}))
+        return self.stage2.put(IPA + page * PAGE, 3, d.encode(replace(d.Leaf(pa, xn=d.Never.EL0_EL1), **kind), 3))
 
     def kinds(self):
         return [finding.kind for finding in self.findings()]
 
     def findings(self):
-        tables = walk.walk(self.stage2.regime, self.ram)
-        view = judge.look(tables.leaves, self.slots, lambda hvas: walk.translate(self.host.regime, self.ram, hvas))
+        tables = sweep.sweep(self.stage2.regime, self.ram)
+        view = judge.look(tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas))
         written = np.full(len(view.ipa), self.written)
         writable = d.linux_arm_writable(view.host_desc)
         return judge.Case(tables, self.slots, view, writable, written, self.ram).findings()
@@ -62,7 +64,7 @@ def test_a_right_leaf_is_right(world):
 
 
 def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
-    world.maps(0, world.frame, write=False)
+    world.maps(0, world.frame, s2ap=d.Access.READ)
     assert world.findings() == []
 
 
@@ -104,7 +106,7 @@ def test_writable_while_clean_in_the_dirty_log(written):
 
 
 def test_outside_every_memslot(world):
-    world.stage2.put(IPA - PAGE, 3, d.block_or_page(world.frame, 3, write=True))
+    world.stage2.put(IPA - PAGE, 3, d.encode(d.Leaf(world.frame), 3))
     assert world.kinds() == [Kind.OUTSIDE_MEMSLOTS]
 
 
@@ -118,7 +120,7 @@ def test_device_is_device_memory_and_never_executable(world):
     world.host_maps(0, DEVICE_PA)
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
     assert world.findings() == []
-    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, execute=True)
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NOBODY)
     assert world.kinds() == [Kind.EXCESS_PERMISSION]
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
     assert world.kinds() == [Kind.WRONG_MEMORY_TYPE]
@@ -133,7 +135,7 @@ def test_block_is_judged_page_by_page(world):
     """A block over 512 host pages, one of which is another frame: exactly that page is named."""
     for page in range(512):
         world.host_maps(page, world.frame + page * PAGE)
-    world.stage2.put(IPA, 2, d.block_or_page(world.frame, 2, write=True))
+    world.stage2.put(IPA, 2, d.encode(d.Leaf(world.frame), 2))
     assert world.findings() == []
     world.host_maps(77, world.frame + 78 * PAGE)
     (finding,) = world.findings()
@@ -153,7 +155,7 @@ def test_table_page_with_two_users():
     one.maps(0, one.frame)
     shared = one.ram.load(one.stage2.regime.root + 2 * 8)
     one.ram.store(two.stage2.regime.root + 2 * 8, shared)
-    tables = {name: walk.walk(w.stage2.regime, one.ram) for name, w in (("VM 1", one), ("VM 2", two))}
+    tables = {name: sweep.sweep(w.stage2.regime, one.ram) for name, w in (("VM 1", one), ("VM 2", two))}
     found = judge.shared_tables(tables)
     assert {f.kind for f in found["VM 1"] + found["VM 2"]} == {Kind.SHARED_TABLE}
     assert "VM 1, VM 2" in found["VM 1"][0].found
@@ -161,15 +163,15 @@ def test_table_page_with_two_users():
 
 def test_table_page_a_guest_can_reach(world):
     world.maps(0, world.frame)
-    table = d.address(world.ram.load(world.stage2.regime.root + 2 * 8))
+    table = d.decode(world.ram.load(world.stage2.regime.root + 2 * 8), 1).address
     world.maps(1, table)
-    found = judge.shared_tables({"VM 1": walk.walk(world.stage2.regime, world.ram)})["VM 1"]
+    found = judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)})["VM 1"]
     assert [(f.kind, f.ipa) for f in found] == [(Kind.SHARED_TABLE, IPA + PAGE)]
 
 
 def test_no_table_is_shared_in_a_good_world(world):
     world.maps(0, world.frame)
-    assert judge.shared_tables({"VM 1": walk.walk(world.stage2.regime, world.ram)}) == {"VM 1": []}
+    assert judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)}) == {"VM 1": []}
 
 
 def test_the_diff_says_what_a_kernel_developer_needs(world):

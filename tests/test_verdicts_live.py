@@ -63,7 +63,7 @@ def stored(host):
 
 CORRUPTIONS = {
     Kind.WRONG_FRAME: lambda desc: desc ^ (1 << 13),
-    Kind.WRONG_MEMORY_TYPE: lambda desc: desc & ~(0xF << 2) | d.MemAttr.DEVICE_nGnRE << 2,
+    Kind.WRONG_MEMORY_TYPE: lambda desc: desc & ~d.MEMATTR.mask | d.MEMATTR.put(d.MemAttr.DEVICE_nGnRE),
     Kind.MALFORMED_ENTRY: lambda desc: desc & ~2,
 }
 
@@ -132,7 +132,7 @@ def test_a_memslot_that_is_lied_about(vm, memory, oracle):
 def test_a_leaf_that_reaches_a_table(vm, memory, oracle, entry_of, stored):
     pa, desc = entry_of(vm, IPA)
     table = pa & ~(PAGE - 1)
-    with stored(pa, desc & ~d.ADDRESS | table, then=desc):
+    with stored(pa, desc & ~d.Format().address_field() | table, then=desc):
         _, findings = oracle.examine(vm)
     assert {f.kind for f in findings} == {Kind.SHARED_TABLE, Kind.WRONG_FRAME}
 

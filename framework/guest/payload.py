@@ -6,12 +6,10 @@ DOORBELL is backed by nothing: a store there is the MMIO exit that says "all ord
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from framework.binutils import binutils, equates
 from framework.errors import SetupError
 
 from .isa import ISAS, Isa, Status
@@ -36,7 +34,7 @@ def _layout() -> str:
     names = {"PENDING": PENDING, "DONE": DONE, "SPINNING": SPINNING, "STOP": STOP, "ORDERS": ORDERS}
     names |= FIELDS | {"PC": FIELDS["STRIDE"], "DOORBELL": DOORBELL}
     names |= {f"STATUS_{status.name}": status.value for status in Status}
-    return "".join(f".equ {name}, {value:#x}\n" for name, value in names.items())
+    return equates(names)
 
 
 def _gadgets(isa: Isa) -> str:
@@ -49,31 +47,18 @@ def _gadgets(isa: Isa) -> str:
     return "\n".join(lines).replace("; ", "\n    ") + "\n"
 
 
-def _run(isa: Isa, tool: str, *arguments: str, cwd: Path) -> None:
-    program = isa.tools + tool
-    if shutil.which(program) is None:
-        raise SetupError(
-            f"{program} is not installed: the {isa.name} guest payload cannot be assembled",
-            remedy="run `arm-kvm setup`",
-        )
-    done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        raise SetupError(f"{program} does not assemble the {isa.name} payload", evidence=done.stderr)
-
-
 @cache
 def assemble(name: str) -> bytes:
     """The payload image for ISA ``name``, linked at CODE, entry at its first byte. Raises SetupError."""
     isa = ISAS[name]
     source = Path(__file__).with_name(isa.source)
-    with tempfile.TemporaryDirectory(prefix="arm-kvm-") as folder:
-        cwd = Path(folder)
-        (cwd / "layout.inc").write_text(_layout())
-        (cwd / "gadgets.inc").write_text(_gadgets(isa))
-        _run(isa, "as", "-o", "payload.o", str(source), cwd=cwd)
-        _run(isa, "ld", f"-Ttext={CODE:#x}", "-o", "payload.elf", "payload.o", cwd=cwd)
-        _run(isa, "objcopy", "-O", "binary", "-j", ".text", "payload.elf", "payload.bin", cwd=cwd)
-        image = (cwd / "payload.bin").read_bytes()
+    with binutils(isa.tools, f"{isa.name} guest payload") as tools:
+        (tools.folder / "layout.inc").write_text(_layout())
+        (tools.folder / "gadgets.inc").write_text(_gadgets(isa))
+        tools.run("as", "-o", "payload.o", str(source))
+        tools.run("ld", f"-Ttext={CODE:#x}", "-o", "payload.elf", "payload.o")
+        tools.run("objcopy", "-O", "binary", "-j", ".text", "payload.elf", "payload.bin")
+        image = (tools.folder / "payload.bin").read_bytes()
     if len(image) > CODE_SIZE:
         raise SetupError(f"the {name} payload has {len(image)} bytes, there is room for {CODE_SIZE}")
     return image

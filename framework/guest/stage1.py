@@ -3,7 +3,8 @@
 One root table with 1 GiB entries (level 1): 4 of them for A32, 512 for A64. The author puts the encoded
 tables into guest memory, wherever the test wants them, and turns the MMU on.
 
-Sources: ARM DDI 0406C.d B3.6, B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487 D8.3, register TCR_EL1.
+Sources: ARM DDI 0406C.d B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487, registers TCR_EL1, SCTLR_EL1. The entries
+themselves are the model's (framework/model/stage1.py).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from framework.model import stage1 as model
+
 from .isa import Isa
 
 GIB = 1 << 30
 MIB2 = 2 << 20
-_BLOCK = 0b01 | 0b11 << 8 | 1 << 10  # AttrIndx 0, privileged read-write, inner shareable, AF
-_TABLE = 0b11
 _MAIR = 0xFF  # attribute 0: normal memory, write-back
 _CACHED_WALKS = 3 << 12 | 1 << 10 | 1 << 8  # SH0, ORGN0, IRGN0
 
@@ -36,15 +37,15 @@ class Stage1:
 
     def __init__(self, isa: Isa, root: int) -> None:
         self.root = root
-        self._entries = [i * GIB | _BLOCK for i in range(4 if isa.pointer_bits == 32 else 512)]
+        self._entries = [model.leaf(i * GIB, 1) for i in range(4 if isa.pointer_bits == 32 else 512)]
 
     def map_block(self, va: int, ipa: int) -> None:
         """Map the 1 GiB at ``va`` to the 1 GiB at ``ipa``."""
-        self._entries[va // GIB] = ipa | _BLOCK
+        self._entries[va // GIB] = model.leaf(ipa, 1)
 
     def link(self, va: int, table: int) -> None:
         """Let the 1 GiB at ``va`` be translated by a level 2 table at IPA ``table``."""
-        self._entries[va // GIB] = table | _TABLE
+        self._entries[va // GIB] = model.table(table)
 
     def encode(self) -> bytes:
         """The root table as bytes, to be written at IPA ``root``."""
@@ -53,7 +54,7 @@ class Stage1:
     @staticmethod
     def level2(ipa: int) -> bytes:
         """A level 2 table of 512 blocks of 2 MiB that maps the 1 GiB at ``ipa``."""
-        return struct.pack("<512Q", *(ipa + i * MIB2 | _BLOCK for i in range(512)))
+        return struct.pack("<512Q", *(model.leaf(ipa + i * MIB2, 2) for i in range(512)))
 
     def registers(self, isa: Isa) -> Registers:
         if isa.pointer_bits == 32:

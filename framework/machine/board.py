@@ -20,11 +20,14 @@ class Board:
 
 @dataclass(frozen=True)
 class Boot:
-    """What the board starts: paths of kernel image and initramfs, and the kernel's command line."""
+    """What the board starts: paths of kernel image and initramfs, and the kernel's command line.
+
+    A program that is no Linux has a path alone.
+    """
 
     kernel: Path
-    initramfs: Path
-    cmdline: str
+    initramfs: Path | None = None
+    cmdline: str = ""
 
 
 def command_line(
@@ -46,5 +49,6 @@ def command_line(
         *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),
         *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
         *("-device", "virtio-net-device,netdev=net", "-device", "virtio-rng-device"),
-        *("-kernel", str(boot.kernel), "-initrd", str(boot.initramfs), "-append", boot.cmdline),
+        *("-kernel", str(boot.kernel)),
+        *(("-initrd", str(boot.initramfs), "-append", boot.cmdline) if boot.initramfs else ()),
     ]

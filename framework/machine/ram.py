@@ -16,7 +16,7 @@ from framework.errors import SetupError
 
 
 class Ram:
-    """Physical memory ``[base, base + size)``, bytes. Implements :class:`framework.model.walk.Memory`.
+    """Physical memory ``[base, base + size)``, bytes. Implements :class:`framework.model.sweep.Memory`.
 
     ``words`` is the whole RAM as a read-only uint64 array, one word per 8 bytes.
     """

@@ -1,6 +1,22 @@
 """The reference model: what the architecture and KVM's contract say, and nothing else.
 
-Pure functions on integers and numpy arrays: no I/O, no process, no clock, no import of
-another room. A walker takes memory as a callable, so it runs alike on a live machine's RAM,
-on a saved dump and on a table that a test made up.
+Pure functions on integers and numpy arrays: no I/O, no process, no clock, no import of another room. In reading order:
+
+    granule.py      4, 16 and 64 KiB: what follows from the page size
+    descriptors.py  every bit of a translation table entry
+    regime.py       control registers -> start level, root, sizes; or why they are impossible
+    faults.py       accesses, and how a translation can fail
+    stage1.py       permissions and attributes of the guest's own stage
+    attributes.py   memory types of both stages, combined
+    walk.py         the walk, one address at a time, written to be read
+    sweep.py        the walk with numpy: all leaves, or many addresses
+    syndrome.py     PAR, ESR, FAR, HPFAR after a translation
+    tables.py       stage-2 tables as KVM builds them, step by step
+    memcache.py     page-table memory, had before the lock is taken
+    vmid.py         who gets which VMID, and what is invalidated when
+    memslots.py     guest-physical memory, its flags and its dirty log
+    notifier.py     what the host's memory management owes to stage 2
+
+granule to syndrome are held against an independent implementation, the emulated CPU (``arm-kvm conform``); the rest is
+written from the kernel's source, which each module cites.
 """

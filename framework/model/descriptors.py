@@ -1,39 +1,97 @@
-"""Long-format translation table descriptors, 4 KiB granule.
+"""Long-format translation table descriptors: every bit of a stage-2 entry has a name here, and only here.
 
-Sources: ARM DDI 0406C.d, B3.6 (Armv7 LPAE, stage 2 attributes included); ARM DDI 0487,
-D8.3 (VMSAv8-64). Both formats agree on every field used here; they differ in output address
-width, which belongs to the regime.
+Sources: ARM DDI 0406C.d, B3.6 (Armv7 LPAE: table, block and page formats, second stage attributes);
+ARM DDI 0487, D8.3 (VMSAv8-64 descriptor formats), D8.6 (stage 2 memory attributes, FEAT_S2FWB).
+Linux's use of the software bits: arch/arm/include/asm/pgtable-3level.h and arch/arm64/include/asm/pgtable-prot.h (5.4).
 
-All functions take a Python ``int`` or a numpy ``uint64`` array and return the same kind.
+:class:`Field` works alike on a Python ``int`` and on a numpy ``uint64`` array. :func:`decode` and :func:`encode` are
+exact inverses on all 2**64 words: what has no meaning is kept as found.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import TypeVar
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from .granule import KIB4, LAST_LEVEL, Granule
+
 Bits = TypeVar("Bits", int, np.ndarray)
 
-PAGE_SHIFT = 12
-PAGE_SIZE = 1 << PAGE_SHIFT
-ENTRIES = 512
-LAST_LEVEL = 3
 
-#: Output address, bits [47:12]; what lies above the regime's physical size must be zero.
-ADDRESS = 0x0000_FFFF_FFFF_F000
+class Field(NamedTuple):
+    """Bits ``[low + width - 1 : low]`` of a descriptor."""
+
+    low: int
+    width: int = 1
+
+    @property
+    def mask(self) -> int:
+        return ((1 << self.width) - 1) << self.low
+
+    def of(self, desc: Bits) -> Bits:
+        """The field's value."""
+        return desc >> self.low & ((1 << self.width) - 1)
+
+    def put(self, value: int) -> int:
+        """A descriptor with this field set and nothing else. ValueError when it does not fit."""
+        if value >> self.width:
+            raise ValueError(f"{value:#x} does not fit in {self.width} bits")
+        return value << self.low
+
+
+# -- both stages -------------------------------------------------------------------------------------
+VALID = Field(0)
+TYPE = Field(1)  #: 1: a table, or at level 3 a page
+SH = Field(8, 2)
+AF = Field(10)
+DBM = Field(51)
+CONTIGUOUS = Field(52)
+SOFTWARE = Field(55, 4)  #: the architecture leaves these to the operating system
+
+# -- stage 2, block and page ---------------------------------------------------------------------------
+MEMATTR = Field(2, 4)
+S2AP = Field(6, 2)  #: Armv7: HAP[2:1]
+FNXS = Field(11)  #: FEAT_XS
+XN = Field(53, 2)  #: Armv7 and v8 without FEAT_XNX: bit 54 alone, bit 53 is RES0
+PBHA = Field(59, 4)  #: implementation defined, FEAT_HPDS2
+
+# -- stage 1 -------------------------------------------------------------------------------------------
+ATTRINDX = Field(2, 3)
+AP = Field(6, 2)  #: AP[2:1]
+PXN = Field(53)
+UXN = Field(54)
+PXN_TABLE = Field(59)
+XN_TABLE = Field(60)
+AP_TABLE = Field(61, 2)
+
+_ADDRESS_TOP = 48
 
 
 class MemAttr(IntEnum):
-    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6)."""
+    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6): outer in [3:2], inner in [1:0]."""
 
     DEVICE_nGnRnE = 0b0000
     DEVICE_nGnRE = 0b0001
     DEVICE_nGRE = 0b0010
     DEVICE_GRE = 0b0011
     NORMAL_NC = 0b0101
+    NORMAL_WT = 0b1010
     NORMAL_WB = 0b1111
+
+
+class MemAttrFwb(IntEnum):
+    """Stage-2 MemAttr[3:0] with HCR_EL2.FWB set (DDI 0487 D8.6, FEAT_S2FWB)."""
+
+    DEVICE_nGnRnE = 0b0000
+    DEVICE_nGnRE = 0b0001
+    DEVICE_nGRE = 0b0010
+    DEVICE_GRE = 0b0011
+    NORMAL_NC = 0b0101  #: normal non-cacheable, unless stage 1 says device
+    NORMAL_WB = 0b0110  #: write-back, whatever stage 1 says
+    STAGE1 = 0b0111  #: what stage 1 says
 
 
 class Shareability(IntEnum):
@@ -43,77 +101,231 @@ class Shareability(IntEnum):
     INNER = 0b11
 
 
-def level_shift(level: int) -> int:
-    """log2 of the bytes one entry of this level maps: 12 at level 3, 21 at 2, 30 at 1, 39 at 0."""
-    return PAGE_SHIFT + 9 * (LAST_LEVEL - level)
+class Access(IntEnum):
+    """S2AP: what stage 2 grants to data accesses."""
+
+    NONE = 0b00
+    READ = 0b01
+    WRITE = 0b10
+    READ_WRITE = 0b11
 
 
-def is_valid(desc: Bits) -> Bits:
-    return (desc & 1) != 0
+class Never(IntEnum):
+    """XN[1:0] with FEAT_XNX: who may never execute. Without it bit 53 is RES0: ``NOBODY`` or ``EL0_EL1``."""
+
+    NOBODY = 0b00
+    EL1 = 0b01
+    EL0_EL1 = 0b10
+    EL0 = 0b11
 
 
-def is_table(desc: Bits, level: int) -> Bits:
-    """A table descriptor, or at level 3 a page descriptor: the two low bits set."""
-    return (desc & 3) == 3
+@dataclass(frozen=True)
+class Format:
+    """What decides the meaning of a descriptor's bits, beside its level."""
+
+    granule: Granule = KIB4
+    address_bits: int = _ADDRESS_TOP  #: top of the address field: 40 in Armv7, where [47:40] are RES0
+    fwb: bool = False  #: HCR_EL2.FWB: MemAttr has its other encoding
+    xnx: bool = False  #: FEAT_XNX: XN has two bits
+    dbm: bool = False  #: FEAT_HAFDBS: bit 51 means something
+
+    def address_field(self, level: int = LAST_LEVEL) -> int:
+        """Mask of the output address of a leaf at ``level``; of a table's address at the last level."""
+        return (1 << self.address_bits) - (1 << self.granule.level_shift(level))
+
+    @property
+    def normal(self) -> int:
+        """MemAttr[3:0] of ordinary write-back memory."""
+        return MemAttrFwb.NORMAL_WB if self.fwb else MemAttr.NORMAL_WB
+
+    def is_device(self, memattr: Bits) -> Bits:
+        """Whether MemAttr[3:0] is a device type. Reserved FWB encodings (bit 3) count as device."""
+        return (memattr & (0b0100 if self.fwb else 0b1100)) == 0
 
 
-def address(desc: Bits) -> Bits:
-    """Output address or next-level table address: a physical address in bytes."""
-    return desc & ADDRESS
+ARMV7 = Format(address_bits=40)
+
+
+class Kind(Enum):
+    """The five things a word in a table can be."""
+
+    INVALID = "invalid"
+    TABLE = "table"
+    BLOCK = "block"
+    PAGE = "page"
+    RESERVED = "reserved"
+
+
+def kind(word: int, level: int, granule: Granule) -> Kind:
+    """What the two low bits say at this level (DDI 0487 D8.3.1)."""
+    if not VALID.of(word):
+        return Kind.INVALID
+    if TYPE.of(word):
+        return Kind.PAGE if level == LAST_LEVEL else Kind.TABLE
+    if level == LAST_LEVEL or level < granule.top_block:
+        return Kind.RESERVED
+    return Kind.BLOCK
+
+
+# -- decoded entries -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """Nothing is mapped; bits [63:1] belong to the operating system (KVM keeps page owners there)."""
+
+    payload: int = 0
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A valid entry whose type has no meaning at its level; the walk takes a translation fault."""
+
+    word: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A pointer to the next level's table at physical address ``address``. ``ignored`` holds all other bits."""
+
+    address: int
+    ignored: int = 0
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A stage-2 block or page. ``address`` in bytes; ``res0`` holds the bits that should be zero and are not."""
+
+    address: int
+    memattr: int = MemAttr.NORMAL_WB
+    s2ap: int = Access.READ_WRITE
+    sh: int = Shareability.INNER
+    af: bool = True
+    xn: int = Never.NOBODY
+    contiguous: bool = False
+    dbm: bool = False
+    fnxs: bool = False
+    software: int = 0
+    pbha: int = 0
+    res0: int = 0
+
+
+Entry = Invalid | Reserved | Table | Leaf
+
+_LEAF_FIELDS = {
+    "memattr": MEMATTR,
+    "s2ap": S2AP,
+    "sh": SH,
+    "af": AF,
+    "xn": XN,
+    "contiguous": CONTIGUOUS,
+    "dbm": DBM,
+    "fnxs": FNXS,
+    "software": SOFTWARE,
+    "pbha": PBHA,
+}
+_FLAGS = frozenset({"af", "contiguous", "dbm", "fnxs"})
+_LEAF_MASK = VALID.mask | TYPE.mask | sum(field.mask for field in _LEAF_FIELDS.values())
+
+
+def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
+    """The stage-2 entry that ``word`` is at ``level``."""
+    match kind(word, level, fmt.granule):
+        case Kind.INVALID:
+            return Invalid(word >> 1)
+        case Kind.RESERVED:
+            return Reserved(word)
+        case Kind.TABLE:
+            field = fmt.address_field()
+            return Table(word & field, word & ~field & ~0b11)
+    field = fmt.address_field(level)
+    values = {name: f.of(word) for name, f in _LEAF_FIELDS.items()}
+    values |= {name: bool(values[name]) for name in _FLAGS}
+    return Leaf(word & field, res0=word & ~field & ~_LEAF_MASK, **values)
+
+
+def encode(entry: Entry, level: int, fmt: Format = Format()) -> int:
+    """The word of ``entry`` at ``level``. ValueError when a value does not fit or the level cannot hold it."""
+    match entry:
+        case Invalid(payload):
+            return payload << 1
+        case Reserved(word):
+            return word
+        case Table(address, ignored):
+            if level == LAST_LEVEL:
+                raise ValueError(f"level {LAST_LEVEL} holds no table")
+            return _placed(address, LAST_LEVEL, fmt) | ignored | VALID.mask | TYPE.mask
+    if fmt.granule.top_block > level:
+        raise ValueError(f"no block at level {level} with a granule of {fmt.granule}")
+    word = _placed(entry.address, level, fmt) | entry.res0 | VALID.mask | TYPE.put(level == LAST_LEVEL)
+    for name, field in _LEAF_FIELDS.items():
+        word |= field.put(int(getattr(entry, name)))
+    return word
+
+
+def _placed(address: int, level: int, fmt: Format) -> int:
+    if address & ~fmt.address_field(level):
+        raise ValueError(f"{address:#x} is not an address that a level {level} entry can hold")
+    return address
+
+
+# -- encodings the architecture reserves -------------------------------------------------------------------
+
+
+def reserved(word: int, level: int, fmt: Format) -> list[str]:
+    """The names of all that is reserved in a valid stage-2 entry: empty for a good one."""
+    match decode(word, level, fmt):
+        case Reserved():
+            return [reserved_type(word, level, fmt.granule)]
+        case Leaf() as leaf:
+            return [why for why in _leaf_reservations(leaf, level, fmt) if why]
+    return []
+
+
+def reserved_type(word: int, level: int, granule: Granule) -> str | None:
+    """The name of a type (bits [1:0]) that has no meaning at this level, in either stage; None for a good one."""
+    if kind(word, level, granule) is not Kind.RESERVED:
+        return None
+    return "reserved encoding (0b01) at the last level" if level == LAST_LEVEL else f"a block at level {level}"
+
+
+def _leaf_reservations(leaf: Leaf, level: int, fmt: Format) -> list[str | None]:
+    size = 1 << fmt.granule.level_shift(level)
+    low = leaf.res0 & (size - 1) & ~(fmt.granule.size - 1)
+    return [
+        f"block address not aligned to {size:#x} bytes" if low else None,
+        f"RES0 bits {leaf.res0 & ~low:#x}" if leaf.res0 & ~low else None,
+        "reserved shareability (0b01)" if leaf.sh == Shareability.RESERVED else None,
+        f"reserved MemAttr {leaf.memattr:#06b}" if leaf.memattr in RESERVED_MEMATTR[fmt.fwb] else None,
+        "XN[0] without FEAT_XNX" if leaf.xn & 1 and not fmt.xnx else None,
+        "DBM without FEAT_HAFDBS" if leaf.dbm and not fmt.dbm else None,
+    ]
+
+
+#: Without FWB, normal memory with an inner field of 0b00; with FWB, bit 3 set, and 0b0100.
+RESERVED_MEMATTR = {
+    False: frozenset({0b0100, 0b1000, 0b1100}),
+    True: frozenset({0b0100, *range(0b1000, 0b10000)}),
+}
+
+
+# -- what a stage-2 leaf grants ----------------------------------------------------------------------------
 
 
 def s2_readable(desc: Bits) -> Bits:
-    """S2AP[0] (Armv7: HAP[1]), bit 6."""
-    return (desc & (1 << 6)) != 0
+    return (desc & (Access.READ << S2AP.low)) != 0
 
 
 def s2_writable(desc: Bits) -> Bits:
-    """S2AP[1] (Armv7: HAP[2]), bit 7."""
-    return (desc & (1 << 7)) != 0
+    return (desc & (Access.WRITE << S2AP.low)) != 0
 
 
-def s2_executable(desc: Bits) -> Bits:
-    """XN, bit 54, clear. KVM uses the two-bit form only as all or nothing, so bit 54 decides."""
-    return (desc & (1 << 54)) == 0
-
-
-def s2_memattr(desc: Bits) -> Bits:
-    """MemAttr[3:0], bits [5:2]."""
-    return (desc >> 2) & 0xF
-
-
-def shareability(desc: Bits) -> Bits:
-    """SH[1:0], bits [9:8]."""
-    return (desc >> 8) & 3
-
-
-def access_flag(desc: Bits) -> Bits:
-    """AF, bit 10."""
-    return (desc & (1 << 10)) != 0
-
-
-def block_or_page(
-    pa: int,
-    level: int,
-    *,
-    write: bool,
-    execute: bool = False,
-    read: bool = True,
-    memattr: int = MemAttr.NORMAL_WB,
-    sh: int = Shareability.INNER,
-    af: bool = True,
-) -> int:
-    """Encode a stage-2 leaf. Raises ValueError for an address the level cannot hold."""
-    if pa & ((1 << level_shift(level)) - 1):
-        raise ValueError(f"{pa:#x} is not aligned to a level {level} entry")
-    desc = pa | (3 if level == LAST_LEVEL else 1)
-    desc |= memattr << 2 | read << 6 | write << 7 | sh << 8 | af << 10
-    return desc | (0 if execute else 1 << 54)
-
-
-def table(pa: int) -> int:
-    """Encode a table descriptor that points at the page at physical address ``pa``."""
-    return pa | 3
+def s2_executable(desc: Bits, *, el0: bool = False, fmt: Format = Format()) -> Bits:
+    """Whether EL1 (or EL0) may execute, read permission aside. Without FEAT_XNX bit 54 alone decides."""
+    xn = XN.of(desc)
+    if not fmt.xnx:
+        return xn < Never.EL0_EL1
+    return (xn == Never.NOBODY) | (xn == (Never.EL1 if el0 else Never.EL0))
 
 
 # -- the host's own stage 1, as Linux writes it ------------------------------------------------
@@ -123,13 +335,13 @@ def table(pa: int) -> int:
 # arch/arm/include/asm/pgtable-3level.h (5.4) L_PTE_RDONLY and L_PMD_SECT_RDONLY, bit 58;
 # arch/arm64/include/asm/pgtable-prot.h (5.4 to 6.12) PTE_WRITE, bit 51 (also DBM).
 
-ARM_L_PTE_RDONLY = 1 << 58
-ARM64_PTE_WRITE = 1 << 51
+ARM_L_PTE_RDONLY = Field(58)
+ARM64_PTE_WRITE = Field(51)
 
 
 def linux_arm_writable(desc: Bits) -> Bits:
-    return (desc & ARM_L_PTE_RDONLY) == 0
+    return ARM_L_PTE_RDONLY.of(desc) == 0
 
 
 def linux_arm64_writable(desc: Bits) -> Bits:
-    return (desc & ARM64_PTE_WRITE) != 0
+    return ARM64_PTE_WRITE.of(desc) != 0

@@ -1,15 +1,25 @@
-"""Memslots: which guest-physical ranges a VM has, and what each allows.
+"""Memslots: which guest-physical ranges a VM has, what each allows, and what a change of them owes to stage 2.
 
-Source: Documentation/virt/kvm/api.txt (5.4) / api.rst, KVM_SET_USER_MEMORY_REGION.
+Sources: Documentation/virt/kvm/api.txt (5.4) / api.rst, KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG; Linux 5.4
+virt/kvm/kvm_main.c (__kvm_set_memory_region, kvm_get_dirty_log_protect), virt/kvm/arm/mmu.c
+(kvm_arch_prepare_memory_region, kvm_arch_commit_memory_region, kvm_mmu_wp_memory_region); arch/arm64/kvm/mmu.c (6.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from enum import IntFlag
+import errno
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntFlag
 
 import numpy as np
+
+from .granule import KIB4
+
+_PAGE = KIB4.size
+#: KVM_USER_MEM_SLOTS of arm (5.4) and arm64 (up to 5.10): slot numbers from 0.
+SLOTS = 512
+_MAX_PAGES = (1 << 31) - 1  #: KVM_MEM_MAX_NR_PAGES
 
 
 class SlotFlags(IntFlag):
@@ -36,7 +46,7 @@ class Memslot:
 
     @property
     def pages(self) -> int:
-        return self.size >> 12
+        return self.size // _PAGE
 
     @property
     def logging(self) -> bool:
@@ -46,10 +56,18 @@ class Memslot:
     def readonly(self) -> bool:
         return bool(self.flags & SlotFlags.READONLY)
 
+    def overlaps(self, other: Memslot) -> bool:
+        return self.ipa < other.end and other.ipa < self.end
+
     def hva_of(self, ipa: int) -> int:
         if not self.ipa <= ipa < self.end:
             raise ValueError(f"IPA {ipa:#x} is not in {self}")
         return self.hva + (ipa - self.ipa)
+
+    def ipas_of(self, hva: int, size: int) -> tuple[int, int] | None:
+        """The part of ``[hva, hva + size)`` that this slot shows the guest, as ``(ipa, size)``."""
+        low, high = max(hva, self.hva), min(hva + size, self.hva + self.size)
+        return (self.ipa + low - self.hva, high - low) if low < high else None
 
     def with_flags(self, flags: SlotFlags) -> Memslot:
         return replace(self, flags=flags)
@@ -65,3 +83,126 @@ def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
     for i, slot in enumerate(slots):
         index[(ipas >= np.uint64(slot.ipa)) & (ipas < np.uint64(slot.end))] = i
     return index
+
+
+class Change(Enum):
+    """What one KVM_SET_USER_MEMORY_REGION did (enum kvm_mr_change)."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    MOVE = "move"
+    FLAGS_ONLY = "flags only"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What a change obliges stage 2 to before the ioctl returns: IPA ranges ``(ipa, size)`` in bytes."""
+
+    change: Change
+    must_go: tuple[tuple[int, int], ...] = ()
+    must_be_read_only: tuple[tuple[int, int], ...] = ()
+
+
+class Refused(Exception):
+    """The ioctl fails with ``errno``, and nothing changes."""
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"{errno.errorcode[number]}: {why}")
+        self.errno = number
+
+
+@dataclass
+class Memslots:
+    """All memslots of a VM whose IPA space has ``ipa_bits`` bits, and their dirty logs."""
+
+    ipa_bits: int
+    _slots: dict[int, Memslot] = field(default_factory=dict)
+    _dirty: dict[int, set[int]] = field(default_factory=dict)  # by slot: page numbers within it
+
+    def __iter__(self) -> Iterator[Memslot]:
+        return iter(sorted(self._slots.values(), key=lambda slot: slot.slot))
+
+    def at(self, ipa: int) -> Memslot | None:
+        """The slot that covers an IPA."""
+        return next((slot for slot in self if slot.ipa <= ipa < slot.end), None)
+
+    # -- KVM_SET_USER_MEMORY_REGION -----------------------------------------------------------------------
+
+    def set(self, wanted: Memslot) -> Owed:
+        """Create, delete (size 0), move or re-flag a slot. Raises Refused."""
+        self._check_values(wanted)
+        old = self._slots.get(wanted.slot)
+        change = self._change(old, wanted)
+        if change in (Change.CREATE, Change.MOVE):
+            self._check_overlap(wanted)
+        if change in (Change.CREATE, Change.MOVE, Change.FLAGS_ONLY) and wanted.end > 1 << self.ipa_bits:
+            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs")
+        if change is Change.NOTHING:
+            return Owed(change)
+        return self._apply(change, old, wanted)
+
+    def _check_values(self, wanted: Memslot) -> None:
+        if int(wanted.flags) & ~int(SlotFlags.LOG_DIRTY_PAGES | SlotFlags.READONLY):
+            raise Refused(errno.EINVAL, f"flags {wanted.flags:#x}")
+        if any(value % _PAGE for value in (wanted.ipa, wanted.size, wanted.hva)):
+            raise Refused(errno.EINVAL, "address or size not aligned to a page")
+        if not 0 <= wanted.slot < SLOTS or wanted.pages > _MAX_PAGES:
+            raise Refused(errno.EINVAL, f"slot {wanted.slot} or {wanted.pages} pages")
+        if wanted.end > 1 << 64:
+            raise Refused(errno.EINVAL, "the range wraps around")
+
+    @staticmethod
+    def _change(old: Memslot | None, wanted: Memslot) -> Change:
+        if not wanted.size:
+            if old is None:
+                raise Refused(errno.EINVAL, f"there is no slot {wanted.slot} to delete")
+            return Change.DELETE
+        if old is None:
+            return Change.CREATE
+        if (old.hva, old.size, old.readonly) != (wanted.hva, wanted.size, wanted.readonly):
+            raise Refused(errno.EINVAL, "size, HVA and READONLY of a slot do not change")
+        if old.ipa != wanted.ipa:
+            return Change.MOVE
+        return Change.FLAGS_ONLY if old.flags != wanted.flags else Change.NOTHING
+
+    def _check_overlap(self, wanted: Memslot) -> None:
+        for slot in self:
+            if slot.slot != wanted.slot and slot.overlaps(wanted):
+                raise Refused(errno.EEXIST, f"{wanted} overlaps {slot}")
+
+    def _apply(self, change: Change, old: Memslot | None, wanted: Memslot) -> Owed:
+        gone = ((old.ipa, old.size),) if change in (Change.DELETE, Change.MOVE) else ()
+        if change is Change.DELETE:
+            del self._slots[wanted.slot]
+            self._dirty.pop(wanted.slot, None)
+            return Owed(change, must_go=gone)
+        self._slots[wanted.slot] = wanted
+        if not wanted.logging:
+            self._dirty.pop(wanted.slot, None)
+            return Owed(change, must_go=gone)
+        self._dirty.setdefault(wanted.slot, set())
+        return Owed(change, must_go=gone, must_be_read_only=((wanted.ipa, wanted.size),))
+
+    # -- the dirty log ----------------------------------------------------------------------------------------
+
+    def written(self, ipa: int, size: int = 1) -> None:
+        """The guest wrote ``[ipa, ipa + size)``. (Writes by the host are the host's own business.) Raises KeyError."""
+        for page in range(ipa // _PAGE, -(-(ipa + size) // _PAGE)):
+            slot = self.at(page * _PAGE)
+            if slot is None:
+                raise KeyError(f"IPA {page * _PAGE:#x} is in no memslot")
+            if slot.logging:
+                self._dirty[slot.slot].add(page - slot.ipa // _PAGE)
+
+    def take_dirty_log(self, slot: int) -> tuple[list[int], Owed]:
+        """KVM_GET_DIRTY_LOG: pages written since the last time, and what is owed: they are read-only again.
+
+        Raises Refused.
+        """
+        if slot not in self._dirty:
+            raise Refused(errno.ENOENT, f"slot {slot} has no dirty log")
+        pages = sorted(self._dirty[slot])
+        self._dirty[slot] = set()
+        first = self._slots[slot].ipa
+        return pages, Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in pages))

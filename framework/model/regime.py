@@ -1,48 +1,93 @@
 """From the control registers to the shape of a translation: start level, root, sizes.
 
-Sources: ARM DDI 0406C.d B4.1.159 (VTCR), B4.1.160 (VTTBR), B4.1.153 (TTBCR), B3.6.6
-(concatenation); ARM DDI 0487, registers VTCR_EL2, VTTBR_EL2, TCR_EL1;
-KVM's choice: Linux 5.4 arch/arm/include/asm/kvm_arm.h and arch/arm64/include/asm/kvm_arm.h.
+Sources: ARM DDI 0406C.d B4.1.159 (VTCR), B4.1.160 (VTTBR), B4.1.153 (TTBCR), B3.6.6 (concatenation);
+ARM DDI 0487, registers VTCR_EL2, VTTBR_EL2, TCR_EL1, D8.2 (start levels), pseudocode AArch64.S2InvalidSL,
+AArch64.S2InconsistentSL, AArch64.S2MinTxSZ; KVM's choice: Linux 5.4 arch/arm/include/asm/kvm_arm.h and
+arch/arm64/include/asm/kvm_arm.h. Not modelled, and refused: 52-bit addresses (FEAT_LPA, FEAT_LPA2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .descriptors import (
-    ENTRIES,
-    LAST_LEVEL,
-    PAGE_SHIFT,
-    Bits,
-    MemAttr,
-    level_shift,
-    linux_arm64_writable,
-    linux_arm_writable,
-)
+from .descriptors import ARMV7 as ARMV7_FORMAT
+from .descriptors import Bits, Format, linux_arm64_writable, linux_arm_writable
+from .granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
 
 #: HCR.VM: stage 2 is on, so a guest runs (Linux clears it, or on VHE replaces HCR, on the way out).
 HCR_VM = 1 << 0
+#: HCR.PTW: a stage-1 walk that touches stage-2 device memory takes a permission fault.
+HCR_PTW = 1 << 2
 #: HCR_EL2.E2H: the host's own stage 1 is then described by the _EL2 registers.
 HCR_E2H = 1 << 34
 #: HCR_EL2.FWB, FEAT_S2FWB.
 HCR_FWB = 1 << 46
 
+SCTLR_M = 1 << 0
+SCTLR_WXN = 1 << 19
+SCTLR_UWXN = 1 << 20  #: Armv7 only
+
 MAX_CONCATENATED = 16
-_PARANGE_BITS = (32, 36, 40, 42, 44, 48)
+_PARANGE_BITS = (32, 36, 40, 42, 44, 48, 52)
+_WIDEST = 48  #: of an output address, without FEAT_LPA
 
 
 class ImpossibleRegime(ValueError):
-    """The register values describe no translation the architecture allows; the message says why."""
+    """The register values describe no translation the architecture allows; the message says why.
+
+    ``level0``: the architecture defines what they do nonetheless: every address takes a level 0 translation fault.
+    """
+
+    def __init__(self, why: str, level0: bool = False) -> None:
+        super().__init__(why)
+        self.level0 = level0
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an implementation has, as far as translation depends on it. The default has everything modelled."""
+
+    pa_bits: int = 48
+    granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)
+    small_tables: bool = True  #: FEAT_TTST: T0SZ up to 48, stage 2 from level 3 with 4 KiB
+    vmid16: bool = True
+    fwb: bool = True
+    xnx: bool = True
+    hafdbs: bool = True
+
+    @classmethod
+    def from_id_registers(cls, mmfr0: int, mmfr1: int, mmfr2: int) -> Features:
+        """From ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1 and ID_AA64MMFR2_EL1."""
+
+        def nibble(register: int, low: int) -> int:
+            return register >> low & 0xF
+
+        stage2 = {KIB4: (40, 28, 0), KIB16: (32, 20, 1), KIB64: (36, 24, 0)}
+        granules = []
+        for granule, (own, stage1, present) in stage2.items():
+            said = nibble(mmfr0, own)
+            as_stage1 = nibble(mmfr0, stage1) >= 1 if present else nibble(mmfr0, stage1) != 0xF
+            if said >= 2 or (said == 0 and as_stage1):
+                granules.append(granule)
+        return cls(
+            pa_bits=_PARANGE_BITS[min(nibble(mmfr0, 0), len(_PARANGE_BITS) - 1)],
+            granules=tuple(granules),
+            small_tables=nibble(mmfr2, 28) >= 1,
+            vmid16=nibble(mmfr1, 4) == 2,
+            fwb=nibble(mmfr2, 40) >= 1,
+            xnx=nibble(mmfr1, 28) >= 1,
+            hafdbs=nibble(mmfr1, 0) >= 2,
+        )
 
 
 @dataclass(frozen=True)
 class Regime:
-    """One stage of translation, 4 KiB granule.
+    """One stage of translation.
 
-    ``root`` is the physical address of the first table, in bytes; ``entries`` how many descriptors
-    it has (more than 512 when tables are concatenated, fewer when the input space is small);
-    ``input_bits`` and ``output_bits`` the widths of input and output addresses.
+    ``root`` is the physical address of the first table, in bytes (for stage 1 under a stage 2: the IPA);
+    ``entries`` how many descriptors it has (more than one table's when tables are concatenated, fewer when
+    the input space is small); ``input_bits`` and ``output_bits`` the widths of input and output addresses.
     """
 
     stage: int
@@ -51,9 +96,20 @@ class Regime:
     entries: int
     input_bits: int
     output_bits: int
+    format: Format = field(default_factory=Format)
     vmid: int = 0
     vmid_bits: int = 0
-    fwb: bool = False  #: FEAT_S2FWB in force: MemAttr has its other encoding
+    hardware_af: bool = False  #: VTCR_EL2.HA, TCR_EL1.HA: the walk sets the access flag
+    hardware_dirty: bool = False  #: VTCR_EL2.HD: a write to a DBM leaf sets its write permission
+    protect_walks: bool = False  #: HCR.PTW
+
+    @property
+    def granule(self) -> Granule:
+        return self.format.granule
+
+    @property
+    def armv7(self) -> bool:
+        return self.format.address_bits == ARMV7_FORMAT.address_bits
 
     @property
     def input_size(self) -> int:
@@ -61,43 +117,62 @@ class Regime:
         return 1 << self.input_bits
 
     @property
-    def memattr_normal(self) -> int:
-        """MemAttr[3:0] of ordinary write-back memory in this regime."""
-        return 0b0110 if self.fwb else MemAttr.NORMAL_WB
+    def first_fault_level(self) -> int:
+        """The level reported when no table was read: 0, in Armv7 1."""
+        return 1 if self.armv7 else 0
 
     @property
     def root_pages(self) -> int:
-        """Pages of the root table; more than one means concatenated tables."""
-        return max(1, self.entries // ENTRIES)
+        """Tables that the root consists of; more than one means concatenated tables."""
+        return max(1, self.entries // self.granule.entries)
+
+    def index(self, ia: int, level: int) -> int:
+        """Which entry of its table an input address selects at ``level``."""
+        entries = self.entries if level == self.start_level else self.granule.entries
+        return ia >> self.granule.level_shift(level) & (entries - 1)
 
     def __str__(self) -> str:
         return (
-            f"stage {self.stage}, root {self.root:#x} ({self.root_pages} page(s)), start level "
+            f"stage {self.stage}, root {self.root:#x} ({self.root_pages} page(s) of {self.granule}), start level "
             f"{self.start_level}, {self.input_bits}-bit input, {self.output_bits}-bit output"
             + (f", VMID {self.vmid}" if self.vmid_bits else "")
         )
 
 
-def _shape(stage: int, root: int, start_level: int, input_bits: int, output_bits: int, **more: int) -> Regime:
-    index_bits = input_bits - level_shift(start_level)
+def _shape(
+    stage: int, root: int, start_level: int, input_bits: int, output_bits: int, fmt: Format, **more: int
+) -> Regime:
+    granule = fmt.granule
+    index_bits = input_bits - granule.level_shift(start_level)
     if index_bits < 1:
-        raise ImpossibleRegime(f"a {input_bits}-bit space does not reach level {start_level}")
+        raise ImpossibleRegime(f"a {input_bits}-bit space does not reach level {start_level}", level0=True)
     entries = 1 << index_bits
-    most = MAX_CONCATENATED * ENTRIES if stage == 2 else ENTRIES
+    most = MAX_CONCATENATED * granule.entries if stage == 2 else granule.entries
     if entries > most:
         raise ImpossibleRegime(
-            f"{input_bits} bits from level {start_level} need {entries // ENTRIES} concatenated tables, "
-            f"{most // ENTRIES} are allowed"
+            f"{input_bits} bits from level {start_level} need {entries // granule.entries} concatenated tables, "
+            f"{most // granule.entries} are allowed",
+            level0=True,
         )
-    size = entries * 8
+    size = entries * 8 if fmt.address_bits == ARMV7_FORMAT.address_bits else max(64, entries * 8)
     if root % size:
         raise ImpossibleRegime(f"root {root:#x} is not aligned to the table's {size:#x} bytes")
-    return Regime(stage, root, start_level, entries, input_bits, output_bits, **more)
+    return Regime(stage, root, start_level, entries, input_bits, output_bits, fmt, **more)
 
 
 def _root(ttbr: int) -> int:
     """BADDR of a TTBR: bits [47:1], without CnP (bit 0) and without VMID or ASID."""
     return ttbr & 0x0000_FFFF_FFFF_FFFE
+
+
+def _root_armv7(ttbr: int) -> int:
+    root = _root(ttbr)
+    if root >> ARMV7_FORMAT.address_bits:
+        raise ImpossibleRegime(f"root {root:#x} is beyond the 40-bit physical space")
+    return root
+
+
+# -- stage 2 -------------------------------------------------------------------------------------------
 
 
 def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0) -> Regime:
@@ -114,33 +189,82 @@ def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0) -> Regime:
     sl0 = vtcr >> 6 & 3
     if sl0 not in levels:
         raise ImpossibleRegime(f"VTCR {vtcr:#x}: SL0 {sl0} is reserved")
-    return _shape(2, _root(vttbr), levels[sl0], input_bits, 40, vmid=vttbr >> 48 & 0xFF, vmid_bits=8)
-
-
-def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0) -> Regime:
-    """Stage 2 of VMSAv8-64 with a 4 KiB granule. Raises ImpossibleRegime (also for other granules)."""
-    if vtcr >> 14 & 3:
-        raise ImpossibleRegime(f"VTCR_EL2 {vtcr:#x}: TG0 is not 4 KiB")
-    levels = {0: 2, 1: 1, 2: 0, 3: 3}
-    parange = vtcr >> 16 & 7
-    if parange >= len(_PARANGE_BITS):
-        raise ImpossibleRegime(f"VTCR_EL2 {vtcr:#x}: PS {parange} is not supported")
-    vmid_bits = 16 if vtcr >> 19 & 1 else 8
     return _shape(
         2,
-        _root(vttbr),
-        levels[vtcr >> 6 & 3],
-        64 - (vtcr & 0x3F),
-        _PARANGE_BITS[parange],
-        vmid=vttbr >> 48 & ((1 << vmid_bits) - 1),
-        vmid_bits=vmid_bits,
-        fwb=bool(hcr & HCR_FWB),
+        _root_armv7(vttbr),
+        levels[sl0],
+        input_bits,
+        40,
+        ARMV7_FORMAT,
+        vmid=vttbr >> 48 & 0xFF,
+        vmid_bits=8,
+        protect_walks=bool(hcr & HCR_PTW),
     )
 
 
-def _stage1_start(input_bits: int) -> int:
+_TG0 = {0: KIB4, 1: KIB64, 2: KIB16}
+#: Start level by SL0 (DDI 0487, VTCR_EL2.SL0); with 4 KiB, 0b11 needs FEAT_TTST.
+_SL0 = {KIB4: (2, 1, 0, 3), KIB16: (3, 2, 1), KIB64: (3, 2, 1)}
+#: The least physical size, in bits, with which stage 2 may start at a level (AArch64.S2InvalidSL).
+_LEAST_PA = {(KIB4, 0): 44, (KIB16, 1): 42, (KIB64, 1): 44}
+
+
+def _granule(tcr: int, features: Features) -> Granule:
+    granule = _TG0.get(tcr >> 14 & 3)
+    if granule not in features.granules:
+        raise ImpossibleRegime(f"TG0 {tcr >> 14 & 3} is {granule or 'reserved'}: not implemented")
+    return granule
+
+
+def _input_bits(tcr: int, granule: Granule, features: Features) -> int:
+    t0sz = tcr & 0x3F
+    most = (47 if granule is KIB64 else 48) if features.small_tables else 39
+    if not 16 <= t0sz <= most:
+        raise ImpossibleRegime(f"T0SZ {t0sz} is not between 16 and {most}")
+    return 64 - t0sz
+
+
+def _output_bits(ps: int, features: Features) -> int:
+    if ps >= len(_PARANGE_BITS) or _PARANGE_BITS[ps] > _WIDEST:
+        raise ImpossibleRegime(f"PS {ps}: wider than {_WIDEST} bits, or reserved")
+    return min(_PARANGE_BITS[ps], features.pa_bits)
+
+
+def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Features()) -> Regime:
+    """Stage 2 of VMSAv8-64, any granule. Raises ImpossibleRegime."""
+    granule = _granule(vtcr, features)
+    input_bits = _input_bits(vtcr, granule, features)
+    sl0 = vtcr >> 6 & 3
+    if sl0 >= len(_SL0[granule]) or (granule is KIB4 and sl0 == 3 and not features.small_tables):
+        raise ImpossibleRegime(f"VTCR_EL2 {vtcr:#x}: SL0 {sl0} is reserved", level0=True)
+    level = _SL0[granule][sl0]
+    if features.pa_bits < _LEAST_PA.get((granule, level), 0):
+        raise ImpossibleRegime(f"level {level} is no start for {features.pa_bits}-bit physical addresses", level0=True)
+    if input_bits > features.pa_bits:
+        raise ImpossibleRegime(f"{input_bits}-bit IPAs are wider than the {features.pa_bits}-bit physical space")
+    vmid_bits = 16 if features.vmid16 and vtcr >> 19 & 1 else 8
+    hardware_af = features.hafdbs and bool(vtcr >> 21 & 1)
+    return _shape(
+        2,
+        _root(vttbr),
+        level,
+        input_bits,
+        _output_bits(vtcr >> 16 & 7, features),
+        Format(granule, fwb=features.fwb and bool(hcr & HCR_FWB), xnx=features.xnx, dbm=features.hafdbs),
+        vmid=vttbr >> 48 & ((1 << vmid_bits) - 1),
+        vmid_bits=vmid_bits,
+        hardware_af=hardware_af,
+        hardware_dirty=hardware_af and bool(vtcr >> 22 & 1),
+        protect_walks=bool(hcr & HCR_PTW),
+    )
+
+
+# -- stage 1, the range of TTBR0 ----------------------------------------------------------------------------
+
+
+def _stage1_start(input_bits: int, granule: Granule) -> int:
     """Stage 1 starts where one table is enough: no choice, no concatenation."""
-    levels = -(-(input_bits - PAGE_SHIFT) // 9)
+    levels = -(-(input_bits - granule.shift) // granule.stride)
     return LAST_LEVEL + 1 - levels
 
 
@@ -149,15 +273,16 @@ def stage1_armv7(ttbr0: int, ttbcr: int) -> Regime:
     if not ttbcr >> 31 & 1:
         raise ImpossibleRegime(f"TTBCR {ttbcr:#x}: EAE is clear, these are short descriptors")
     input_bits = 32 - (ttbcr & 7)
-    return _shape(1, _root(ttbr0), _stage1_start(input_bits), input_bits, 40)
+    return _shape(1, _root_armv7(ttbr0), _stage1_start(input_bits, KIB4), input_bits, 40, ARMV7_FORMAT)
 
 
-def stage1_armv8(ttbr0: int, tcr: int) -> Regime:
-    """Stage 1 EL1&0 (or EL2&0), lower range, 4 KiB granule. Raises ImpossibleRegime."""
-    if tcr >> 14 & 3:
-        raise ImpossibleRegime(f"TCR {tcr:#x}: TG0 is not 4 KiB")
-    input_bits = 64 - (tcr & 0x3F)
-    return _shape(1, _root(ttbr0), _stage1_start(input_bits), input_bits, 48)
+def stage1_armv8(ttbr0: int, tcr: int, features: Features = Features()) -> Regime:
+    """Stage 1 EL1&0 (or EL2&0), lower range. Raises ImpossibleRegime."""
+    granule = _granule(tcr, features)
+    input_bits = _input_bits(tcr, granule, features)
+    output_bits = _output_bits(tcr >> 32 & 7, features)  # IPS
+    level = _stage1_start(input_bits, granule)
+    return _shape(1, _root(ttbr0), level, input_bits, output_bits, Format(granule))
 
 
 @dataclass(frozen=True)

@@ -1,185 +1,181 @@
-"""Walk a translation table: all leaves of a regime, or the leaf that maps each given address.
+"""The walk, written to be read: one address, one access, one table entry at a time.
 
-Vectorised by level. Memory comes as ``fetch(pas)``: a uint64 array of physical addresses (bytes,
-8-byte aligned) in, the uint64 words at them out. Addresses that no RAM backs must read as 0
-(invalid), and ``backed(pas)`` says which those are.
+``framework/model/sweep.py`` does the same for many addresses at once, and a property test holds the two together.
 
-Source of the walk: ARM DDI 0406C.d B3.6.6, ARM DDI 0487 D8.2.
+Sources: ARM DDI 0406C.d, B3.6.6 (long-descriptor walks), B3.7 (permissions), B4.1.65 (HCR.PTW);
+ARM DDI 0487, D8.2 (walks), D8.4 (permissions), pseudocode AArch64.S1Translate, AArch64.S2Translate, AArch64.S2Walk,
+AArch64.S2CheckPermission.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
+from . import attributes
 from . import descriptors as d
+from .attributes import Memory
+from .faults import TABLE_READ, Access, Fault, FaultType
 from .regime import Regime
+from .stage1 import Stage1
 
 
-class Memory(Protocol):
-    """Physical memory, as a walker needs it."""
+class Words(Protocol):
+    """Physical memory, as a scalar walk needs it."""
 
-    def fetch(self, pas: np.ndarray) -> np.ndarray:
-        """The uint64 words at these physical addresses; 0 where there is no RAM."""
-
-    def backed(self, pas: np.ndarray) -> np.ndarray:
-        """Which of these physical addresses are RAM (bool array)."""
-
-
-@dataclass(frozen=True)
-class Leaves:
-    """Valid block and page entries, ordered by input address; three arrays of one length."""
-
-    ia: np.ndarray  #: uint64: input address (IPA or VA) of the first byte
-    desc: np.ndarray  #: uint64: the descriptor
-    level: np.ndarray  #: uint8: level of the entry
-
-    def __len__(self) -> int:
-        return len(self.ia)
-
-    def __getitem__(self, which) -> Leaves:
-        return Leaves(self.ia[which], self.desc[which], self.level[which])
-
-    @property
-    def pa(self) -> np.ndarray:
-        return d.address(self.desc)
-
-    @property
-    def size(self) -> np.ndarray:
-        """Bytes that each leaf maps (uint64)."""
-        return np.uint64(1) << (d.PAGE_SHIFT + 9 * (d.LAST_LEVEL - self.level.astype(np.uint64)))
+    def load(self, pa: int) -> int | None:
+        """The 64-bit word at a physical address; None where there is no memory."""
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """An entry that the architecture or the machine gives no meaning: where it is and why."""
+class Step:
+    """One table entry as a walk read it. ``at``: its physical address, or its IPA in stage 1 under stage 2."""
 
-    pa: int  #: physical address of the entry itself
-    ia: int  #: first input address it would translate
+    stage: int
     level: int
-    desc: int
-    why: str
+    at: int
+    word: int
+
+
+Trace = list[Step]
+Read = Callable[[int, int], int | Fault]
 
 
 @dataclass(frozen=True)
-class Tables:
-    """What a full walk found."""
+class Found:
+    """The leaf that maps an address. ``oa``: the very byte's output address; ``inherited``: the OR of the tables."""
 
-    regime: Regime
-    leaves: Leaves
-    pages: np.ndarray  #: uint64: physical address of every page that holds a table, the root's first
-    malformed: list[Malformed] = field(default_factory=list)
-
-
-def _reserved_address_bits(regime: Regime) -> np.uint64:
-    return np.uint64(d.ADDRESS & ~((1 << regime.output_bits) - 1))
+    desc: int
+    level: int
+    oa: int
+    inherited: int = 0
 
 
-def _why_malformed(regime: Regime, level: int, desc: int) -> str | None:
-    """Why a valid entry has no meaning at this level; None for a good one."""
-    if desc & int(_reserved_address_bits(regime)):
-        return f"output address beyond the {regime.output_bits}-bit physical space"
-    if desc & 2 and level < d.LAST_LEVEL:
-        return None
-    if not desc & 2 and level == d.LAST_LEVEL:
-        return "reserved encoding (0b01) at the last level"
-    if not desc & 2 and level == 0:
-        return "a block at level 0"
-    if d.address(desc) & ((1 << d.level_shift(level)) - 1):
-        return f"block address not aligned to {1 << d.level_shift(level):#x} bytes"
-    if regime.stage == 2 and d.shareability(desc) == d.Shareability.RESERVED:
-        return "reserved shareability (0b01)"
-    if regime.stage == 2 and not regime.fwb and d.s2_memattr(desc) in _RESERVED_MEMATTR:
-        return f"reserved MemAttr {d.s2_memattr(desc):#06b}"
-    return None
+def descend(regime: Regime, ia: int, read: Read, trace: Trace | None = None) -> Found | Fault:
+    """Follow the tables to the leaf for ``ia``, or to the fault that ends the walk; permissions are not checked.
 
-
-#: With FWB clear these MemAttr encodings are reserved.
-_RESERVED_MEMATTR = frozenset({0b0100, 0b1000, 0b1100})
-
-
-def _suspects(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
-    """Vectorised over-approximation of :func:`_why_malformed`: the few entries worth a closer look."""
-    low = desc & np.uint64(3)
-    odd = (desc & _reserved_address_bits(regime)) != 0
-    leaf = (low == 1) if level < d.LAST_LEVEL else d.is_valid(desc)
-    if level in (0, d.LAST_LEVEL):
-        odd |= low == 1
-    odd |= leaf & (d.address(desc) & np.uint64((1 << d.level_shift(level)) - 1) != 0)
-    if regime.stage == 2:
-        attr = d.s2_memattr(desc)
-        odd |= leaf & (d.shareability(desc) == d.Shareability.RESERVED)
-        odd |= leaf & ((attr & np.uint64(3)) == 0) & (attr != 0)
-    return odd & d.is_valid(desc)
-
-
-def walk(regime: Regime, memory: Memory) -> Tables:
-    """Every valid leaf below the root, every table page, and the entries that make no sense.
-
-    Malformed entries are reported and not followed. A table that is reached twice is walked twice:
-    sharing is the judge's business. Cost is proportional to the table pages, not to the space.
+    ``read(address, level)`` returns the entry at an address, or the fault that reading it takes.
     """
-    bases = np.array([regime.root], dtype=np.uint64)
-    inputs = np.zeros(1, dtype=np.uint64)
-    entries = regime.entries
-    pages = [np.arange(regime.root_pages, dtype=np.uint64) * d.PAGE_SIZE + np.uint64(regime.root)]
-    found: list[Leaves] = []
-    malformed: list[Malformed] = []
-    for level in range(regime.start_level, d.LAST_LEVEL + 1):
-        index = np.arange(entries, dtype=np.uint64)
-        at = (bases[:, None] + index * np.uint64(8)).ravel()
-        ia = (inputs[:, None] + (index << np.uint64(d.level_shift(level)))).ravel()
-        desc = memory.fetch(at)
-        live = np.flatnonzero(d.is_valid(desc))
-        at, ia, desc = at[live], ia[live], desc[live]
-        good = np.ones(len(desc), dtype=bool)
-        for i in np.flatnonzero(_suspects(regime, level, desc)):
-            if why := _why_malformed(regime, level, int(desc[i])):
-                good[i] = False
-                malformed.append(Malformed(int(at[i]), int(ia[i]), level, int(desc[i]), why))
-        leaf = good & (~d.is_table(desc, level) if level < d.LAST_LEVEL else True)
-        found.append(Leaves(ia[leaf], desc[leaf], np.full(int(leaf.sum()), level, dtype=np.uint8)))
-        if level == d.LAST_LEVEL:
+    if ia >> regime.input_bits:
+        return Fault(FaultType.TRANSLATION, regime.first_fault_level, regime.stage)
+    if regime.root >> regime.output_bits:
+        return Fault(FaultType.ADDRESS_SIZE, 0, regime.stage)
+    table, inherited, level = regime.root, 0, regime.start_level
+    while True:
+        at = table + 8 * regime.index(ia, level)
+        word = read(at, level)
+        if isinstance(word, Fault):
+            return word
+        if trace is not None:
+            trace.append(Step(regime.stage, level, at, word))
+        kind = d.kind(word, level, regime.granule)
+        if kind in (d.Kind.INVALID, d.Kind.RESERVED):
+            return Fault(FaultType.TRANSLATION, level, regime.stage)
+        address = word & regime.format.address_field()
+        if address >> regime.output_bits:
+            return Fault(FaultType.ADDRESS_SIZE, level, regime.stage)
+        if kind is not d.Kind.TABLE:
             break
-        down = np.flatnonzero(good & ~leaf)
-        there = memory.backed(d.address(desc[down]))
-        for i in down[~there]:
-            why = "table address that no RAM backs"
-            malformed.append(Malformed(int(at[i]), int(ia[i]), level, int(desc[i]), why))
-        bases, inputs, entries = d.address(desc[down[there]]), ia[down[there]], d.ENTRIES
-        pages.append(bases)
-    leaves = Leaves(
-        np.concatenate([part.ia for part in found]),
-        np.concatenate([part.desc for part in found]),
-        np.concatenate([part.level for part in found]),
-    )
-    return Tables(regime, leaves[np.argsort(leaves.ia, kind="stable")], np.concatenate(pages), malformed)
+        table, inherited, level = address, inherited | word, level + 1
+    offset = (1 << regime.granule.level_shift(level)) - 1
+    return Found(word, level, address & ~offset | ia & offset, inherited)
 
 
-def translate(regime: Regime, memory: Memory, ias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The leaf that maps each address: ``(desc, pa)``, two uint64 arrays shaped like ``ias``.
+# -- stage 2 -------------------------------------------------------------------------------------------
 
-    ``desc`` is 0 where nothing maps the address; ``pa`` is then 0 too, else the physical address of
-    the very byte.
-    """
-    ias = np.asarray(ias, dtype=np.uint64)
-    desc = np.zeros_like(ias)
-    pa = np.zeros_like(ias)
-    at = np.flatnonzero(ias < np.uint64(regime.input_size))
-    base = np.full(len(at), regime.root, dtype=np.uint64)
-    mask = np.uint64(regime.entries - 1)
-    for level in range(regime.start_level, d.LAST_LEVEL + 1):
-        shift = np.uint64(d.level_shift(level))
-        word = memory.fetch(base + ((ias[at] >> shift) & mask) * np.uint64(8))
-        is_leaf = d.is_valid(word) & (~d.is_table(word, level) if level < d.LAST_LEVEL else True)
-        hit = at[is_leaf]
-        offset = np.uint64((1 << d.level_shift(level)) - 1)
-        desc[hit] = word[is_leaf]
-        pa[hit] = (d.address(word[is_leaf]) & ~offset) | (ias[hit] & offset)
-        down = d.is_valid(word) & ~is_leaf
-        at, base, mask = at[down], d.address(word[down]), np.uint64(d.ENTRIES - 1)
-        if not len(at):
-            break
-    return desc, pa
+
+def stage2(regime: Regime, memory: Words, ipa: int, access: Access, trace: Trace | None = None) -> Found | Fault:
+    """Translate an IPA, or say which fault of stage 2 the access takes."""
+
+    def read(pa: int, level: int) -> int | Fault:
+        word = memory.load(pa)
+        return Fault(FaultType.EXTERNAL_ON_WALK, level, 2, ipa=ipa) if word is None else word
+
+    found = descend(regime, ipa, read, trace)
+    if isinstance(found, Fault):
+        return Fault(found.type, found.level, 2, ipa=ipa)
+    if not d.AF.of(found.desc) and not regime.hardware_af:
+        return Fault(FaultType.ACCESS_FLAG, found.level, 2, ipa=ipa)
+    if not s2_allows(regime, found.desc, access):
+        return Fault(FaultType.PERMISSION, found.level, 2, ipa=ipa)
+    return found
+
+
+def s2_allows(regime: Regime, desc: d.Bits, access: Access) -> d.Bits:
+    """Whether a stage-2 leaf (int or uint64 array) grants this access."""
+    if access.fetch:
+        # Armv7 wants a fetched page readable too (DDI 0406C.d B3.7.2); VMSAv8-64 asks for XN alone.
+        may = d.s2_executable(desc, el0=access.el0, fmt=regime.format)
+        return may & d.s2_readable(desc) if regime.armv7 else may
+    if access.write:
+        return d.s2_writable(desc) | (d.DBM.of(desc) != 0) if regime.hardware_dirty else d.s2_writable(desc)
+    return d.s2_readable(desc)
+
+
+# -- both stages ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Where a virtual address leads: IPA, physical address, the attributes of each stage and of both combined."""
+
+    ipa: int
+    pa: int
+    first: Memory
+    second: Memory
+    memory: Memory
+
+
+def stage1(
+    control: Stage1, below: Regime, memory: Words, va: int, access: Access, trace: Trace | None = None
+) -> Found | Fault:
+    """Translate a VA to an IPA; every table entry is itself read through stage 2 (``below``)."""
+
+    def read(ipa: int, level: int) -> int | Fault:
+        table = stage2(below, memory, ipa, TABLE_READ, trace)
+        if isinstance(table, Fault):
+            return table.on_table_walk(ipa, level)
+        if below.protect_walks and below.format.is_device(d.MEMATTR.of(table.desc)):
+            return Fault(FaultType.PERMISSION, table.level, 2).on_table_walk(ipa, level)
+        word = memory.load(table.oa)
+        return Fault(FaultType.EXTERNAL_ON_WALK, level, 1) if word is None else word
+
+    found = descend(control.regime, va, read, trace)
+    if isinstance(found, Fault):
+        return found
+    if not d.AF.of(found.desc):
+        return Fault(FaultType.ACCESS_FLAG, found.level, 1)
+    if not control.allows(found.desc, found.inherited, access):
+        return Fault(FaultType.PERMISSION, found.level, 1)
+    return found
+
+
+@dataclass(frozen=True)
+class El10:
+    """The EL1&0 regime of a guest: its stage 1 (None: off), the hypervisor's stage 2, and the physical size in bits."""
+
+    stage1: Stage1 | None
+    stage2: Regime
+    pa_bits: int
+
+    def translate(self, memory: Words, va: int, access: Access, trace: Trace | None = None) -> Translation | Fault:
+        """VA to physical address, or the first fault met on the way."""
+        upper = self._ipa(memory, va, access, trace)
+        if isinstance(upper, Fault):
+            return upper
+        ipa, first = upper
+        lower = stage2(self.stage2, memory, ipa, access, trace)
+        if isinstance(lower, Fault):
+            return lower
+        second = Memory(d.MEMATTR.of(lower.desc), d.SH.of(lower.desc))
+        combined = attributes.combine(first, second, self.stage2.format.fwb)
+        return Translation(ipa, lower.oa, first, second, combined)
+
+    def _ipa(self, memory: Words, va: int, access: Access, trace: Trace | None) -> tuple[int, Memory] | Fault:
+        if self.stage1 is not None:
+            found = stage1(self.stage1, self.stage2, memory, va, access, trace)
+            return found if isinstance(found, Fault) else (found.oa, self.stage1.memory(found.desc))
+        if va >> self.pa_bits and not self.stage2.armv7:
+            return Fault(FaultType.ADDRESS_SIZE, 0, 1)
+        return va, attributes.STAGE1_OFF

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from framework.model import descriptors as d
+from framework.model.granule import KIB4
 from framework.model.memslots import Memslot, covering
-from framework.model.walk import Leaves, Memory, Tables
+from framework.model.sweep import Leaves, Memory, Tables
 
 from .stage2 import permissions
 from .verdicts import Finding, Kind
 
-_PAGE = np.uint64(d.PAGE_SIZE)
-_OFFSET = np.uint64(d.PAGE_SIZE - 1)
+_PAGE = np.uint64(KIB4.size)
+_OFFSET = np.uint64(KIB4.size - 1)
 NO_PAGE = "the host has no page"
 
 
@@ -81,7 +82,7 @@ class Case:
     def findings(self) -> list[Finding]:
         """All that is wrong with this VM's own leaves."""
         out = [
-            Finding(Kind.MALFORMED_ENTRY, m.ia, 1 << d.level_shift(m.level), "invalid, or a meaning", _malformed(m))
+            Finding(Kind.MALFORMED_ENTRY, m.ia, 1 << KIB4.level_shift(m.level), "invalid, or a meaning", _malformed(m))
             for m in self.tables.malformed
         ]
         for check in (self._outside, self._wrong_frame, self._excess, self._memory_type):
@@ -113,11 +114,11 @@ class Case:
 
     def _memory_type(self) -> list[Finding]:
         desc = self.tables.leaves.desc[self.view.leaf]
-        attr, normal = d.s2_memattr(desc), np.uint64(self.tables.regime.memattr_normal)
+        attr, fmt = d.MEMATTR.of(desc), self.tables.regime.format
         is_ram = self.ram.backed(self.view.pa)
-        bad_ram = is_ram & ((attr != normal) | (d.shareability(desc) != d.Shareability.INNER))
-        bad_device = ~is_ram & (attr > d.MemAttr.DEVICE_GRE)
-        words = f"normal write-back (MemAttr {int(normal):#06b}), inner shareable: RAM"
+        bad_ram = is_ram & ((attr != fmt.normal) | (d.SH.of(desc) != d.Shareability.INNER))
+        bad_device = ~is_ram & ~fmt.is_device(attr)
+        words = f"normal write-back (MemAttr {fmt.normal:#06b}), inner shareable: RAM"
         return self._ranges(Kind.WRONG_MEMORY_TYPE, bad_ram, lambda i: words) + self._ranges(
             Kind.WRONG_MEMORY_TYPE, bad_device, lambda i: "a device type (MemAttr 0b00xx): this is not RAM"
         )
@@ -137,7 +138,7 @@ class Case:
         leaves, i = self.tables.leaves, self.view.leaf[page]
         desc = int(leaves.desc[i])
         return (
-            f"PA {int(self.view.pa[page]):#x} {permissions(desc)} MemAttr {d.s2_memattr(desc):#06b} "
+            f"PA {int(self.view.pa[page]):#x} {permissions(desc)} MemAttr {d.MEMATTR.of(desc):#06b} "
             f"level {leaves.level[i]}, descriptor {desc:#018x}"
         )
 
@@ -148,9 +149,7 @@ class Case:
             return []
         runs = np.split(at, np.flatnonzero(np.diff(self.view.ipa[at]) != _PAGE) + 1)
         return [
-            Finding(
-                kind, int(self.view.ipa[run[0]]), len(run) * d.PAGE_SIZE, expected(run[0]), self._found_words(run[0])
-            )
+            Finding(kind, int(self.view.ipa[run[0]]), len(run) * KIB4.size, expected(run[0]), self._found_words(run[0]))
             for run in runs
         ]
 
@@ -187,4 +186,4 @@ def _reachable(leaves: Leaves, pages: np.ndarray) -> list[Finding]:
 
 
 def _shared(ipa: int, pa: int, why: str) -> Finding:
-    return Finding(Kind.SHARED_TABLE, ipa, d.PAGE_SIZE, "one use for each table page", f"table page PA {pa:#x}: {why}")
+    return Finding(Kind.SHARED_TABLE, ipa, KIB4.size, "one use for each table page", f"table page PA {pa:#x}: {why}")

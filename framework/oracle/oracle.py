@@ -9,8 +9,8 @@ import numpy as np
 
 from framework.host.host import Host
 from framework.host.vm import Vm
-from framework.model import walk
-from framework.model.walk import Tables
+from framework.model import sweep
+from framework.model.sweep import Tables
 
 from . import judge, splats
 from .sight import Sight
@@ -55,9 +55,9 @@ class Oracle:
         space = self._sight.vmm_space()
         slots = tuple(vm.slots.values())
         with self._sight.gdb.pause():
-            tables = {v.name: walk.walk(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
+            tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
             own = tables[vm.name]
-            view = judge.look(own.leaves, slots, lambda hvas: walk.translate(space, self._ram, hvas))
+            view = judge.look(own.leaves, slots, lambda hvas: sweep.translate(space, self._ram, hvas))
         findings = self._case(vm, own, slots, view).findings() + judge.shared_tables(tables)[vm.name]
         return Stage2(own), findings
 

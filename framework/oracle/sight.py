@@ -21,7 +21,7 @@ from framework.machine.gdb import Gdb
 from framework.machine.machine import connect_gdb
 from framework.machine.ram import Ram
 from framework.machine.rundir import Card
-from framework.model import walk
+from framework.model import sweep
 from framework.model.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
 
 from .stage2 import Stage2
@@ -108,7 +108,7 @@ class Sight:
             agent("memory_unmap", hva=hva, size=0x1000)
 
     def _holds(self, space: Regime, address: int, content: bytes) -> bool:
-        _, pa = walk.translate(space, self._ram, np.array([address], dtype=np.uint64))
+        _, pa = sweep.translate(space, self._ram, np.array([address], dtype=np.uint64))
         return bool(self._ram.backed(pa)[0]) and self._ram.read(int(pa[0]), len(content)) == content
 
     def stage2_regime(self, vm: Vm) -> Regime:
@@ -119,9 +119,9 @@ class Sight:
 
             def look() -> Regime | None:
                 with self.gdb.pause():
-                    _, mailbox = walk.translate(space, self._ram, hva)
+                    _, mailbox = sweep.translate(space, self._ram, hva)
                     for regime in guests_on_cpus(self.gdb, self._arch):
-                        _, pa = walk.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
+                        _, pa = sweep.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
                         if pa[0] and pa[0] == mailbox[0]:
                             return regime
                 return None
@@ -152,7 +152,7 @@ def watch(card: Card, seconds: float) -> list[Stage2]:
         while time.monotonic() < deadline:
             with gdb.pause():
                 for regime in guests_on_cpus(gdb, arch):
-                    found[regime.root] = Stage2(walk.walk(regime, ram))
+                    found[regime.root] = Stage2(sweep.sweep(regime, ram))
             time.sleep(0.01)
     finally:
         gdb.close()

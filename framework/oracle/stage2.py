@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from framework.model import descriptors as d
+from framework.model.granule import KIB4, LAST_LEVEL
 from framework.model.regime import Regime
-from framework.model.walk import Leaves, Tables
+from framework.model.sweep import Leaves, Tables
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Leaf:
 
     @property
     def size(self) -> int:
-        return 1 << d.level_shift(self.level)
+        return 1 << KIB4.level_shift(self.level)
 
     @property
     def readable(self) -> bool:
@@ -39,11 +40,11 @@ class Leaf:
     @property
     def memattr(self) -> int:
         """MemAttr[3:0]."""
-        return d.s2_memattr(self.desc)
+        return d.MEMATTR.of(self.desc)
 
     @property
     def is_block(self) -> bool:
-        return self.level < d.LAST_LEVEL
+        return self.level < LAST_LEVEL
 
     def __str__(self) -> str:
         return f"IPA {self.ipa:#x} -> PA {self.pa:#x} {permissions(self.desc)} level {self.level}"
@@ -101,7 +102,7 @@ def _runs(leaves: Leaves) -> list[str]:
     """Maximal runs of leaves that are contiguous in IPA and PA and equal in attributes, a line each."""
     if not len(leaves):
         return []
-    attributes = leaves.desc & ~np.uint64(d.ADDRESS)
+    attributes = leaves.desc & ~np.uint64(leaves.format.address_field())
     follows = (
         (leaves.ia[1:] == leaves.ia[:-1] + leaves.size[:-1])
         & (leaves.pa[1:] == leaves.pa[:-1] + leaves.size[:-1])
@@ -112,6 +113,6 @@ def _runs(leaves: Leaves) -> list[str]:
     ends = np.concatenate([starts[1:], [len(leaves)]]) - 1
     return [
         f"IPA [{int(leaves.ia[a]):#012x}, {int(leaves.ia[b] + leaves.size[b]):#012x}) -> PA {int(leaves.pa[a]):#012x} "
-        f"{permissions(int(leaves.desc[a]))} MemAttr {int(d.s2_memattr(leaves.desc[a])):#06b} level {leaves.level[a]}"
+        f"{permissions(int(leaves.desc[a]))} MemAttr {int(d.MEMATTR.of(leaves.desc[a])):#06b} level {leaves.level[a]}"
         for a, b in zip(starts, ends, strict=True)
     ]

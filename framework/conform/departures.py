@@ -1,0 +1,198 @@
+"""Where the emulated silicon is known to leave the architecture: each by name, with its reference and its exact rule.
+
+A departure silences a probe only where nothing can be said. Otherwise it replaces the prediction by what the silicon
+does instead, so that a departure which is mended upstream shows up as a difference. All were read in QEMU 7.2's
+target/arm and seen on 7.2.22; "architecture" quotes DDI 0487 and Arm's v9.4 pseudocode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from framework.model.attributes import Memory, is_device
+from framework.model.faults import Fault, FaultType
+from framework.model.regime import SCTLR_M, Regime
+from framework.model.walk import El10, Step, Translation
+
+from .case import Silicon, World
+
+Outcome = Translation | Fault
+_LOW_32 = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class Departure:
+    """``qemu``: where and what QEMU does; ``architecture``: what it should do and who says so."""
+
+    name: str
+    qemu: str
+    architecture: str
+
+    def __str__(self) -> str:
+        return f"{self.name}\n  QEMU: {self.qemu}\n  architecture: {self.architecture}"
+
+
+PS_BOUNDS_IPA = Departure(
+    "ps-bounds-ipa",
+    "ptw.c check_s2_mmu_setup() holds start level and IPA size against the output size that VTCR_EL2.PS selects, "
+    "and takes a level 0 translation fault for every address",
+    "both are held against the implemented physical size (AArch64.S2InvalidSL, AArch64.S2MinTxSZ: PAMax)",
+)
+BLOCK_ANYWHERE = Departure(
+    "block-anywhere",
+    "ptw.c get_phys_addr_lpae() takes 0b01 for a block at every level but the last; "
+    "mended in later QEMU (lpae_block_desc_valid)",
+    "no block at level 0 with 4 KiB, none above level 2 with 16 and 64 KiB: a translation fault (D8.3.1)",
+)
+S1PTW_LEVEL = Departure(
+    "s1ptw-level",
+    "ptw.c get_phys_addr_lpae(), do_fault: a stage-2 fault on a stage-1 walk is reported with the level of the "
+    'stage-1 lookup; mended in later QEMU ("Retain the existing stage 2 fi->level")',
+    "the level of the stage-2 lookup (FaultSyndrome)",
+)
+FWB_DEVICE = Departure(
+    "fwb-device",
+    "ptw.c combined_attrs_fwb(): a stage-2 device type replaces a stricter device type of stage 1",
+    "the stricter of the two (S2ApplyFWBMemAttrs, S2CombineS1Device)",
+)
+TRANSIENT_LOST = Departure(
+    "transient-lost",
+    "ptw.c combine_cacheattr_nibble(): stage-2 write-through over transient write-back gives non-transient "
+    "write-through",
+    "transience is stage 1's (S2CombineS1AttrHints)",
+)
+DEVICE_LOW_NIBBLE = Departure(
+    "device-low-nibble",
+    "ptw.c combined_attrs_nofwb(): where one stage is device and the other normal, the normal one's inner "
+    "attributes are compared as if they were a device type (inner non-cacheable reads as nGnRE)",
+    "the device type alone (S2CombineS1MemAttrs)",
+)
+IPA_32_BITS = Departure(
+    "ipa-32-bits",
+    "qemu-system-arm: ARMMMUFaultInfo.s2addr and the address of S1_ptw_translate() are target_ulong; HPFAR loses "
+    "bits above 31, and stage-1 tables above 4 GiB are read at the wrong IPA",
+    "an Armv7 IPA has 40 bits (DDI 0406C.d B3.6)",
+)
+
+ALL = (PS_BOUNDS_IPA, BLOCK_ANYWHERE, S1PTW_LEVEL, FWB_DEVICE, TRANSIENT_LOST, DEVICE_LOW_NIBBLE, IPA_32_BITS)
+
+
+# -- PS_BOUNDS_IPA: of a whole regime -------------------------------------------------------------------------
+
+#: (granule shift, start level): the output size that is not yet enough.
+_TOO_NARROW = {(12, 0): 42, (14, 1): 40, (16, 1): 42}
+
+
+def refuses(silicon: Silicon, stage2: Regime) -> bool:
+    """Whether every address of this regime takes a level 0 fault."""
+    limit = _TOO_NARROW.get((stage2.granule.shift, stage2.start_level), 0)
+    return not silicon.armv7 and (stage2.input_bits > stage2.output_bits or stage2.output_bits <= limit)
+
+
+# -- BLOCK_ANYWHERE: of a walk ------------------------------------------------------------------------------------
+
+
+def met_a_block(el10: El10, outcome: Outcome) -> bool:
+    """Whether a walk may have ended at a block where none can be."""
+    if not isinstance(outcome, Fault) or outcome.type is not FaultType.TRANSLATION:
+        return False
+    regime = el10.stage2 if outcome.stage == 2 else el10.stage1.regime
+    return regime.start_level <= outcome.level < regime.granule.top_block
+
+
+def with_blocks_anywhere(el10: El10) -> El10:
+    """The same regime, read by a CPU that knows no first level of blocks."""
+    upper = el10.stage1 and replace(el10.stage1, regime=_blocks_anywhere(el10.stage1.regime))
+    return replace(el10, stage1=upper, stage2=_blocks_anywhere(el10.stage2))
+
+
+def _blocks_anywhere(regime: Regime) -> Regime:
+    return replace(regime, format=replace(regime.format, granule=replace(regime.granule, top_block=0)))
+
+
+# -- IPA_32_BITS: where nothing can be said -----------------------------------------------------------------------
+
+
+def reads_astray(silicon: Silicon, steps: list[Step], outcome: Outcome) -> bool:
+    """Whether a stage-1 walk read an entry above 4 GiB."""
+    if silicon.qemu != "qemu-system-arm":
+        return False
+    on_walk = isinstance(outcome, Fault) and outcome.s1ptw and outcome.ipa > _LOW_32
+    return on_walk or any(step.stage == 1 and step.at > _LOW_32 for step in steps)
+
+
+def harness_astray(world: World) -> bool:
+    """Whether the guest's own upper table is above 4 GiB, so that no guest can run."""
+    on = bool(world.registers.sctlr & SCTLR_M)
+    return world.silicon.qemu == "qemu-system-arm" and on and world.harness_ipa > _LOW_32
+
+
+# -- of one outcome -------------------------------------------------------------------------------------------
+
+
+def _s1ptw_level(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+    if isinstance(outcome, Fault) and outcome.s1ptw:
+        return replace(outcome, level=outcome.walk_level)
+    return outcome
+
+
+def _fwb_device(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+    if fwb and isinstance(outcome, Translation) and outcome.second.attr < 4 and is_device(outcome.first.attr):
+        return replace(outcome, memory=Memory(outcome.second.attr << 2, outcome.memory.sh))
+    return outcome
+
+
+def _combined(fwb: bool, outcome: Outcome, device: bool) -> bool:
+    """Whether this is a translation whose attributes were combined without FWB, to a device type or not."""
+    known = not fwb and isinstance(outcome, Translation) and outcome.memory.attr is not None
+    return known and is_device(outcome.memory.attr) == device
+
+
+def _transient_lost(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+    if not _combined(fwb, outcome, device=False):
+        return outcome
+    attr = outcome.memory.attr
+    for low, memattr in ((0, outcome.second.attr & 0b11), (4, outcome.second.attr >> 2)):
+        was = outcome.first.attr >> low & 0xF
+        if memattr == 0b10 and was & 0b1100 == 0b0100 and was & 0b0011:
+            attr |= 0b1000 << low
+    return replace(outcome, memory=Memory(attr, outcome.memory.sh))
+
+
+#: The low nibble of MAIR that QEMU makes of MemAttr[1:0]: of normal memory, and of a device type.
+_NORMAL_LOW, _DEVICE_LOW = {0b01: 0x4, 0b10: 0xB, 0b11: 0xF}, {0: 0x0, 1: 0x4, 2: 0x8, 3: 0xC}
+
+
+def _device_low_nibble(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+    if not _combined(fwb, outcome, device=True):
+        return outcome
+    second = outcome.second.attr
+    lows = {outcome.first.attr & 0xF, (_NORMAL_LOW if second >> 2 else _DEVICE_LOW)[second & 0b11]}
+    attr = next((device for device in (0x0, 0x4, 0x8) if device in lows), 0xC)
+    return replace(outcome, memory=Memory(attr, outcome.memory.sh))
+
+
+def _ipa_32_bits(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+    if silicon.qemu == "qemu-system-arm" and isinstance(outcome, Fault) and outcome.ipa is not None:
+        return replace(outcome, ipa=outcome.ipa & _LOW_32)
+    return outcome
+
+
+_RULES: dict[str, Callable[[Silicon, bool, Outcome], Outcome]] = {
+    S1PTW_LEVEL.name: _s1ptw_level,
+    FWB_DEVICE.name: _fwb_device,
+    TRANSIENT_LOST.name: _transient_lost,
+    DEVICE_LOW_NIBBLE.name: _device_low_nibble,
+    IPA_32_BITS.name: _ipa_32_bits,
+}
+
+
+def depart(silicon: Silicon, fwb: bool, outcome: Outcome) -> tuple[Outcome, list[str]]:
+    """What this silicon does in place of ``outcome``, and the names of the departures that make it so."""
+    names = []
+    for name, rule in _RULES.items():
+        changed = rule(silicon, fwb, outcome)
+        if changed != outcome:
+            outcome, names = changed, [*names, name]
+    return outcome, names

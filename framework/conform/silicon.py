@@ -1,0 +1,167 @@
+"""The board that runs the conformance program: worlds go in, results come out, through its RAM."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from framework.config import HostConfig
+from framework.errors import ProgramSilent
+from framework.machine.board import Boot
+from framework.machine.machine import Logs, Machine
+from framework.model.regime import Features
+
+from . import layout, program
+from .case import Probe, Silicon, World, frame_word
+from .worlds import upper_table
+
+_MEMORY = 1 << 30
+_PATIENCE = 5.0  #: seconds; a world takes milliseconds, a guest that runs wild never ends
+_SPINS = 1000
+_WORDS = layout.RECORD // 8
+_GADGET_SIZE = 8
+
+
+class Lab:
+    """A machine with the program in it. Use as a context manager; no process and no file outlives it.
+
+    Raises SetupError (no QEMU, no binutils), QemuRefused.
+    """
+
+    def __init__(self, config: HostConfig, logs: Path) -> None:
+        self.program = program.build("A32" if config.linux_arch == "arm" else "A64")
+        self._armv7 = self.program.isa.pointer_bits == 32
+        self._board = replace(config.board, cpus=1, memory=_MEMORY)
+        self._logs = Logs(logs)
+        self._start()
+        end = self._board.ram_base + _MEMORY
+        self.silicon = Silicon(self._armv7, self._features(), end, self.program.wfi, self._board.qemu)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # -- the machine -------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with tempfile.NamedTemporaryFile(prefix="arm-kvm-", suffix=".elf") as image:
+            image.write(self.program.elf)
+            image.flush()
+            self.machine = Machine.start(self._board, Boot(Path(image.name)), self._logs)
+            self._map = mmap.mmap(self.machine.ram.fd, _MEMORY)
+            self._words = np.frombuffer(self._map, dtype="<u8")
+            self._lay_out()
+            self._sequence = 0
+            self._written: list[int] = []
+            self._request(0)
+            self._await()
+
+    def _lay_out(self) -> None:
+        at = layout.HARNESS - self._board.ram_base
+        self._map[at : at + len(self.program.harness)] = self.program.harness
+        self._fill_frames()
+
+    def _fill_frames(self) -> None:
+        pas = np.arange(layout.FRAMES, layout.FRAMES + layout.FRAMES_SIZE, 16, dtype=np.uint64)
+        chunk = self._slice(layout.FRAMES, layout.FRAMES_SIZE // 8)
+        chunk[0::2] = frame_word(0, self.program.wfi)
+        chunk[1::2] = pas
+
+    def _features(self) -> Features:
+        if self._armv7:
+            return Features(pa_bits=40)
+        first = layout.CONTROL + layout.CONTROL_FIELDS["MMFR0"]
+        return Features.from_id_registers(*self._slice(first, 3).tolist())
+
+    def close(self) -> None:
+        """End the machine."""
+        self.machine.kill()
+        self._words = np.zeros(0, dtype="<u8")
+        self._map.close()
+
+    def restart(self) -> None:
+        """A fresh machine, when the program was lost."""
+        self.close()
+        self._start()
+
+    def _slice(self, pa: int, words: int) -> np.ndarray:
+        first = (pa - self._board.ram_base) >> 3
+        return self._words[first : first + words]
+
+    # -- a world -----------------------------------------------------------------------------------------------
+
+    def run(self, world: World, probes: Sequence[Probe]) -> list[list[int]]:
+        """Make these probes of a world; the results, eight words each, as layout.RESULT_FIELDS names them.
+
+        Raises ProgramSilent when the program does not come back; the machine is then a fresh one.
+        """
+        if not probes:
+            return []
+        self._enter(world)
+        rows = np.zeros((len(probes), _WORDS), dtype="<u8")
+        rows[:, :5] = [self._record(world, probe) for probe in probes]
+        self._slice(layout.PROBES, rows.size)[:] = rows.ravel()
+        self._request(len(probes))
+        self._await()
+        return self._slice(layout.RESULTS, rows.size).reshape(-1, _WORDS).tolist()
+
+    def _enter(self, world: World) -> None:
+        for pa in self._written:
+            self._poke(pa, 0)
+        for pa, word in world.words.items():
+            self._poke(pa, word)
+        self._written = list(world.words)
+        self._poke(layout.HARNESS + layout.UPPER_TABLE, upper_table(world))
+        r = world.registers
+        first = layout.CONTROL + layout.CONTROL_FIELDS["HCR"]
+        self._slice(first, 9)[:] = (r.hcr, r.vtcr, r.vttbr, r.sctlr, r.tcr, r.ttbr0, r.ttbr1, r.mair, r.vbar)
+
+    def _record(self, world: World, probe: Probe) -> tuple[int, int, int, int, int]:
+        """OP, ADDRESS, VALUE, PC, PSTATE."""
+        if not probe.runs:
+            return probe.op, probe.va, 0, 0, 0
+        if probe.access.fetch:
+            return probe.op, probe.va, 0, probe.va, self.program.modes[not probe.access.el0]
+        pc = world.harness + layout.GADGETS + _GADGET_SIZE * probe.gadget
+        return probe.op, probe.va, probe.value, pc, self.program.modes[1]
+
+    def _poke(self, pa: int, word: int) -> None:
+        self._words[(pa - self._board.ram_base) >> 3] = word
+
+    def peek(self, pa: int) -> int:
+        """The word at a physical address."""
+        return int(self._words[(pa - self._board.ram_base) >> 3])
+
+    def restore(self, pas: Sequence[int] | None = None) -> None:
+        """Give these words of the frames, or all of them, their own content back."""
+        if pas is None:
+            self._fill_frames()
+        for pa in pas or ():
+            self._poke(pa, frame_word(pa, self.program.wfi))
+
+    # -- the handshake -----------------------------------------------------------------------------------------
+
+    def _request(self, count: int) -> None:
+        self._sequence += 1
+        self._poke(layout.CONTROL + layout.CONTROL_FIELDS["COUNT"], count)
+        self._poke(layout.CONTROL + layout.CONTROL_FIELDS["REQUEST"], self._sequence)
+
+    def _await(self) -> None:
+        where = (layout.CONTROL + layout.CONTROL_FIELDS["ANSWER"] - self._board.ram_base) >> 3
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            for _ in range(_SPINS):
+                if self._words[where] == self._sequence:
+                    return
+            self.machine.check()
+        evidence = self.machine.evidence()
+        self.restart()
+        raise ProgramSilent(f"the conformance program did not answer within {_PATIENCE:.0f} s", evidence=evidence)

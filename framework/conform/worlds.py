@@ -1,0 +1,491 @@
+"""Hypothesis strategies that make worlds: random, but drawn to the edges.
+
+A table is made path by path: an address is chosen (first page, last page, both sides of a seam between concatenated
+tables), and on the way down every entry that does not exist yet is drawn: a table, a block, a page, or something
+wrong. The harness and the guest's own tables get their paths first, so that the guest can run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+
+from hypothesis import strategies as st
+
+from framework.model import descriptors as d
+from framework.model import regime
+from framework.model.faults import Access, Direction
+from framework.model.granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
+from framework.model.regime import Regime
+
+from . import layout
+from .case import Probe, Registers, Silicon, World
+from .program import Program
+
+_SLOT = 0x1_0000  #: what the harness and the guest's tables are aligned to: the largest page
+_UPPER_VA = {True: 0xFE00_0000, False: 0xFFFF_FFFF_FE00_0000}  #: 25-bit upper ranges, by Armv7
+_UPPER_BLOCK = 2 << 20
+
+# -- shapes of tables ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Values of VTCR that are consistent with each other."""
+
+    granule: Granule
+    sl0: int
+    input_bits: int
+
+
+_TG0 = {KIB4: 0, KIB64: 1, KIB16: 2}
+
+
+def _edges(low: int, high: int) -> list[int]:
+    """Widths of an input range: its ends, and what lies around where tables begin to be concatenated."""
+    middle = (low + high) // 2
+    return sorted({n for n in (low, low + 1, middle, high - 4, high - 3, high - 1, high) if low <= n <= high})
+
+
+@cache
+def stage2_shapes(silicon: Silicon) -> list[Shape]:
+    """All start levels, each with the edges of its input widths.
+
+    KVM's own choice comes first: failures shrink to it.
+    """
+    shapes = []
+    if silicon.armv7:
+        shapes = [
+            Shape(KIB4, sl0, bits) for sl0, low, high in ((1, 31, 40), (0, 25, 34)) for bits in range(low, high + 1)
+        ]
+    for granule, sl0 in product((g for g in silicon.features.granules if not silicon.armv7), range(4)):
+        for bits in range(16, 49):
+            try:
+                regime.stage2_armv8(0, vtcr(Shape(granule, sl0, bits), silicon, 0), 0, silicon.features)
+            except regime.ImpossibleRegime:
+                continue
+            shapes.append(Shape(granule, sl0, bits))
+    widths = {}
+    for shape in shapes:
+        widths.setdefault((shape.granule, shape.sl0), []).append(shape.input_bits)
+    chosen = [s for s in shapes if s.input_bits in _edges(*_ends(widths[s.granule, s.sl0]))]
+    return sorted(chosen, key=lambda s: (s != Shape(KIB4, 1, 40), s.granule.shift, s.sl0, -s.input_bits))
+
+
+def _ends(values: list[int]) -> tuple[int, int]:
+    return min(values), max(values)
+
+
+def vtcr(shape: Shape, silicon: Silicon, extra: int) -> int:
+    """VTCR for a shape; ``extra``: PS and what else is optional."""
+    if silicon.armv7:
+        size = 32 - shape.input_bits & 0x1F
+        return 1 << 31 | shape.sl0 << 6 | (size & 0x10) | (size & 0xF) | 3 << 12 | 5 << 8
+    return 1 << 31 | (64 - shape.input_bits) | shape.sl0 << 6 | _TG0[shape.granule] << 14 | 3 << 12 | 5 << 8 | extra
+
+
+# -- single entries ------------------------------------------------------------------------------------------
+
+_GOOD_S2 = d.encode(d.Leaf(0), LAST_LEVEL) & ~d.TYPE.mask
+_GOOD_S1 = d.VALID.mask | d.AF.mask | d.AP.put(1) | d.SH.put(d.Shareability.INNER)
+
+#: One thing changed: the corners of each field. The first is no change.
+_S2_CHANGES = (
+    *[0] * 12,
+    *(d.S2AP.put(n) for n in (1, 2, 3)),
+    *[d.AF.mask] * 3,
+    *(d.XN.put(n) for n in (1, 2, 3)),
+    *(d.MEMATTR.put(n) for n in range(1, 16)),
+    *[d.MEMATTR.put(d.MemAttr.NORMAL_WB ^ d.MemAttr.NORMAL_WT)] * 3,
+    *(d.SH.put(n) for n in (1, 2, 3)),
+    d.DBM.mask | d.S2AP.put(2),
+    d.CONTIGUOUS.mask,
+    d.SOFTWARE.mask,
+    d.PBHA.mask,
+    d.VALID.mask,
+)
+_S1_CHANGES = (
+    *[0] * 12,
+    *(d.AP.put(n) for n in (1, 2, 3)),
+    d.AF.mask,
+    d.UXN.mask,
+    d.PXN.mask,
+    d.UXN.mask | d.PXN.mask,
+    *(d.ATTRINDX.put(n) for n in range(1, 8)),
+    *[d.ATTRINDX.put(7)] * 3,
+    *(d.SH.put(n) for n in (1, 2, 3)),
+    d.CONTIGUOUS.mask,
+    d.VALID.mask,
+)
+_S1_LIMITS = (*[0] * 8, *(d.AP_TABLE.put(n) for n in (1, 2, 3)), d.XN_TABLE.mask, d.PXN_TABLE.mask)
+_S2_RANDOM = d.MEMATTR.mask | d.S2AP.mask | d.SH.mask | d.AF.mask | d.DBM.mask | d.CONTIGUOUS.mask | d.XN.mask
+_S1_RANDOM = d.ATTRINDX.mask | d.AP.mask | d.SH.mask | d.AF.mask | d.UXN.mask | d.PXN.mask
+
+_s2_change = st.sampled_from(_S2_CHANGES)
+_s1_change = st.sampled_from(_S1_CHANGES)
+_s1_limit = st.sampled_from(_S1_LIMITS)
+_word = st.integers(0, (1 << 64) - 1)
+_percent = st.integers(0, 99)
+_boolean = st.booleans()
+
+#: MAIR: write-back, non-cacheable, four device types, write-through, transient, and halves that differ.
+_MAIR = int.from_bytes(bytes((0xFF, 0x44, 0x00, 0x04, 0xBB, 0x0C, 0x4F, 0x73)), "little")
+
+
+# -- one table, path by path ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Draft:
+    """What is made for one world. ``words`` by physical address; ``pages`` hands out fresh table pages of the arena."""
+
+    draw: object
+    silicon: Silicon
+    words: dict[int, int] = field(default_factory=dict)
+    next_page: int = layout.ARENA
+
+    def page(self, size: int = _SLOT) -> int:
+        self.next_page = -(-self.next_page // size) * size
+        pa = self.next_page
+        self.next_page += size
+        return pa
+
+    def path(self, table: _Table, ia: int, make) -> None:
+        """Walk down to ``ia``; draw each missing entry with ``make(level)`` until one is not a table."""
+        at, level = table.backing[table.root], table.regime.start_level
+        while True:
+            entry = at + 8 * table.regime.index(ia, level)
+            word = self.words.get(entry)
+            if word is None:
+                word = self.words[entry] = make(level)
+            if d.kind(word, level, table.regime.granule) is not d.Kind.TABLE:
+                return
+            at = table.backing.get(word & table.regime.format.address_field())
+            if at is None:  # a pointer that leads astray
+                return
+            level += 1
+
+
+@dataclass
+class _Table:
+    """A table in the making. ``backing``: address as its entries know it -> physical address (the same, at stage 2)."""
+
+    regime: Regime
+    root: int
+    backing: dict[int, int]
+
+
+def _s2_leaf(draft: _Draft, table: _Table, level: int, address: int | None = None) -> int:
+    """A stage-2 block or page, mostly of the frames, mostly right."""
+    draw, granule = draft.draw, table.regime.granule
+    size = 1 << granule.level_shift(level)
+    change = draw(_s2_change)
+    if change == d.PBHA.mask:  # the rarest of the list stands for anything at all
+        change = draw(_word) & _S2_RANDOM
+    if address is None:
+        address = _output(draw(_percent), draft, table.regime, size)
+    page = d.TYPE.mask if level == LAST_LEVEL else 0
+    good = _GOOD_S2 ^ (d.MEMATTR.put(table.regime.format.normal ^ d.MemAttr.NORMAL_WB))
+    return (good ^ change) | address | page
+
+
+def _output(chance: int, draft: _Draft, regime_: Regime, size: int) -> int:
+    """An output address: a frame, or an edge of physical memory."""
+    top = 1 << regime_.output_bits
+    if chance < 70:
+        return (layout.FRAMES + (chance & 7) * _SLOT) & -size
+    if chance < 80:
+        return (top - size) & regime_.format.address_field()
+    if chance < 90:  # beyond the physical size, if the descriptor can say so
+        return (layout.FRAMES & -size) | (top & regime_.format.address_field())
+    if chance < 95 and size > regime_.granule.size:  # not aligned to the block
+        return (layout.FRAMES & -size) | regime_.granule.size
+    return draft.silicon.ram_end & -size
+
+
+def _s2_entry(draft: _Draft, table: _Table):
+    """Draws the entries of a random stage-2 path."""
+
+    def make(level: int) -> int:
+        chance = draft.draw(_percent)
+        if chance >= 94:
+            return draft.draw(_word) & ~d.VALID.mask  # invalid, the rest is ignored
+        if level == LAST_LEVEL:
+            return _s2_leaf(draft, table, level) ^ (d.TYPE.mask if chance >= 90 else 0)
+        if chance < 60:
+            return _s2_pointer(draft, table, chance)
+        return _s2_leaf(draft, table, level)
+
+    return make
+
+
+def _s2_pointer(draft: _Draft, table: _Table, chance: int = 0) -> int:
+    """A table descriptor with a fresh page; now and then beyond the physical size, or where no memory is."""
+    pa = draft.page(table.regime.granule.size)
+    table.backing[pa] = pa
+    if chance == 59:
+        pa |= (1 << table.regime.output_bits) & table.regime.format.address_field()
+    if chance == 58:
+        pa = draft.silicon.ram_end
+    return d.encode(d.Table(pa), 0, table.regime.format) | (chance & 1) * (d.AP_TABLE.mask | d.XN_TABLE.mask)
+
+
+def _s2_fixed(draft: _Draft, table: _Table, pa: int, perfect: bool):
+    """Entries of a path that leads to a page at ``pa``; ``perfect``: and grants everything."""
+
+    def make(level: int) -> int:
+        if level < LAST_LEVEL:
+            return _s2_pointer(draft, table)
+        pa_of_page = pa & -table.regime.granule.size
+        if perfect:
+            leaf = d.Leaf(pa_of_page, memattr=table.regime.format.normal)
+            return d.encode(leaf, level, table.regime.format)
+        return _s2_leaf(draft, table, level, pa_of_page)
+
+    return make
+
+
+# -- whole worlds ----------------------------------------------------------------------------------------------
+
+
+def _slots(input_bits: int) -> list[int]:
+    """Places of the harness and of guest tables in IPA space: low, high, and around the middle."""
+    top, middle = 1 << input_bits, 1 << (input_bits - 1)
+    near = [middle + k * _SLOT for k in (1, 2)]
+    places = [k * _SLOT for k in range(1, 7)] + [top - k * _SLOT for k in range(2, 6)] + near
+    return sorted({p for p in places if 0 <= p < top}) or [0]
+
+
+def _ipas(table: _Table) -> list[int]:
+    """Addresses worth a path: both ends of the space, both sides of each seam between concatenated tables."""
+    one = 1 << (table.regime.granule.level_shift(table.regime.start_level) + table.regime.granule.stride)
+    top = table.regime.input_size
+    seams = [n * one for n in range(1, min(table.regime.root_pages, 16))]
+    page = table.regime.granule.size
+    return [0, top - page, *(s - page for s in seams), *seams, page, top // 2]
+
+
+@st.composite
+def worlds(draw, silicon: Silicon, program: Program) -> World:
+    """A world with everything that a probe needs."""
+    if draw(_percent) >= 98 and not silicon.armv7:
+        return _impossible(draw, silicon)
+    draft = _Draft(draw, silicon)
+    shape = draw(st.sampled_from(stage2_shapes(silicon)))
+    hcr, extra = _options(draw, silicon, shape)
+    root_size = max(64, 8 << shape.input_bits - _start_shift(shape, silicon))
+    root = draft.page(root_size)
+    registers = Registers(
+        hcr, vtcr(shape, silicon, extra), root | draw(st.integers(0, 255)) << 48, _SCTLR[silicon.armv7]
+    )
+    below = World(silicon, registers).stage2()
+    table = _Table(below, root, {root: root})
+    slots = _slots(shape.input_bits)
+    with_stage1 = len(slots) > 4 and draw(_boolean)
+    if silicon.armv7 and not with_stage1:
+        slots = [s for s in slots if s < 1 << 32]
+    harness = draw(st.sampled_from(slots))
+    draft.path(table, harness, _s2_fixed(draft, table, layout.HARNESS, perfect=True))
+    if with_stage1:
+        registers, bases, harness_va = _with_stage1(
+            draft, table, registers, harness, [s for s in slots if s != harness]
+        )
+    else:
+        bases, harness_va = _interesting(draw, table), harness
+        for ipa in bases:
+            draft.path(table, ipa, _s2_entry(draft, table))
+    registers = Registers(**vars(registers) | {"vbar": harness_va & _va_mask(silicon)})
+    probes = _probes(draw, silicon, program, bases, harness_va)
+    return World(silicon, registers, draft.words, harness_va, harness, tuple(probes))
+
+
+@cache
+def _impossible_shapes(silicon: Silicon) -> list[Shape]:
+    """Values of VTCR_EL2 that contradict each other, and of which the architecture says what happens."""
+    shapes = []
+    for granule, sl0, bits in product(silicon.features.granules, range(4), range(16, 49)):
+        shape = Shape(granule, sl0, bits)
+        try:
+            regime.stage2_armv8(0, vtcr(shape, silicon, 0), 0, silicon.features)
+        except regime.ImpossibleRegime as e:
+            if e.level0:
+                shapes.append(shape)
+    return shapes
+
+
+def _impossible(draw, silicon: Silicon) -> World:
+    """A regime that cannot be: no guest runs, the AT instructions still answer."""
+    shape = draw(st.sampled_from(_impossible_shapes(silicon)))
+    hcr, extra = _options(draw, silicon, shape)
+    registers = Registers(hcr, vtcr(shape, silicon, extra), layout.ARENA, _SCTLR[False])
+    if draw(_boolean):
+        granule = draw(st.sampled_from(silicon.features.granules))
+        tcr = _tcr(draw, silicon, granule, draw(st.sampled_from(_va_widths(silicon, granule))), 0)
+        on = {"sctlr": registers.sctlr | regime.SCTLR_M, "tcr": tcr, "mair": _MAIR}
+        registers = Registers(**vars(registers) | on)
+    vas = draw(st.lists(st.integers(0, (1 << 55) - 1), min_size=1, max_size=3))
+    return World(silicon, registers, probes=tuple(Probe.at(op, va & ~0xF) for va in vas for op in range(4)))
+
+
+def _va_mask(silicon: Silicon) -> int:
+    return (1 << 32) - 1 if silicon.armv7 else (1 << 64) - 1
+
+
+def _start_shift(shape: Shape, silicon: Silicon) -> int:
+    levels = {True: (2, 1), False: (2, 1, 0, 3) if shape.granule is KIB4 else (3, 2, 1)}[silicon.armv7]
+    return shape.granule.level_shift(levels[shape.sl0])
+
+
+def _interesting(draw, table: _Table) -> list[int]:
+    places = st.sampled_from(_ipas(table))
+    return [
+        draw(places) if draw(_boolean) else draw(_word) % table.regime.input_size & -table.regime.granule.size
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+_HCR = {True: 1 << 13 | 1, False: 1 << 31 | 1 << 13 | 1}  #: TWI, VM; RW in AArch64
+_SCTLR = {True: 0x00C5_0078, False: 0x30D5_0800}  #: RES1 bits, nTWI and nTWE
+_PS = {2: 40, 5: 48, 4: 44, 3: 42, 1: 36, 0: 32}  #: VTCR_EL2.PS: bits
+
+
+def _physical_size(draw, shape: Shape) -> int:
+    """VTCR_EL2.PS, mostly one that is at least as wide as the IPA space."""
+    if draw(_percent) < 90 and (wide := [ps for ps, bits in _PS.items() if bits >= shape.input_bits]):
+        return draw(st.sampled_from(wide))
+    return draw(st.sampled_from(tuple(_PS)))
+
+
+def _options(draw, silicon: Silicon, shape: Shape) -> tuple[int, int]:
+    """HCR, and the optional fields of VTCR_EL2."""
+    hcr = _HCR[silicon.armv7] | (regime.HCR_PTW if draw(_percent) >= 80 else 0)
+    if silicon.armv7:
+        return hcr, 0
+    if silicon.features.fwb and draw(_boolean):
+        hcr |= regime.HCR_FWB
+    extra = _physical_size(draw, shape) << 16
+    if silicon.features.hafdbs:
+        extra |= draw(st.sampled_from((0, 0, 1, 3))) << 21
+    return hcr, extra | silicon.features.vmid16 << 19
+
+
+# -- stage 1 -------------------------------------------------------------------------------------------------
+
+
+def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: int, slots: list[int]):
+    """Turn stage 1 on: a root and a few tables at IPAs of their own, VAs that lead to interesting IPAs."""
+    draw, silicon = draft.draw, draft.silicon
+    homes = {}
+    for ipa in draw(st.lists(st.sampled_from(slots), min_size=1, max_size=5, unique=True)):
+        homes[ipa] = draft.page()
+        draft.path(table, ipa, _s2_fixed(draft, table, homes[ipa], perfect=draw(_percent) < 60))
+    granule = KIB4 if silicon.armv7 else draw(st.sampled_from(silicon.features.granules))
+    va_bits = draw(st.sampled_from(_va_widths(silicon, granule)))
+    root, *free = homes
+    bits = regime.SCTLR_M | draw(st.sampled_from((0, 0, 0, regime.SCTLR_WXN)))
+    if silicon.armv7:
+        bits |= draw(st.sampled_from((0, 0, regime.SCTLR_UWXN)))
+    registers = Registers(
+        **vars(registers)
+        | {
+            "sctlr": registers.sctlr | bits,
+            "tcr": _tcr(draw, silicon, granule, va_bits, harness),
+            "ttbr0": root,
+            "ttbr1": harness + layout.UPPER_TABLE,
+            "mair": _MAIR,
+        }
+    )
+    control = World(silicon, registers).stage1()
+    upper = _Table(control.regime, root, dict(homes))
+    targets = _interesting(draw, table)
+    top = min(1 << va_bits, _UPPER_VA[silicon.armv7])
+    vas = [v & -_SLOT for v in (0, top - 1, draw(_word) % top)][: draw(st.integers(1, 3))]
+    for va in vas:
+        draft.path(upper, va, _s1_entry(draft, upper, free, targets))
+    for ipa in targets:
+        draft.path(table, ipa, _s2_entry(draft, table))
+    block = harness & -_UPPER_BLOCK
+    harness_va = _UPPER_VA[silicon.armv7] + harness - block
+    return registers, vas, harness_va
+
+
+def _va_widths(silicon: Silicon, granule: Granule) -> list[int]:
+    if silicon.armv7:
+        return [32, 31, 30, 29, 26, 25]
+    least = 64 - ((47 if granule is KIB64 else 48) if silicon.features.small_tables else 39)
+    return sorted({48, 39, 36, least, least + 1, 42, 40}, reverse=True)
+
+
+def _tcr(draw, silicon: Silicon, granule: Granule, va_bits: int, harness: int) -> int:
+    if silicon.armv7:
+        return 1 << 31 | 32 - va_bits | 7 << 16
+    enough = [n for n, bits in enumerate((32, 36, 40, 42, 44, 48)) if not (harness + _SLOT - 1) >> bits]
+    ips = draw(st.sampled_from(enough[::-1]))
+    return 64 - va_bits | _TG0[granule] << 14 | 39 << 16 | 2 << 30 | ips << 32
+
+
+def _s1_entry(draft: _Draft, upper: _Table, free: list[int], targets: list[int]):
+    """Draws the entries of a stage-1 path; tables come from the homes that are left."""
+
+    def make(level: int) -> int:
+        draw, granule = draft.draw, upper.regime.granule
+        chance = draw(_percent)
+        if chance >= 95:
+            return draw(_word) & ~d.VALID.mask
+        if level < LAST_LEVEL and free and chance < 75:
+            return free.pop() | 0b11 | draw(_s1_limit)
+        if level < LAST_LEVEL and chance == 94:  # a table at an IPA that nobody made
+            return (draw(st.sampled_from(targets)) & upper.regime.format.address_field()) | 0b11
+        size = 1 << granule.level_shift(level)
+        change = draw(_s1_change)
+        if change == d.CONTIGUOUS.mask:
+            change = draw(_word) & _S1_RANDOM
+        ipa = draw(st.sampled_from(targets)) & -size
+        if chance in (92, 93):
+            ipa |= (1 << upper.regime.output_bits) & upper.regime.format.address_field()
+        page = d.TYPE.mask if level == LAST_LEVEL and chance != 91 else 0
+        return (_GOOD_S1 ^ change) | ipa & upper.regime.format.address_field() | page
+
+    return make
+
+
+# -- probes --------------------------------------------------------------------------------------------------
+
+_OFFSETS = (0, 0xFF0, 0xFFF0, 0x10, layout.FRAMES & 0x3FFF_FFFF, 0x1F_FFF0, 0x3FFF_FFF0)
+
+
+def _probes(draw, silicon: Silicon, program: Program, bases: list[int], harness: int) -> list[Probe]:
+    """Each address: the four AT instructions, a load and a store of each privilege, a fetch of each."""
+    probes = []
+    top = _UPPER_VA[True] if silicon.armv7 else 1 << 55
+    for base in bases:
+        for offset in draw(st.lists(st.sampled_from(_OFFSETS), min_size=1, max_size=3, unique=True)):
+            va = base + offset
+            if draw(_percent) >= 95:  # beyond the range
+                va |= 1 << draw(st.integers(25, 54))
+            if va < top:
+                probes += _questions(draw, program, va & _va_mask(silicon))
+    return probes
+
+
+def _questions(draw, program: Program, va: int) -> list[Probe]:
+    value, data = draw(_word), va | 8
+    probes = [Probe.at(op, va) for op in range(4)]
+    run = layout.OPS.index("RUN")
+    for write, el0 in product((True, False), (False, True)):
+        gadgets = gadgets_of(program, write, el0)
+        number = gadgets[value % len(gadgets)]
+        probes.append(Probe(run, data, Access(Direction.WRITE if write else Direction.READ, el0), number, value))
+    return probes + [Probe(run, va, Access(Direction.FETCH, el0)) for el0 in (False, True)]
+
+
+@cache
+def gadgets_of(program: Program, write: bool, el0: bool) -> list[int]:
+    """Numbers of the gadgets that load or store with these rights."""
+    return [n for n, g in enumerate(program.gadgets) if g.access.write == write and g.el0 == el0]
+
+
+def upper_table(world: World) -> int:
+    """The one entry of the upper range's table: a block that holds the harness, executable by all, read-only."""
+    return (world.harness_ipa & -_UPPER_BLOCK) | d.VALID.mask | d.AF.mask | d.AP.put(3) | d.SH.put(d.Shareability.INNER)

@@ -1,0 +1,93 @@
+"""Memory attributes of stage 1 and stage 2, combined.
+
+Sources: ARM DDI 0406C.d, B3.8 (overlaying the memory type attribute); ARM DDI 0487, D8.6, and Arm's v9.4 pseudocode
+S2DecodeMemAttrs, S2CombineS1MemAttrs, S2CombineS1AttrHints, S2ApplyFWBMemAttrs, EffectiveShareability; MAIR_EL1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .descriptors import RESERVED_MEMATTR, MemAttrFwb, Shareability
+
+
+class Memory(NamedTuple):
+    """``attr``: a MAIR byte (stage 1, and combined) or MemAttr[3:0] (stage 2); ``sh``: shareability.
+
+    None stands for what the architecture leaves open.
+    """
+
+    attr: int | None
+    sh: int | None
+
+
+#: Data accesses with stage 1 off: Device-nGnRnE.
+STAGE1_OFF = Memory(0x00, Shareability.OUTER)
+
+_NC = 0b0100  #: normal non-cacheable, half a MAIR byte
+_NORMAL_NC = 0x44
+_BACK = 0b0100  #: half a MAIR byte of cacheable memory: write-back (clear: write-through)
+
+
+def is_device(mair: int) -> bool:
+    return not mair >> 4
+
+
+def combine(first: Memory, second: Memory, fwb: bool) -> Memory:
+    """What both stages together say: the stricter of the two, unless FWB lets stage 2 decide."""
+    if second.attr in RESERVED_MEMATTR[fwb]:
+        return Memory(None, None)
+    attr = _forced(first.attr, second.attr) if fwb else _stricter(first.attr, second.attr)
+    if is_device(attr) or attr == _NORMAL_NC:
+        return Memory(attr, Shareability.OUTER)
+    # Memory that stage 1 held outer shareable for its type alone, and stage 2 forced to write-back:
+    # an implementation may combine the field or its effect.
+    open_choice = is_device(first.attr) or first.attr == _NORMAL_NC
+    return Memory(attr, _wider(None if open_choice else first.sh, second.sh))
+
+
+def _wider(one: int | None, other: int) -> int | None:
+    """Outer, else inner, else non-shareable; None where a reserved encoding (0b01) or an open choice could matter."""
+    if Shareability.OUTER in (one, other):
+        return Shareability.OUTER
+    if one is None or Shareability.RESERVED in (one, other):
+        return None
+    return Shareability.INNER if Shareability.INNER in (one, other) else Shareability.NON
+
+
+def _stricter(mair: int, memattr: int) -> int:
+    """Device beats normal, among devices the one that allows less; cacheability by halves."""
+    outer, inner = memattr >> 2, memattr & 0b11
+    if outer == 0:
+        return _stricter_device(mair, inner)
+    if is_device(mair):
+        return mair
+    return _stricter_half(mair >> 4, outer) << 4 | _stricter_half(mair & 0xF, inner)
+
+
+def _stricter_device(mair: int, kind: int) -> int:
+    """MAIR's 0x00, 0x04, 0x08, 0x0c and MemAttr's 0 to 3 both rise from nGnRnE to GRE."""
+    return min(mair, kind << 2) if is_device(mair) else kind << 2
+
+
+def _stricter_half(mair: int, memattr: int) -> int:
+    """Non-cacheable beats write-through beats write-back; hints and transience are stage 1's (stage 2 has none)."""
+    if mair == _NC or memattr == 0b01:
+        return _NC
+    return mair & ~_BACK if memattr == 0b10 else mair
+
+
+def _forced(mair: int, memattr: int) -> int:
+    """FEAT_S2FWB: stage 2 says device, non-cacheable, write-back, or that stage 1 decides."""
+    if memattr == MemAttrFwb.STAGE1:
+        return mair
+    if memattr == MemAttrFwb.NORMAL_WB:
+        return 0xFF if is_device(mair) else _write_back(mair >> 4) << 4 | _write_back(mair & 0xF)
+    if memattr == MemAttrFwb.NORMAL_NC:
+        return mair if is_device(mair) else _NORMAL_NC
+    return _stricter_device(mair, memattr)
+
+
+def _write_back(mair: int) -> int:
+    """Write-back with stage 1's hints, or with all allocation hints where stage 1 had no cache."""
+    return 0b1111 if mair == _NC else mair | _BACK

@@ -1,0 +1,252 @@
+"""What the host's memory management owes to stage 2, operation by operation.
+
+Guest memory is ordinary process memory. Whenever the host changes a mapping, its MMU notifiers tell KVM first
+(invalidate_range_start), and from then on stage 2 may hold, in the range told, no more than the duty below allows. KVM
+on Arm unmaps on every notification whatever its kind (no version from 5.4 to 6.12 looks at ``range->event``), so it
+does more than it must; what more it may do is bounded too: see :meth:`Notice.may_go`.
+
+Sources, read in Linux 5.4, 6.1 and 6.12: mm/madvise.c, mm/memory.c (zap_page_range, wp_page_copy, copy_page_range),
+mm/mprotect.c, mm/mremap.c, mm/ksm.c, mm/huge_memory.c, mm/khugepaged.c, mm/migrate.c, mm/rmap.c, mm/shmem.c;
+virt/kvm/kvm_main.c; virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c and hyp/pgtable.c (6.1, 6.12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from . import descriptors as d
+from .granule import KIB4
+from .memslots import Memslot
+
+_PAGE = KIB4.size
+_HUGE = 1 << KIB4.level_shift(2)
+
+Kernel = tuple[int, int]
+Span = tuple[int, int]  #: ``[start, end)``, bytes
+Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), as tables.Stage2Tables.leaves() gives them
+
+
+class Duty(Enum):
+    """The least that stage 2 must do in the range of an operation."""
+
+    GO = "must go"  #: no leaf of the old frame remains
+    READ_ONLY = "must go or become read-only"
+    STAY = "may stay"  #: frame and permission are unchanged
+
+
+class Frame(Enum):
+    """What the operation does to the host's own mapping."""
+
+    SAME = "same frame"
+    OTHER = "another frame"
+    NONE = "no frame, until somebody touches it"
+
+
+class Told(Enum):
+    """Which range the notifiers name."""
+
+    RANGE = "the range"
+    HUGE = "the aligned 2 MiB around it"
+    VMA = "the whole VMA"
+    NOTHING = "nothing"
+
+
+class Operation(Enum):
+    """What the host does to guest memory."""
+
+    DONTNEED = "madvise(MADV_DONTNEED)"
+    FREE = "madvise(MADV_FREE), the call"
+    FREE_RECLAIMED = "reclaim of a page given up with MADV_FREE"
+    MUNMAP = "munmap, the memslot still there"
+    MREMAP = "mremap, the range it leaves"
+    MPROTECT_READ = "mprotect(PROT_READ)"
+    MPROTECT_NONE = "mprotect(PROT_NONE)"
+    MPROTECT_WIDER = "mprotect back to read and write"
+    FORK = "fork, private memory, in the parent"
+    FORK_SHARED = "fork, shared memory"
+    COW_COPY = "a write by parent or guest after fork, copied"
+    COW_REUSE = "a write after fork by the sole owner"
+    CHILD_WRITE = "a write by the child"
+    KSM_PROTECT = "KSM, write protection of a candidate"
+    KSM_MERGE = "KSM, merge"
+    KSM_UNSHARE = "a write to a merged page"
+    THP_SPLIT = "split of an anonymous huge page's mapping"
+    THP_SPLIT_FILE = "split of a file's huge page's mapping"
+    THP_COLLAPSE = "khugepaged, collapse"
+    MIGRATE = "migration, compaction"
+    SWAP_OUT = "swap out"
+    SWAP_IN = "swap in"
+    PUNCH_HOLE = "fallocate(FALLOC_FL_PUNCH_HOLE)"
+    TRUNCATE = "ftruncate, smaller"
+    AGE = "page_referenced, idle page tracking"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table: the duty, what becomes of the frame, who is told, and whether change_pte follows."""
+
+    duty: Duty
+    frame: Frame
+    told: Told
+    change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only where a level 3 table is left
+
+
+_O, _GO, _RO, _STAY = Operation, Duty.GO, Duty.READ_ONLY, Duty.STAY
+
+RULES: dict[Operation, Rule] = {
+    _O.DONTNEED: Rule(_GO, Frame.NONE, Told.RANGE),
+    # The frame stays, but is marked clean: a write through a leaf that was left writable would be lost.
+    _O.FREE: Rule(_RO, Frame.SAME, Told.RANGE),
+    _O.FREE_RECLAIMED: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.MUNMAP: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.MREMAP: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.MPROTECT_READ: Rule(_RO, Frame.SAME, Told.RANGE),
+    _O.MPROTECT_NONE: Rule(_GO, Frame.SAME, Told.RANGE),
+    _O.MPROTECT_WIDER: Rule(_STAY, Frame.SAME, Told.RANGE),
+    _O.FORK: Rule(_RO, Frame.SAME, Told.VMA),
+    _O.FORK_SHARED: Rule(_STAY, Frame.SAME, Told.NOTHING),
+    _O.COW_COPY: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
+    _O.COW_REUSE: Rule(_STAY, Frame.SAME, Told.NOTHING),
+    _O.CHILD_WRITE: Rule(_STAY, Frame.SAME, Told.NOTHING),
+    _O.KSM_PROTECT: Rule(_RO, Frame.SAME, Told.RANGE, change_pte=True),
+    _O.KSM_MERGE: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
+    _O.KSM_UNSHARE: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
+    _O.THP_SPLIT: Rule(_STAY, Frame.SAME, Told.HUGE),
+    _O.THP_SPLIT_FILE: Rule(_GO, Frame.NONE, Told.HUGE),
+    _O.THP_COLLAPSE: Rule(_GO, Frame.OTHER, Told.HUGE),
+    _O.MIGRATE: Rule(_GO, Frame.OTHER, Told.RANGE),
+    _O.SWAP_OUT: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.SWAP_IN: Rule(_STAY, Frame.OTHER, Told.NOTHING),
+    _O.PUNCH_HOLE: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.TRUNCATE: Rule(_GO, Frame.NONE, Told.RANGE),
+    # Ageing clears the access flag and nothing else, in every version.
+    _O.AGE: Rule(_STAY, Frame.SAME, Told.NOTHING),
+}
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One operation on ``[start, end)`` of host-virtual memory, within the VMA ``vma``, on a host kernel."""
+
+    operation: Operation
+    start: int
+    end: int
+    vma: Span
+    kernel: Kernel = (5, 4)
+
+    def __post_init__(self) -> None:
+        if not self.vma[0] <= self.start < self.end <= self.vma[1]:
+            raise ValueError(f"[{self.start:#x}, {self.end:#x}) is not a range within the VMA")
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.operation]
+
+    @property
+    def owed(self) -> Span:
+        """The HVA range in which the duty holds: whole pages.
+
+        A hole or a truncation spares the pages it only touches.
+        """
+        if self.rule.told is Told.VMA:
+            return self.vma
+        if self.rule.told is Told.HUGE or self._copies_a_huge_page:
+            return _around(self.start, self.end, _HUGE)
+        if self.operation is Operation.PUNCH_HOLE:
+            return -(-self.start // _PAGE) * _PAGE, self.end // _PAGE * _PAGE
+        if self.operation is Operation.TRUNCATE:
+            return -(-self.start // _PAGE) * _PAGE, self.vma[1]
+        return _around(self.start, self.end, _PAGE)
+
+    @property
+    def _copies_a_huge_page(self) -> bool:
+        """Up to 5.7 a copy on write of a shared huge page copies all of it; the caller says so with a 2 MiB range."""
+        return self.operation is Operation.COW_COPY and self.kernel < (5, 8) and self.end - self.start > _PAGE
+
+    @property
+    def may_go(self) -> Span | None:
+        """The HVA range that may be gone afterwards; None when nobody is told, so that nothing may.
+
+        Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge tells of the aligned 2 MiB there. Blocks
+        that reach into the range go as a whole (:func:`violations` allows for them).
+        """
+        if self.rule.told is Told.NOTHING:
+            return None
+        return _around(*self.owed, _HUGE)
+
+    @property
+    def may_map_read_only(self) -> bool:
+        """Whether KVM may itself map the new frame, read-only (change_pte; removed in 6.10)."""
+        return self.rule.change_pte and self.kernel < (6, 10)
+
+
+def _around(start: int, end: int, size: int) -> Span:
+    return start & -size, -(-end // size) * size
+
+
+# -- holding a kernel to it --------------------------------------------------------------------------------------
+
+
+class Breach(Enum):
+    """How stage 2 failed its duty."""
+
+    STALE = "a leaf of the old frame remains"
+    WRITABLE = "a leaf remains writable"
+    ALTERED = "a leaf changed that nothing was said about"
+    LOST = "a leaf outside what may go is gone"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One leaf that is wrong after an operation. ``ipa`` of its first byte."""
+
+    breach: Breach
+    ipa: int
+
+
+def violations(notice: Notice, slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Violation]:
+    """Compare stage 2 before an operation with stage 2 right after it, no guest having run in between."""
+    slots = list(slots)
+    owed = _ipas(slots, notice.owed)
+    may_go = _ipas(slots, notice.may_go) if notice.may_go else []
+    out = []
+    for ipa, (level, desc) in before.items():
+        leaf = (ipa, ipa + (1 << KIB4.level_shift(level)))
+        now = after.get(ipa, (level, 0))
+        breach = _breach(notice, desc, now == (level, desc), now[1], _meets(leaf, owed), _meets(leaf, may_go))
+        if breach:
+            out.append(Violation(breach, ipa))
+    return out
+
+
+def _breach(notice: Notice, old: int, unchanged: bool, new: int, owes: bool, may_go: bool) -> Breach | None:
+    """What is wrong with one leaf, if anything."""
+    if not d.VALID.of(new):
+        return None if may_go else Breach.LOST
+    same_frame = (old ^ new) & d.Format().address_field() == 0
+    if owes and notice.rule.duty is Duty.GO and same_frame:
+        return Breach.STALE
+    if owes and notice.rule.duty is not Duty.STAY and d.s2_writable(new):
+        return Breach.WRITABLE
+    if unchanged or (same_frame and _weaker(old, new)):
+        return None
+    return None if owes and notice.may_map_read_only else Breach.ALTERED
+
+
+def _weaker(old: int, new: int) -> bool:
+    """Whether a leaf lost write permission or its access flag, and nothing else."""
+    return (
+        new | d.S2AP.put(d.Access.WRITE) | d.AF.mask == old | d.S2AP.put(d.Access.WRITE) | d.AF.mask and not new & ~old
+    )
+
+
+def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
+    """Where the guest sees an HVA range: every alias counts."""
+    found = (slot.ipas_of(span[0], span[1] - span[0]) for slot in slots)
+    return [(part[0], part[0] + part[1]) for part in found if part]
+
+
+def _meets(leaf: Span, spans: list[Span]) -> bool:
+    return any(leaf[0] < end and start < leaf[1] for start, end in spans)

@@ -1,0 +1,164 @@
+"""VMIDs: both allocators against what must always hold, and against the histories that the kernel's source gives."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from framework.model.vmid import Bitmap, Consecutive, Invalidation, VcpuLoads
+
+ALL = (Invalidation.ALL_VMS_ALL_CPUS,)
+CPUS = 3
+
+#: Histories: which VM enters on which CPU; -1: the vCPU on that CPU is scheduled out.
+histories = st.lists(st.tuples(st.integers(-1, 400), st.integers(0, CPUS - 1)), max_size=900)
+
+
+def allocators():
+    return [Consecutive(8), Bitmap(8, CPUS)]
+
+
+@given(histories)
+def test_no_two_vms_share_a_vmid_in_a_generation(history):
+    for allocator in allocators():
+        owner = {}
+        for vm, cpu in history:
+            if vm < 0:
+                allocator.leave(cpu)
+                continue
+            entry = allocator.enter(vm, cpu)
+            assert 0 < entry.vmid < 256 and entry.generation == allocator.generation
+            assert owner.setdefault((entry.generation, entry.vmid), vm) == vm
+
+
+@given(histories)
+def test_a_vm_keeps_its_vmid_within_a_generation(history):
+    for allocator in allocators():
+        held = {}
+        for vm, cpu in history:
+            if vm >= 0:
+                entry = allocator.enter(vm, cpu)
+                assert held.setdefault((entry.generation, vm), entry.vmid) == entry.vmid
+
+
+@given(histories)
+def test_a_new_generation_is_invalidated_by_whoever_begins_it_and_nobody_else(history):
+    for allocator in allocators():
+        for vm, cpu in history:
+            before = allocator.generation
+            if vm >= 0:
+                assert allocator.enter(vm, cpu).invalidations == (ALL if allocator.generation > before else ())
+
+
+@given(histories)
+def test_a_running_vm_keeps_its_number_over_a_rollover_in_the_bitmap(history):
+    """What is on a CPU when the numbers run out keeps its number: nobody else gets it."""
+    allocator, running = Bitmap(8, CPUS), {}
+    for vm, cpu in history:
+        if vm < 0:
+            allocator.leave(cpu)
+            running.pop(cpu, None)
+            continue
+        before = allocator.generation
+        entry = allocator.enter(vm, cpu)
+        running.pop(cpu, None)
+        if allocator.generation > before:
+            assert entry.vmid not in {vmid for other, vmid in running.values() if other != vm}
+        running[cpu] = (vm, entry.vmid)
+
+
+def test_consecutive_numbers_in_order_of_first_run():
+    allocator = Consecutive(8)
+    first = allocator.enter("one", 0)
+    assert (first.vmid, first.invalidations) == (1, ALL)  # the first generation begins like every other
+    assert [allocator.enter(vm, 0).vmid for vm in ("two", "one", "three", "two")] == [2, 1, 3, 2]
+
+
+def test_the_256th_vm_begins_a_generation():
+    allocator = Consecutive(8)
+    assert [allocator.enter(vm, 0).vmid for vm in range(255)] == list(range(1, 256))
+    late = allocator.enter(255, 0)
+    assert (late.vmid, late.invalidations, late.generation) == (1, ALL, 3)
+    again = allocator.enter(0, 1)
+    assert (again.vmid, again.invalidations) == (2, ())
+
+
+def test_sixteen_bits_hold_65535_vms():
+    allocator = Consecutive(16)
+    assert {allocator.enter(vm, 0).generation for vm in range(65535)} == {2}
+    assert allocator.enter("one more", 0).generation == 3
+
+
+def test_a_destroyed_vms_number_is_not_given_back():
+    for allocator in allocators():
+        one = allocator.enter("one", 0)
+        allocator.leave(0)
+        allocator.forget("one")
+        assert allocator.enter("two", 0).vmid == one.vmid + 1
+        assert allocator.enter("one", 0).vmid == one.vmid + 2
+
+
+def test_the_bitmap_begins_without_an_invalidation():
+    assert Bitmap(8, 2).enter("one", 0).invalidations == ()
+
+
+def test_the_bitmap_rolls_over_around_what_runs():
+    """VM 7 runs on CPU 1 while the numbers run out on CPU 0: it keeps 8, and the search passes it by."""
+    allocator = Bitmap(8, 2)
+    for vm in range(255):
+        allocator.enter(vm, 0)
+    allocator.enter(7, 1)
+    numbers = [allocator.enter(vm, 0).vmid for vm in range(300, 310)]
+    assert numbers == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11] and allocator.generation == 2
+    kept = allocator.enter(7, 1)
+    assert (kept.vmid, kept.generation, kept.invalidations) == (8, 2, ())
+
+
+def test_an_idle_cpu_reserves_nothing():
+    allocator = Bitmap(8, 2)
+    allocator.enter(0, 1)
+    allocator.leave(1)
+    for vm in range(1, 255):
+        allocator.enter(vm, 0)
+    assert allocator.enter(300, 0).vmid == 1
+
+
+def test_an_old_number_comes_back_when_it_is_free():
+    allocator = Bitmap(8, 1)
+    for vm in range(256):
+        allocator.enter(vm, 0)
+    assert (allocator.generation, allocator.enter(100, 0).vmid) == (2, 101)
+    assert allocator.enter(0, 0).vmid != 1  # VM 255 has it now
+
+
+def test_a_reservation_outlives_a_second_rollover():
+    """A CPU that stays in its guest has no active VMID after the first rollover; its reservation is what counts."""
+    allocator = Bitmap(8, 2)
+    long_run = allocator.enter("long", 1)
+    vm = 0
+    while allocator.generation < 3:
+        entry = allocator.enter(vm, 0)
+        assert entry.vmid != long_run.vmid
+        vm += 1
+    assert allocator.enter("long", 1).vmid == long_run.vmid
+
+
+@pytest.mark.parametrize("make", [lambda: Consecutive(9), lambda: Bitmap(8, 255), lambda: Bitmap(8, 0)])
+def test_impossible_allocators_are_refused(make):
+    with pytest.raises(ValueError, match="bits"):
+        make()
+
+
+def test_local_invalidation_when_vcpus_of_a_vm_take_turns_on_a_cpu():
+    loads = VcpuLoads()
+    local = (Invalidation.THIS_VM_THIS_CPU,)
+    assert loads.load("vm", 0, 0) == local  # nothing ran here yet: last_vcpu_ran is -1
+    assert loads.load("vm", 0, 0) == () and loads.load("other", 0, 0) == local
+    assert loads.load("vm", 1, 0) == local and loads.load("vm", 0, 0) == local
+    assert loads.load("vm", 0, 1) == local
+
+
+def test_the_consecutive_allocator_does_not_care_who_leaves():
+    allocator = Consecutive()
+    one = allocator.enter("one", 0)
+    allocator.leave(0)
+    assert allocator.enter("one", 1).vmid == one.vmid

@@ -1,0 +1,264 @@
+"""Conformance: the model agrees with the emulated CPU; a wrong model, or a forgotten departure, does not."""
+
+from dataclasses import replace
+
+import pytest
+
+from framework import config
+from framework.conform import case, departures
+from framework.conform.case import Probe, Registers, World
+from framework.conform.run import Difference, Tally, check, conform
+from framework.conform.silicon import Lab
+from framework.errors import NonConformance, ProgramSilent
+from framework.model import attributes, regime, stage1, syndrome, walk
+from framework.model import descriptors as d
+from framework.model.faults import Access, Direction, Fault, FaultType
+from framework.model.regime import SCTLR_M
+
+BOARDS = ["a15", "a15-wide", "arm64", "arm64-vhe"]
+QUICK = 6_000
+THOROUGH = 150_000  # what a fault may take to be found: 25 s
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory):
+    """``boards("a15")``: a board with the program in it. One at a time: an idle program spins."""
+    labs = {}
+
+    def board(name):
+        if name not in labs:
+            end()
+            labs[name] = Lab(config.find(name), tmp_path_factory.mktemp(name))
+        return labs[name]
+
+    def end():
+        while labs:
+            labs.popitem()[1].close()
+
+    yield board
+    end()
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_model_and_silicon_agree(boards, name):
+    tally = conform(boards(name), QUICK, start=1)
+    assert tally.cases >= QUICK and tally.worlds > 100
+
+
+ANSWERS = {
+    ("both stages", "translated"),
+    *(("stage 1", how) for how in ("translation", "permission", "access flag")),
+    *(("stage 2", how) for how in ("translation", "permission", "access flag")),
+    *(("stage 2 on a stage 1 walk", how) for how in ("translation", "permission", "access flag")),
+}
+SIZES = {("stage 1", "address size"), ("stage 2", "address size")}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("a15", ANSWERS), ("arm64", ANSWERS | SIZES)])
+def test_every_kind_of_answer_is_asked_for(boards, name, wanted):
+    tally = conform(boards(name), 6 * QUICK, start=2)
+    assert wanted <= set(tally.outcomes)
+    assert "under departure s1ptw-level" in str(tally) and "translated, both stages" in str(tally)
+
+
+def test_a_seed_is_a_run(boards):
+    runs = [conform(boards("arm64"), 2_000, start=seed) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+# -- a wrong model is found ------------------------------------------------------------------------------------
+
+
+def with_stage2(monkeypatch, change):
+    """Every world's stage 2 as ``change`` makes it."""
+    honest = World.el10
+    monkeypatch.setattr(World, "el10", lambda world: (lambda e: replace(e, stage2=change(e.stage2)))(honest(world)))
+
+
+def other(function):
+    """A fault of the model: a function of one of its modules replaced."""
+
+    def apply(monkeypatch):
+        module, name, wrong = function
+        monkeypatch.setattr(module, name, wrong)
+
+    return apply
+
+
+def without_tables_limits(self, desc, inherited, el0, honest=stage1.Stage1._data):
+    return honest(self, desc, 0, el0)
+
+
+def half_a_block(r, ia, read, trace=None, honest=walk.descend):
+    found = honest(r, ia, read, trace)
+    if isinstance(found, Fault) or found.level == 3:
+        return found
+    return replace(found, oa=found.oa & ~(1 << r.granule.level_shift(found.level) - 1))
+
+
+def level_too_high(self):
+    return self.type.value + min(self.level + (self.type is FaultType.PERMISSION), 3)
+
+
+MISTAKES = {
+    "a wrong start level": lambda m: with_stage2(
+        m, lambda r: replace(r, start_level=r.start_level + 1) if r.start_level == 1 else r
+    ),
+    "a missing concatenated page": lambda m: with_stage2(
+        m, lambda r: replace(r, entries=min(r.entries, r.granule.entries))
+    ),
+    "IPA space one bit too wide": lambda m: with_stage2(m, lambda r: replace(r, input_bits=r.input_bits + 1)),
+    "physical size not checked": lambda m: with_stage2(m, lambda r: replace(r, output_bits=48)),
+    "HCR.PTW ignored": lambda m: with_stage2(m, lambda r: replace(r, protect_walks=False)),
+    "S2AP bits swapped": lambda m: (
+        m.setattr(d, "s2_readable", lambda desc: (desc & d.S2AP.put(2)) != 0),
+        m.setattr(d, "s2_writable", lambda desc: (desc & d.S2AP.put(1)) != 0),
+    ),
+    "XN ignored": other((d, "s2_executable", lambda desc, **how: True)),
+    "access flag in the wrong bit": other((d, "AF", d.Field(11))),
+    "blocks of half the size": other((walk, "descend", half_a_block)),
+    "a device type that does not win": other((attributes, "_stricter_device", lambda mair, kind: mair)),
+    "shareability of stage 1 alone": other((attributes, "_wider", lambda one, other: one)),
+    "limits of tables forgotten": other((stage1.Stage1, "_data", without_tables_limits)),
+    "permission faults one level too high": other((Fault, "status", property(level_too_high))),
+    "HPFAR with the page offset": other((syndrome, "hpfar", lambda fault: fault.ipa >> 8)),
+    "S1PTW not reported": other((syndrome, "_S1PTW", 0)),
+    "register number off by one": other(
+        (
+            syndrome.Instruction,
+            "iss",
+            property(lambda i: 1 << 24 | i.size << 22 | i.signed << 21 | 2 << 16 | i.wide << 15),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_fault_in_the_model_is_found(boards, monkeypatch, mistake):
+    MISTAKES[mistake](monkeypatch)
+    with pytest.raises(Difference) as caught:
+        conform(boards("arm64"), THOROUGH, start=5)
+    assert "silicon" in str(caught.value) or "did not answer" in str(caught.value)
+
+
+def test_a_difference_is_small_and_reads_like_a_walk(boards, monkeypatch):
+    monkeypatch.setattr(d, "s2_executable", lambda desc, **how: True)
+    with pytest.raises(Difference) as caught:
+        conform(boards("a15"), THOROUGH, start=6)
+    text = str(caught.value)
+    for part in (
+        "VTTBR 0x",
+        "start level",
+        "fetch (EL",
+        "stage 2 level 3 PA",
+        "S2AP 11 XN 10",
+        "model: Translation",
+        "ESR",
+    ):
+        assert part in text, text
+    assert len([word for word in caught.value.world.words.values() if word]) <= 8  # the harness needs four
+
+
+# -- departures ---------------------------------------------------------------------------------------------------
+
+SEEN_ON = {
+    "ps-bounds-ipa": "arm64",
+    "block-anywhere": "arm64",
+    "s1ptw-level": "arm64",
+    "fwb-device": "arm64-vhe",
+    "transient-lost": "arm64",
+    "device-low-nibble": "a15-wide",
+    "ipa-32-bits": "a15",
+}
+
+
+@pytest.mark.parametrize("departure", departures.ALL, ids=lambda departure: departure.name)
+def test_each_departure_is_needed(boards, monkeypatch, departure):
+    """Without its rule the silicon differs from the manual, and nothing hides it."""
+    if departure is departures.PS_BOUNDS_IPA:
+        monkeypatch.setattr(departures, "refuses", lambda silicon, stage2: False)
+    elif departure is departures.BLOCK_ANYWHERE:
+        monkeypatch.setattr(departures, "met_a_block", lambda el10, outcome: False)
+    else:
+        monkeypatch.delitem(departures._RULES, departure.name)
+    with pytest.raises(Difference):
+        conform(boards(SEEN_ON[departure.name]), 2 * THOROUGH, start=8)
+    assert departure.architecture in str(departure)
+
+
+# -- when the program is lost ---------------------------------------------------------------------------------------
+
+
+def lost_world(lab):
+    """A guest whose vectors are where its stage 1 maps nothing: its first fault never ends."""
+    words = {0x4200_0000: 0x4200_1003, 0x4200_1000: 0x4200_2003, 0x4200_2080: d.encode(d.Leaf(0x4200_3000), 3)}
+    control = Registers(
+        0x8000_2001,
+        0x8002_3558,
+        0x4200_0000,
+        0x30D5_0800 | SCTLR_M,
+        25 | 39 << 16 | 2 << 30 | 2 << 32,
+        0x1_0000,
+        0,
+        0xFF,
+        0,
+    )
+    run = Probe(4, 0x5000, Access(Direction.FETCH))
+    return World(lab.silicon, control, words, 0, 0x1_0000, (run,))
+
+
+def test_a_guest_that_never_comes_back_is_said_so_and_the_lab_goes_on(boards):
+    lab = boards("arm64")
+    world = lost_world(lab)
+    with pytest.raises(ProgramSilent, match="did not answer"):
+        lab.run(world, world.probes)
+    with pytest.raises(Difference, match="did not answer") as caught:
+        check(lab, world, Tally())
+    assert "HCR 0x80002001" in str(caught.value)
+    assert conform(lab, 500, start=9).cases >= 500
+
+
+def test_what_the_lab_does_not_know_is_not_asked(boards):
+    lab = boards("arm64")
+    world = lost_world(lab)
+    with pytest.raises(case.Unknowable, match="PA 0x9000000"):
+        case.Memory(world).load(0x0900_0000)
+    assert case.Memory(world).load(0x8000_0000) is None
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_how_to_repeat_it(arm_kvm):
+    done = arm_kvm("conform", "--host", "a15", "--cases", "2000", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    assert "arm-kvm conform --host a15 --cases 2000 --seed 7" in done.stdout
+    assert "no unexplained difference" in done.stdout
+
+
+def test_the_command_lists_the_departures(arm_kvm):
+    listed = arm_kvm("conform", "--departures").stdout
+    assert all(departure.name in listed for departure in departures.ALL)
+
+
+def test_a_difference_has_an_exit_code_and_a_way_to_repeat_it(monkeypatch, capsys):
+    from framework import cli
+
+    monkeypatch.setattr(d, "s2_executable", lambda desc, **how: True)
+    assert cli.main(["conform", "--host", "a15", "--cases", "50000", "--seed", "6"]) == NonConformance.exit_code
+    said = capsys.readouterr().err
+    assert "a15: model and silicon differ" in said and "--cases 50000 --seed 6" in said and "stage 2 level 3" in said
+
+
+def test_both_stages_can_be_off_the_map(boards):
+    """An impossible regime: every address takes a level 0 fault, with stage 1 or without."""
+    lab = boards("arm64")
+    bad = Registers(0x8000_2001, 0x8002_3518, 0x4200_0000, 0x30D5_0800)  # SL0 0 with a 40-bit space
+    world = World(lab.silicon, bad, probes=tuple(Probe.at(op, va) for va in (0, 1 << 45) for op in range(4)))
+    with pytest.raises(regime.ImpossibleRegime):
+        world.el10()
+    tally = Tally()
+    check(lab, world, tally)
+    on = replace(bad, sctlr=bad.sctlr | SCTLR_M, tcr=25 | 2 << 32, ttbr0=0x1000)
+    check(lab, replace(world, registers=on), tally)
+    assert tally.cases == 16
