@@ -118,8 +118,8 @@ def reads_astray(silicon: Silicon, steps: list[Step], outcome: Outcome) -> bool:
     """Whether a stage-1 walk read an entry above 4 GiB."""
     if silicon.qemu != "qemu-system-arm":
         return False
-    on_walk = isinstance(outcome, Fault) and outcome.s1ptw and outcome.ipa > _LOW_32
-    return on_walk or any(step.stage == 1 and step.at > _LOW_32 for step in steps)
+    stopped = isinstance(outcome, Fault) and (outcome.s1ptw or outcome.stage == 1) and (outcome.ipa or 0) > _LOW_32
+    return stopped or any(step.stage == 1 and step.at > _LOW_32 for step in steps)
 
 
 def harness_astray(world: World) -> bool:

@@ -14,7 +14,7 @@ from itertools import product
 from hypothesis import strategies as st
 
 from framework.model import descriptors as d
-from framework.model import regime
+from framework.model import regime, stage1
 from framework.model.faults import Access, Direction
 from framework.model.granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
 from framework.model.regime import Regime
@@ -434,9 +434,9 @@ def _s1_entry(draft: _Draft, upper: _Table, free: list[int], targets: list[int])
         if chance >= 95:
             return draw(_word) & ~d.VALID.mask
         if level < LAST_LEVEL and free and chance < 75:
-            return free.pop() | 0b11 | draw(_s1_limit)
+            return stage1.table(free.pop()) | draw(_s1_limit)
         if level < LAST_LEVEL and chance == 94:  # a table at an IPA that nobody made
-            return (draw(st.sampled_from(targets)) & upper.regime.format.address_field()) | 0b11
+            return stage1.table(draw(st.sampled_from(targets)) & upper.regime.format.address_field())
         size = 1 << granule.level_shift(level)
         change = draw(_s1_change)
         if change == d.CONTIGUOUS.mask:

@@ -51,7 +51,7 @@ class FaultType(Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """How a translation ended. ``ipa`` is what stage 2 was given, in bytes; None for a fault of stage 1.
+    """How a translation ended. ``ipa`` is what stage 2 was given, in bytes; None for a fault of stage 1 itself.
 
     ``s1ptw``: a stage-2 fault on the read of a stage-1 table entry, of level ``walk_level``.
     """

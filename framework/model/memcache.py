@@ -1,7 +1,7 @@
 """The cache of page-table pages: filled before the lock is taken, so that nothing is allocated under it.
 
 Sources: Linux 5.4 virt/kvm/arm/mmu.c (mmu_topup_memory_cache, mmu_memory_cache_alloc, kvm_phys_addr_ioremap,
-user_mem_abort); since 5.8 virt/kvm/kvm_main.c (kvm_mmu_topup_memory_cache, kvm_mmu_memory_cache_alloc).
+user_mem_abort); since 5.9 virt/kvm/kvm_main.c (kvm_mmu_topup_memory_cache, kvm_mmu_memory_cache_alloc).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from .granule import LAST_LEVEL
 from .regime import Regime
 
-#: KVM_NR_MEM_OBJS (5.4, arm and arm64); KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE since 5.8.
+#: KVM_NR_MEM_OBJS (5.4, arm and arm64); KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE since 5.9.
 CAPACITY = 40
 
 
@@ -64,13 +64,14 @@ class MemoryCache:
     lock: MmuLock
     page_allocator: Callable[[], int | None]
     capacity: int = CAPACITY
+    strict: bool = False  #: 5.4: one page that cannot be had fails the top-up, however many are there by then
     pages: list[int] = field(default_factory=list)
 
     def top_up(self, least: int) -> None:
         """Fill to capacity when fewer than ``least`` pages are there.
 
-        Raises OutOfMemory when even ``least`` cannot be had. (5.4 gives up at the first page that cannot be had, though
-        it may have enough by then; since 5.8 ``least`` is enough.) What was got stays. Raises AllocatedUnderLock.
+        Raises OutOfMemory when ``least`` (5.4: every page up to the capacity) cannot be had; what was got stays.
+        Raises AllocatedUnderLock.
         """
         if self.lock.held:
             raise AllocatedUnderLock("the cache is topped up before the lock is taken")
@@ -80,6 +81,8 @@ class MemoryCache:
             return
         while len(self.pages) < self.capacity:
             page = self.page_allocator()
+            if page is None and self.strict:
+                raise OutOfMemory(f"page {len(self.pages) + 1} of {self.capacity} page-table pages")
             if page is None:
                 break
             self.pages.append(page)

@@ -17,8 +17,8 @@ import numpy as np
 from .granule import KIB4
 
 _PAGE = KIB4.size
-#: KVM_USER_MEM_SLOTS of arm (5.4) and arm64 (up to 5.10): slot numbers from 0.
-SLOTS = 512
+#: KVM_USER_MEM_SLOTS: slot numbers from 0. 32-bit KVM has 32, arm64 512 up to 5.10, later the generic number.
+SLOTS_ARM, SLOTS_ARM64 = 32, 512
 _MAX_PAGES = (1 << 31) - 1  #: KVM_MEM_MAX_NR_PAGES
 
 
@@ -105,18 +105,29 @@ class Owed:
 
 
 class Refused(Exception):
-    """The ioctl fails with ``errno``, and nothing changes."""
+    """The ioctl fails with ``errno``. No slot changes, but stage 2 may: ``owed`` says what goes nonetheless.
 
-    def __init__(self, number: int, why: str) -> None:
+    (A move is refused for its IPA only after the slot was emptied; 5.4 then even leaves it invalid.)
+    """
+
+    def __init__(self, number: int, why: str, must_go: tuple[tuple[int, int], ...] = ()) -> None:
         super().__init__(f"{errno.errorcode[number]}: {why}")
         self.errno = number
+        self.owed = Owed(Change.NOTHING, must_go)
 
 
 @dataclass
 class Memslots:
-    """All memslots of a VM whose IPA space has ``ipa_bits`` bits, and their dirty logs."""
+    """All memslots of a VM, and their dirty logs. Not modelled: the VMAs behind them (EPERM, PFNMAP).
+
+    ``ipa_bits``, ``hva_bits``: widths of guest-physical and of the process's addresses; ``manual``:
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, so that KVM_CLEAR_DIRTY_LOG protects and KVM_GET_DIRTY_LOG does not.
+    """
 
     ipa_bits: int
+    slots: int = SLOTS_ARM64
+    hva_bits: int = 48
+    manual: bool = False
     _slots: dict[int, Memslot] = field(default_factory=dict)
     _dirty: dict[int, set[int]] = field(default_factory=dict)  # by slot: page numbers within it
 
@@ -137,7 +148,8 @@ class Memslots:
         if change in (Change.CREATE, Change.MOVE):
             self._check_overlap(wanted)
         if change in (Change.CREATE, Change.MOVE, Change.FLAGS_ONLY) and wanted.end > 1 << self.ipa_bits:
-            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs")
+            gone = ((old.ipa, old.size),) if change is Change.MOVE else ()
+            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs", gone)
         if change is Change.NOTHING:
             return Owed(change)
         return self._apply(change, old, wanted)
@@ -147,10 +159,12 @@ class Memslots:
             raise Refused(errno.EINVAL, f"flags {wanted.flags:#x}")
         if any(value % _PAGE for value in (wanted.ipa, wanted.size, wanted.hva)):
             raise Refused(errno.EINVAL, "address or size not aligned to a page")
-        if not 0 <= wanted.slot < SLOTS or wanted.pages > _MAX_PAGES:
+        if not 0 <= wanted.slot < self.slots or wanted.pages > _MAX_PAGES:
             raise Refused(errno.EINVAL, f"slot {wanted.slot} or {wanted.pages} pages")
-        if wanted.end > 1 << 64:
+        if wanted.end >= 1 << 64:
             raise Refused(errno.EINVAL, "the range wraps around")
+        if wanted.hva + wanted.size > 1 << self.hva_bits:
+            raise Refused(errno.EINVAL, f"HVA {wanted.hva:#x} is not the process's")
 
     @staticmethod
     def _change(old: Memslot | None, wanted: Memslot) -> Change:
@@ -187,22 +201,32 @@ class Memslots:
     # -- the dirty log ----------------------------------------------------------------------------------------
 
     def written(self, ipa: int, size: int = 1) -> None:
-        """The guest wrote ``[ipa, ipa + size)``. (Writes by the host are the host's own business.) Raises KeyError."""
+        """The guest wrote ``[ipa, ipa + size)``. Raises KeyError.
+
+        A write to a READONLY slot is an MMIO exit and leaves no trace here; writes by the host are its own business.
+        """
         for page in range(ipa // _PAGE, -(-(ipa + size) // _PAGE)):
             slot = self.at(page * _PAGE)
             if slot is None:
                 raise KeyError(f"IPA {page * _PAGE:#x} is in no memslot")
-            if slot.logging:
+            if slot.logging and not slot.readonly:
                 self._dirty[slot.slot].add(page - slot.ipa // _PAGE)
 
     def take_dirty_log(self, slot: int) -> tuple[list[int], Owed]:
-        """KVM_GET_DIRTY_LOG: pages written since the last time, and what is owed: they are read-only again.
+        """KVM_GET_DIRTY_LOG: the pages written, and what is owed for them. Raises Refused."""
+        pages = sorted(self._log(slot))
+        return pages, Owed(Change.NOTHING) if self.manual else self.clear_dirty_log(slot, pages)
 
-        Raises Refused.
-        """
+    def clear_dirty_log(self, slot: int, pages: Iterable[int]) -> Owed:
+        """KVM_CLEAR_DIRTY_LOG: these pages are clean, and therefore read-only, again. Raises Refused."""
+        log, first = self._log(slot), self._slots[slot].ipa
+        cleared = sorted(log & set(pages))
+        log.difference_update(cleared)
+        return Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in cleared))
+
+    def _log(self, slot: int) -> set[int]:
+        if not 0 <= slot < self.slots:
+            raise Refused(errno.EINVAL, f"there is no slot {slot}")
         if slot not in self._dirty:
             raise Refused(errno.ENOENT, f"slot {slot} has no dirty log")
-        pages = sorted(self._dirty[slot])
-        self._dirty[slot] = set()
-        first = self._slots[slot].ipa
-        return pages, Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in pages))
+        return self._dirty[slot]

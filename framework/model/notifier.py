@@ -36,14 +36,6 @@ class Duty(Enum):
     STAY = "may stay"  #: frame and permission are unchanged
 
 
-class Frame(Enum):
-    """What the operation does to the host's own mapping."""
-
-    SAME = "same frame"
-    OTHER = "another frame"
-    NONE = "no frame, until somebody touches it"
-
-
 class Told(Enum):
     """Which range the notifiers name."""
 
@@ -67,13 +59,16 @@ class Operation(Enum):
     FORK = "fork, private memory, in the parent"
     FORK_SHARED = "fork, shared memory"
     COW_COPY = "a write by parent or guest after fork, copied"
-    COW_REUSE = "a write after fork by the sole owner"
+    COW_COPY_HUGE = "the same to a shared huge page, copied whole (up to 5.7)"
+    COW_REUSE = "a write after fork, or to a merged page, by the sole owner: the page is kept"
+    ZERO_WRITE = "the first write over the zero page"
     CHILD_WRITE = "a write by the child"
     KSM_PROTECT = "KSM, write protection of a candidate"
     KSM_MERGE = "KSM, merge"
     KSM_UNSHARE = "a write to a merged page"
     THP_SPLIT = "split of an anonymous huge page's mapping"
     THP_SPLIT_FILE = "split of a file's huge page's mapping"
+    THP_SPLIT_PAGE = "split of a huge page itself"
     THP_COLLAPSE = "khugepaged, collapse"
     MIGRATE = "migration, compaction"
     SWAP_OUT = "swap out"
@@ -85,10 +80,9 @@ class Operation(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: the duty, what becomes of the frame, who is told, and whether change_pte follows."""
+    """One line of the table: the duty, who is told, and whether change_pte follows."""
 
     duty: Duty
-    frame: Frame
     told: Told
     change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only where a level 3 table is left
 
@@ -96,33 +90,36 @@ class Rule:
 _O, _GO, _RO, _STAY = Operation, Duty.GO, Duty.READ_ONLY, Duty.STAY
 
 RULES: dict[Operation, Rule] = {
-    _O.DONTNEED: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.DONTNEED: Rule(_GO, Told.RANGE),
     # The frame stays, but is marked clean: a write through a leaf that was left writable would be lost.
-    _O.FREE: Rule(_RO, Frame.SAME, Told.RANGE),
-    _O.FREE_RECLAIMED: Rule(_GO, Frame.NONE, Told.RANGE),
-    _O.MUNMAP: Rule(_GO, Frame.NONE, Told.RANGE),
-    _O.MREMAP: Rule(_GO, Frame.NONE, Told.RANGE),
-    _O.MPROTECT_READ: Rule(_RO, Frame.SAME, Told.RANGE),
-    _O.MPROTECT_NONE: Rule(_GO, Frame.SAME, Told.RANGE),
-    _O.MPROTECT_WIDER: Rule(_STAY, Frame.SAME, Told.RANGE),
-    _O.FORK: Rule(_RO, Frame.SAME, Told.VMA),
-    _O.FORK_SHARED: Rule(_STAY, Frame.SAME, Told.NOTHING),
-    _O.COW_COPY: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
-    _O.COW_REUSE: Rule(_STAY, Frame.SAME, Told.NOTHING),
-    _O.CHILD_WRITE: Rule(_STAY, Frame.SAME, Told.NOTHING),
-    _O.KSM_PROTECT: Rule(_RO, Frame.SAME, Told.RANGE, change_pte=True),
-    _O.KSM_MERGE: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
-    _O.KSM_UNSHARE: Rule(_GO, Frame.OTHER, Told.RANGE, change_pte=True),
-    _O.THP_SPLIT: Rule(_STAY, Frame.SAME, Told.HUGE),
-    _O.THP_SPLIT_FILE: Rule(_GO, Frame.NONE, Told.HUGE),
-    _O.THP_COLLAPSE: Rule(_GO, Frame.OTHER, Told.HUGE),
-    _O.MIGRATE: Rule(_GO, Frame.OTHER, Told.RANGE),
-    _O.SWAP_OUT: Rule(_GO, Frame.NONE, Told.RANGE),
-    _O.SWAP_IN: Rule(_STAY, Frame.OTHER, Told.NOTHING),
-    _O.PUNCH_HOLE: Rule(_GO, Frame.NONE, Told.RANGE),
-    _O.TRUNCATE: Rule(_GO, Frame.NONE, Told.RANGE),
+    _O.FREE: Rule(_RO, Told.RANGE),
+    _O.FREE_RECLAIMED: Rule(_GO, Told.RANGE),
+    _O.MUNMAP: Rule(_GO, Told.RANGE),
+    _O.MREMAP: Rule(_GO, Told.RANGE),
+    _O.MPROTECT_READ: Rule(_RO, Told.RANGE),
+    _O.MPROTECT_NONE: Rule(_GO, Told.RANGE),
+    _O.MPROTECT_WIDER: Rule(_STAY, Told.RANGE),
+    _O.FORK: Rule(_RO, Told.VMA),
+    _O.FORK_SHARED: Rule(_STAY, Told.NOTHING),
+    _O.COW_COPY: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.COW_COPY_HUGE: Rule(_GO, Told.HUGE),
+    _O.COW_REUSE: Rule(_STAY, Told.NOTHING),
+    _O.ZERO_WRITE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.CHILD_WRITE: Rule(_STAY, Told.NOTHING),
+    _O.KSM_PROTECT: Rule(_RO, Told.RANGE, change_pte=True),
+    _O.KSM_MERGE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.KSM_UNSHARE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.THP_SPLIT: Rule(_STAY, Told.HUGE),
+    _O.THP_SPLIT_FILE: Rule(_GO, Told.HUGE),
+    _O.THP_SPLIT_PAGE: Rule(_GO, Told.HUGE),
+    _O.THP_COLLAPSE: Rule(_GO, Told.HUGE),
+    _O.MIGRATE: Rule(_GO, Told.RANGE),
+    _O.SWAP_OUT: Rule(_GO, Told.RANGE),
+    _O.SWAP_IN: Rule(_STAY, Told.NOTHING),
+    _O.PUNCH_HOLE: Rule(_GO, Told.RANGE),
+    _O.TRUNCATE: Rule(_GO, Told.RANGE),
     # Ageing clears the access flag and nothing else, in every version.
-    _O.AGE: Rule(_STAY, Frame.SAME, Told.NOTHING),
+    _O.AGE: Rule(_STAY, Told.NOTHING),
 }
 
 
@@ -146,24 +143,15 @@ class Notice:
 
     @property
     def owed(self) -> Span:
-        """The HVA range in which the duty holds: whole pages.
-
-        A hole or a truncation spares the pages it only touches.
-        """
+        """The HVA range in which the duty holds: whole pages. A hole or a truncation spares pages it only touches."""
         if self.rule.told is Told.VMA:
             return self.vma
-        if self.rule.told is Told.HUGE or self._copies_a_huge_page:
+        if self.rule.told is Told.HUGE:
             return _around(self.start, self.end, _HUGE)
-        if self.operation is Operation.PUNCH_HOLE:
-            return -(-self.start // _PAGE) * _PAGE, self.end // _PAGE * _PAGE
-        if self.operation is Operation.TRUNCATE:
-            return -(-self.start // _PAGE) * _PAGE, self.vma[1]
+        if self.operation in (Operation.PUNCH_HOLE, Operation.TRUNCATE):
+            first, last = -(-self.start // _PAGE) * _PAGE, self._end // _PAGE * _PAGE
+            return first, max(first, last)
         return _around(self.start, self.end, _PAGE)
-
-    @property
-    def _copies_a_huge_page(self) -> bool:
-        """Up to 5.7 a copy on write of a shared huge page copies all of it; the caller says so with a 2 MiB range."""
-        return self.operation is Operation.COW_COPY and self.kernel < (5, 8) and self.end - self.start > _PAGE
 
     @property
     def may_go(self) -> Span | None:
@@ -174,7 +162,13 @@ class Notice:
         """
         if self.rule.told is Told.NOTHING:
             return None
-        return _around(*self.owed, _HUGE)
+        owed = self.owed
+        return _around(min(self.start, owed[0]), max(self._end, owed[1]), _HUGE)
+
+    @property
+    def _end(self) -> int:
+        """A truncation reaches to the end of the mapping."""
+        return self.vma[1] if self.operation is Operation.TRUNCATE else self.end
 
     @property
     def may_map_read_only(self) -> bool:
@@ -192,54 +186,73 @@ def _around(start: int, end: int, size: int) -> Span:
 class Breach(Enum):
     """How stage 2 failed its duty."""
 
-    STALE = "a leaf of the old frame remains"
-    WRITABLE = "a leaf remains writable"
-    ALTERED = "a leaf changed that nothing was said about"
-    LOST = "a leaf outside what may go is gone"
+    STALE = "the old frame is still mapped"
+    WRITABLE = "still writable"
+    ALTERED = "changed, and nothing was said about it"
+    APPEARED = "mapped, and no guest had asked"
+    LOST = "gone, and outside what may go"
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One leaf that is wrong after an operation. ``ipa`` of its first byte."""
+    """One page of guest memory that is wrong after an operation."""
 
     breach: Breach
     ipa: int
 
 
 def violations(notice: Notice, slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Violation]:
-    """Compare stage 2 before an operation with stage 2 right after it, no guest having run in between."""
+    """Compare stage 2 before an operation with stage 2 right after it, page by page; no guest has run in between."""
     slots = list(slots)
+    old, new = _pages(before), _pages(after)
     owed = _ipas(slots, notice.owed)
     may_go = _ipas(slots, notice.may_go) if notice.may_go else []
+    may_go += [leaf for leaf in map(_extent, before.items()) if _meets(leaf, may_go)]  # a block goes whole
     out = []
-    for ipa, (level, desc) in before.items():
-        leaf = (ipa, ipa + (1 << KIB4.level_shift(level)))
-        now = after.get(ipa, (level, 0))
-        breach = _breach(notice, desc, now == (level, desc), now[1], _meets(leaf, owed), _meets(leaf, may_go))
+    for ipa in sorted(old.keys() | new.keys()):
+        page = (ipa, ipa + _PAGE)
+        breach = _breach(notice, old.get(ipa, 0), new.get(ipa, 0), _meets(page, owed), _meets(page, may_go))
         if breach:
             out.append(Violation(breach, ipa))
     return out
 
 
-def _breach(notice: Notice, old: int, unchanged: bool, new: int, owes: bool, may_go: bool) -> Breach | None:
-    """What is wrong with one leaf, if anything."""
-    if not d.VALID.of(new):
+def _breach(notice: Notice, old: int, new: int, owes: bool, may_go: bool) -> Breach | None:
+    """What is wrong with one page, given as level 3 descriptors (0: not mapped)."""
+    duty = notice.rule.duty if owes else Duty.STAY
+    if not new:
         return None if may_go else Breach.LOST
-    same_frame = (old ^ new) & d.Format().address_field() == 0
-    if owes and notice.rule.duty is Duty.GO and same_frame:
-        return Breach.STALE
-    if owes and notice.rule.duty is not Duty.STAY and d.s2_writable(new):
-        return Breach.WRITABLE
-    if unchanged or (same_frame and _weaker(old, new)):
+    if duty is not Duty.STAY and d.s2_writable(new):
+        return Breach.STALE if duty is Duty.GO and _same_frame(old, new) else Breach.WRITABLE
+    if old and _same_frame(old, new):
+        return Breach.STALE if duty is Duty.GO else _changed_rights(old, new, may_go)
+    if owes and notice.may_map_read_only:
         return None
-    return None if owes and notice.may_map_read_only else Breach.ALTERED
+    return Breach.ALTERED if old else Breach.APPEARED
 
 
-def _weaker(old: int, new: int) -> bool:
-    """Whether a leaf lost write permission or its access flag, and nothing else."""
-    return (
-        new | d.S2AP.put(d.Access.WRITE) | d.AF.mask == old | d.S2AP.put(d.Access.WRITE) | d.AF.mask and not new & ~old
-    )
+def _changed_rights(old: int, new: int, may_go: bool) -> Breach | None:
+    """A page may lose its access flag at any time, and where it may go also its write permission; nothing else."""
+    may_lose = d.AF.mask | (d.S2AP.put(d.Access.WRITE) if may_go else 0)
+    return Breach.ALTERED if (old ^ new) & ~may_lose or new & ~old else None
+
+
+def _same_frame(old: int, new: int) -> bool:
+    return bool(old) and (old ^ new) & d.Format().address_field() == 0
+
+
+def _pages(leaves: Leaves) -> dict[int, int]:
+    """Every leaf as the level 3 entries it stands for, by IPA."""
+    out = {}
+    for ipa, (level, desc) in leaves.items():
+        for offset in range(0, 1 << KIB4.level_shift(level), _PAGE):
+            out[ipa + offset] = (desc | d.TYPE.mask) + offset
+    return out
+
+
+def _extent(item: tuple[int, tuple[int, int]]) -> Span:
+    ipa, (level, _) = item
+    return ipa, ipa + (1 << KIB4.level_shift(level))
 
 
 def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
@@ -248,5 +261,5 @@ def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
     return [(part[0], part[0] + part[1]) for part in found if part]
 
 
-def _meets(leaf: Span, spans: list[Span]) -> bool:
-    return any(leaf[0] < end and start < leaf[1] for start, end in spans)
+def _meets(page: Span, spans: list[Span]) -> bool:
+    return any(page[0] < end and start < page[1] for start, end in spans)

@@ -7,9 +7,15 @@ something else: break (write 0), invalidate, make (DDI 0487 D8.16.1).
 A table page is counted like KVM counts it: one reference for its existence, one for each valid entry in it; a page
 whose count falls to one is empty and goes at once. The root stays until :meth:`Stage2Tables.destroy`.
 
+The order of events is that of 5.4, the last 32-bit KVM and the strictest: an invalidation for every entry, tables freed
+as soon as their last entry goes. What later kernels do otherwise, all of it allowed: a block that replaces a table is
+one clear and one invalidation of the whole VM (5.10 to 6.1) or range (6.12), the leaves below go unseen; unmap
+invalidates a range once, at its end, where FEAT_TLBIRANGE and FWB are there (6.6 on); a change of permission alone is
+refused by map and made in place by :meth:`Stage2Tables.relax` (5.12 on).
+
 Sources: Linux 5.4 virt/kvm/arm/mmu.c (stage2_set_pte, stage2_set_pmd_huge, unmap_stage2_range, stage2_wp_range,
 clear_stage2_pmd_entry); Linux 5.10 to 6.12 arch/arm64/kvm/hyp/pgtable.c (stage2_map_walker, stage2_unmap_walker,
-kvm_pgtable_stage2_wrprotect, mkyoung, mkold; since 6.4 kvm_pgtable_stage2_split).
+kvm_pgtable_stage2_wrprotect, relax_perms, mkyoung, mkold; since 6.4 kvm_pgtable_stage2_split).
 """
 
 from __future__ import annotations
@@ -55,12 +61,13 @@ class Stage2Tables:
     """One VM's tables. Implements :class:`framework.model.walk.Words` for walks of itself.
 
     ``allocate`` returns the physical address of a zeroed table page (KVM: from the memory cache); what it raises passes
-    through, with nothing mapped. All addresses and sizes in bytes.
+    through, with nothing changed. All addresses and sizes in bytes.
     """
 
     def __init__(self, regime: Regime, allocate: Callable[[], int]) -> None:
         self.regime = regime
         self._allocate = allocate
+        self._spare: list[int] = []  # had for a mapping that then failed
         self._words: dict[int, int] = {}
         self._counts: dict[int, int] = {regime.root + i * regime.granule.size: 1 for i in range(regime.root_pages)}
 
@@ -88,21 +95,28 @@ class Stage2Tables:
         """
         self._check(ipa, level)
         word = d.encode(leaf, level, self.regime.format)
+        self._have_tables_for(ipa, level)
         events: list[Event] = []
         slot = self._descend(ipa, level, events)
         if self._points_to_table(slot):
-            events += self.unmap(ipa, self._size(level))  # which frees the table, then its empty parents too
-            slot = self._descend(ipa, level, events)
+            events += self._clear(self._target(slot), level + 1, slot.ipa, ipa, ipa + self._size(level))
+            events += self._drop_table(slot)
+            slot = replace(slot, word=0)
         if slot.word != word:
             events += self._replace(slot, word)
         return events
 
+    def relax(self, ipa: int, grant: d.Access, execute: bool = False) -> list[Event]:
+        """Add permissions to the leaf that maps ``ipa``, in place. ValueError when none does."""
+        more = d.S2AP.put(grant)
+        less = d.XN.mask if execute else 0
+        for slot in self._leaf_slots(ipa, ipa + 1):
+            return self._change(slot.ipa, self._size(slot.level), lambda word: (word | more) & ~less)
+        raise ValueError(f"nothing maps IPA {ipa:#x}")
+
     def unmap(self, ipa: int, size: int) -> list[Event]:
         """Remove all that maps any of ``[ipa, ipa + size)``; a block that reaches beyond goes as a whole."""
-        events: list[Event] = []
-        for slot in list(self._leaf_slots(ipa, ipa + size)):
-            events += self._replace(slot, 0)
-        return events + self._prune(events)
+        return self._clear(self.regime.root, self.regime.start_level, 0, ipa, ipa + size)
 
     def split(self, ipa: int) -> list[Event]:
         """Replace the block that maps ``ipa`` by a table of the next level that maps the same.
@@ -127,25 +141,28 @@ class Stage2Tables:
         if not self.regime.start_level < level <= LAST_LEVEL:
             raise ValueError(f"no page at IPA {ipa:#x} begins a table")
         leaf, size = d.decode(word, level, self.regime.format), self._size(level)
+        leaves = self.leaves()
         for i in range(self.regime.granule.entries):
             part = d.encode(replace(leaf, address=leaf.address + i * size), level, self.regime.format)
-            if self.leaves().get(ipa + i * size) != (level, part):
+            if leaves.get(ipa + i * size) != (level, part):
                 raise ValueError(f"IPA {ipa + i * size:#x} does not continue the block")
         return self.map(ipa, level - 1, leaf)
 
     def write_protect(self, ipa: int, size: int) -> list[Event]:
         """Take write permission from all that maps any of the range (dirty log).
 
-        One invalidation for the whole range.
+        One invalidation follows, of the whole VM. (5.4 invalidates also when nothing was writable.)
         """
-        return self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Access.WRITE))
+        events = self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Access.WRITE))
+        return [e for e in events if isinstance(e, Written)] + [Invalidated(0, self.regime.input_size)] * bool(events)
 
-    def make_old(self, ipa: int, size: int) -> list[Event]:
-        """Clear the access flag.
+    def make_old(self, ipa: int, size: int, *, first_only: bool = False) -> list[Event]:
+        """Clear the access flag of the leaves in a range; ``first_only``: of the first alone, as kernels before 6.6 do.
 
         The caller of the notifier invalidates (clear_flush_young) or does not (clear_young).
         """
-        return [e for e in self._change(ipa, size, lambda word: word & ~d.AF.mask) if isinstance(e, Written)]
+        events = self._change(ipa, 1 if first_only else size, lambda word: word & ~d.AF.mask)
+        return [e for e in events if isinstance(e, Written)]
 
     def make_young(self, ipa: int) -> list[Event]:
         """Set the access flag again, after an access flag fault: nothing is cached, so nothing is invalidated."""
@@ -201,9 +218,17 @@ class Stage2Tables:
             raise ValueError(f"IPA {ipa:#x} is beyond the {self.regime.input_bits}-bit space")
 
     def _new_table(self) -> int:
-        page = self._allocate()
+        page = self._spare.pop() if self._spare else self._allocate()
         self._counts[page] = 1
         return page
+
+    def _have_tables_for(self, ipa: int, level: int) -> None:
+        """Have every table page that a mapping needs, before anything is changed."""
+        slot = self._slot(self.regime.root, ipa, self.regime.start_level)
+        while slot.level < level and self._points_to_table(slot):
+            slot = self._slot(self._target(slot), ipa, slot.level + 1)
+        while len(self._spare) < level - slot.level:
+            self._spare.append(self._allocate())
 
     def _descend(self, ipa: int, level: int, events: list[Event]) -> _Slot:
         """The slot for ``ipa`` at ``level``; missing tables are made on the way, blocks on the way broken."""
@@ -238,43 +263,38 @@ class Stage2Tables:
         yield from self._below(self.regime.root, self.regime.start_level, 0, start, end)
 
     def _below(self, table: int, level: int, first: int, start: int, end: int) -> Iterator[_Slot]:
-        size = self._size(level)
-        entries = self.regime.entries if level == self.regime.start_level else self.regime.granule.entries
-        low = max(start - first, 0) // size
-        high = min(-(-(end - first) // size), entries)
-        for i in range(low, high):
-            if table + 8 * i not in self._words:
-                continue
-            slot = self._slot(table, first + i * size, level)
+        for slot in self._entries(table, level, first, start, end):
             if self._points_to_table(slot):
                 yield from self._below(self._target(slot), level + 1, slot.ipa, start, end)
             else:
                 yield slot
 
-    def _prune(self, events: list[Event]) -> list[Event]:
-        """Free what became empty under the entries these events cleared, from the leaves up."""
-        out: list[Event] = []
-        touched = {event.ipa for event in events if isinstance(event, Written)}
-        for level in range(LAST_LEVEL - 1, self.regime.start_level - 1, -1):
-            for ipa in sorted({ipa & -self._size(level) for ipa in touched}):
-                slot = self._table_slot(ipa, level)
-                if slot is None:
-                    continue
-                page = self._target(slot)
-                if self._counts[page] == 1:
-                    out += [*self._replace(slot, 0), Freed(page)]
-                    del self._counts[page]
-        return out
+    def _entries(self, table: int, level: int, first: int, start: int, end: int) -> Iterator[_Slot]:
+        """The valid entries of one table, whose first input address is ``first``, that translate any of the range."""
+        size = self._size(level)
+        entries = self.regime.entries if level == self.regime.start_level else self.regime.granule.entries
+        for i in range(max(start - first, 0) // size, min(-(-(end - first) // size), entries)):
+            if table + 8 * i in self._words:
+                yield self._slot(table, first + i * size, level)
 
-    def _table_slot(self, ipa: int, level: int) -> _Slot | None:
-        """The entry of ``level`` on the way to ``ipa``, when it points to a table."""
-        table = self.regime.root
-        for at_level in range(self.regime.start_level, level + 1):
-            slot = self._slot(table, ipa, at_level)
+    def _clear(self, table: int, level: int, first: int, start: int, end: int) -> list[Event]:
+        """Depth first: each leaf of the range, and each table as soon as it is empty."""
+        events: list[Event] = []
+        for slot in list(self._entries(table, level, first, start, end)):
             if not self._points_to_table(slot):
-                return None
-            table = self._target(slot)
-        return slot
+                events += self._replace(slot, 0)
+                continue
+            below = self._target(slot)
+            events += self._clear(below, level + 1, slot.ipa, start, end)
+            if self._counts[below] == 1:
+                events += self._drop_table(slot)
+        return events
+
+    def _drop_table(self, slot: _Slot) -> list[Event]:
+        """Unlink an empty table and free it."""
+        page = self._target(slot)
+        del self._counts[page]
+        return [*self._replace(slot, 0), Freed(page)]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Two allocators, written from the kernel. Both are told when a vCPU enters a guest on a CPU, and answer with the VMID
 that must then stand in VTTBR and what must have been invalidated before it does.
 
-Sources: Linux 5.4 virt/kvm/arm/arm.c (update_vmid, kvm_arch_vcpu_load; arm and arm64 alike, the latter up to 5.15 in
-arch/arm64/kvm/arm.c); Linux 5.16 to 6.12 arch/arm64/kvm/vmid.c. VMID 0 belongs to the host in both.
+Sources: Linux 5.4 virt/kvm/arm/arm.c (update_vmid, kvm_arch_vcpu_load; arm and arm64 alike, the latter up to 5.17 in
+arch/arm64/kvm/arm.c); Linux 6.1 and 6.12 arch/arm64/kvm/vmid.c (since 5.18). VMID 0 belongs to the host in both.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Protocol
 class Invalidation(Enum):
     """What the hypervisor invalidates before a guest is entered."""
 
-    #: Every VM's stage 1 and 2 translations and all instruction caches, on all CPUs (TLBIALLNSNHIS, ICIALLUIS;
-    #: TLBI ALLE1IS, IC IALLUIS): a new generation begins. __kvm_flush_vm_context
-    ALL_VMS_ALL_CPUS = "all VMs, all CPUs, and instruction caches"
-    #: This VM's translations on this CPU alone (TLBIALL, TLBI VMALLE1): another vCPU of the VM ran here last.
-    #: __kvm_flush_cpu_context (5.4: __kvm_tlb_flush_local_vmid)
+    #: Every VM's stage 1 and 2 translations, on all CPUs (TLBIALLNSNHIS; TLBI ALLE1IS): a new generation begins.
+    #: __kvm_flush_vm_context; with the instruction caches on 32 bits (ICIALLUIS), on arm64 up to 6.x only where they
+    #: are tagged by VMID (VPIPT).
+    ALL_VMS_ALL_CPUS = "all VMs, all CPUs"
+    #: This VM's translations on this CPU alone (TLBIALL; TLBI VMALLE1): another vCPU of the VM ran here last.
+    #: __kvm_flush_cpu_context, with this CPU's instruction cache; early 5.4.y: __kvm_tlb_flush_local_vmid, without.
     THIS_VM_THIS_CPU = "this VM, this CPU"
 
 
@@ -49,14 +50,14 @@ class Allocator(Protocol):
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in (8, 16):
-        raise ValueError(f"VMIDs have 8 or 16 bits, not {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"VMIDs have 8 or 16 bits (fewer for the sake of argument), not {bits}")
 
 
 class Consecutive:
     """1, 2, 3, ... in the order in which VMs first run in a generation; at the end, a new generation for everybody.
 
-    32-bit KVM from the first patch (2012) to 5.6, arm64 up to 5.15. A VM keeps its number until the generation ends; a
+    32-bit KVM from the first patch (2012) to 5.6, arm64 up to 5.17. A VM keeps its number until the generation ends; a
     VM that never runs costs none. The very first entry finds no number left (kvm_next_vmid is 0) and begins generation
     2, with the full invalidation of every new generation; all guests are first forced out of all CPUs (force_vm_exit).
     """
@@ -92,7 +93,7 @@ class Consecutive:
 
 
 class Bitmap:
-    """A bitmap of numbers taken; at the end of a generation the VMs that are on a CPU keep theirs. arm64 since 5.16.
+    """A bitmap of numbers taken; at the end of a generation the VMs that are on a CPU keep theirs. arm64 since 5.18.
 
     A VM of an old generation gets its old number again when it is reserved for it, or free. Numbers are searched
     upwards from the last one given, and from 1 after a rollover. The first generation begins without an invalidation.
@@ -190,3 +191,7 @@ class VcpuLoads:
             return ()
         self._last[vm, cpu] = vcpu
         return (Invalidation.THIS_VM_THIS_CPU,)
+
+    def forget(self, vm: Hashable) -> None:
+        """``vm`` is destroyed, and what is known of its CPUs with it."""
+        self._last = {(other, cpu): vcpu for (other, cpu), vcpu in self._last.items() if other != vm}

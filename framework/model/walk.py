@@ -139,7 +139,7 @@ def stage1(
         if below.protect_walks and below.format.is_device(d.MEMATTR.of(table.desc)):
             return Fault(FaultType.PERMISSION, table.level, 2).on_table_walk(ipa, level)
         word = memory.load(table.oa)
-        return Fault(FaultType.EXTERNAL_ON_WALK, level, 1) if word is None else word
+        return Fault(FaultType.EXTERNAL_ON_WALK, level, 1, ipa=ipa) if word is None else word
 
     found = descend(control.regime, va, read, trace)
     if isinstance(found, Fault):

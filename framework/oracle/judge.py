@@ -109,7 +109,9 @@ class Case:
             out += self._ranges(Kind.EXCESS_PERMISSION, bad, lambda i, why=why: f"not writable: {why}")
         bad = writable & ~self.host_writable
         out += self._ranges(Kind.EXCESS_PERMISSION, bad, lambda i: f"not writable: {self._host_words(i)}")
-        bad = inside & ~self.ram.backed(view.pa) & d.s2_executable(desc)
+        fmt = self.tables.regime.format
+        executable = d.s2_executable(desc, fmt=fmt) | d.s2_executable(desc, el0=True, fmt=fmt)
+        bad = inside & ~self.ram.backed(view.pa) & executable
         return out + self._ranges(Kind.EXCESS_PERMISSION, bad, lambda i: "not executable: a device")
 
     def _memory_type(self) -> list[Finding]:
@@ -120,7 +122,7 @@ class Case:
         bad_device = ~is_ram & ~fmt.is_device(attr)
         words = f"normal write-back (MemAttr {fmt.normal:#06b}), inner shareable: RAM"
         return self._ranges(Kind.WRONG_MEMORY_TYPE, bad_ram, lambda i: words) + self._ranges(
-            Kind.WRONG_MEMORY_TYPE, bad_device, lambda i: "a device type (MemAttr 0b00xx): this is not RAM"
+            Kind.WRONG_MEMORY_TYPE, bad_device, lambda i: "a device type: this is not RAM"
         )
 
     # -- words ----------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def test_a_life_of_a_slot(slots):
         (slot(flags=SlotFlags(4)), errno.EINVAL, "flags"),
         (slot(number=512), errno.EINVAL, "slot 512"),
         (slot(pages=1 << 31), errno.EINVAL, "pages"),
-        (slot(page=(1 << 52) - 1, pages=2), errno.EINVAL, "wraps"),
+        (slot(page=(1 << 52) - 1, pages=1), errno.EINVAL, "wraps"),
+        (slot(hva=(1 << 48) - PAGE), errno.EINVAL, "not the process's"),
         (slot(page=(1 << 28) - 1, pages=2), errno.EFAULT, "beyond 40-bit"),
         (slot(number=3, pages=0), errno.EINVAL, "no slot 3"),
         (slot(number=3, page=9, pages=2), errno.EEXIST, "overlaps"),
@@ -81,6 +82,21 @@ def test_a_slot_may_move_over_itself_but_not_over_others(slots):
     assert slots.set(slot(0, 2)).change is Change.MOVE
     with pytest.raises(Refused, match="EEXIST"):
         slots.set(slot(0, 6))
+
+
+def test_a_refused_move_has_emptied_the_slot(slots):
+    slots.set(slot(page=8))
+    with pytest.raises(Refused, match="EFAULT") as caught:
+        slots.set(slot(page=1 << 28))
+    assert caught.value.owed.must_go == ((8 * PAGE, 4 * PAGE),) and slots.at(8 * PAGE).slot == 0
+    with pytest.raises(Refused, match="EFAULT") as caught:
+        slots.set(slot(number=1, page=1 << 28))
+    assert caught.value.owed.must_go == ()
+
+
+def test_a_32_bit_host_has_fewer_slots():
+    with pytest.raises(Refused, match="slot 32"):
+        Memslots(40, memslots.SLOTS_ARM).set(slot(number=32))
 
 
 def test_the_last_page_of_the_space(slots):
@@ -112,6 +128,17 @@ def test_no_log_no_answer(slots):
         slots.written(100 * PAGE)
 
 
+def test_clean_pages_are_protected_by_hand_when_asked_for():
+    slots = Memslots(40, manual=True)
+    slots.set(slot(flags=LOG))
+    slots.written(0, 4 * PAGE)
+    assert slots.take_dirty_log(0) == ([0, 1, 2, 3], memslots.Owed(Change.NOTHING))
+    assert slots.clear_dirty_log(0, [1, 3, 9]).must_be_read_only == ((PAGE, PAGE), (3 * PAGE, PAGE))
+    assert slots.take_dirty_log(0)[0] == [0, 2]
+    with pytest.raises(Refused, match="EINVAL"):
+        slots.take_dirty_log(600)
+
+
 def test_a_log_goes_with_its_slot(slots):
     slots.set(slot(flags=LOG))
     slots.set(slot(pages=0))
@@ -119,7 +146,11 @@ def test_a_log_goes_with_its_slot(slots):
         slots.take_dirty_log(0)
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 6), st.sampled_from([NONE, LOG, RO]))))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 6), st.sampled_from([NONE, LOG, RO, LOG | RO]))
+    )
+)
 def test_slots_never_overlap_and_every_write_is_logged_once(steps):
     slots = Memslots(40)
     for number, page, pages, flags in steps:
@@ -132,5 +163,5 @@ def test_slots_never_overlap_and_every_write_is_logged_once(steps):
     for one in kept:
         slots.written(one.ipa, one.size)
         if one.logging:
-            assert slots.take_dirty_log(one.slot)[0] == list(range(one.pages))
+            assert slots.take_dirty_log(one.slot)[0] == ([] if one.readonly else list(range(one.pages)))
             assert slots.take_dirty_log(one.slot)[0] == []

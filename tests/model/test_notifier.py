@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from framework.model import descriptors as d
 from framework.model.memslots import Memslot
-from framework.model.notifier import RULES, Breach, Duty, Frame, Notice, Operation, Told, violations
+from framework.model.notifier import RULES, Breach, Duty, Notice, Operation, Told, violations
 
 PAGE, HUGE = 0x1000, 2 << 20
 HVA, IPA, PA = 0x7000_0000, 0x8000_0000, 0x6000_0000
@@ -27,20 +27,54 @@ def breaches(operation, before, after, **more):
     return [v.breach for v in violations(notice(operation, **more), [SLOT], before, after)]
 
 
-def test_every_operation_has_a_rule():
-    assert set(RULES) == set(Operation)
+GO, RO, STAY = Duty.GO, Duty.READ_ONLY, Duty.STAY
+RANGE, HUGE_PAGE, WHOLE_VMA, NOBODY = Told.RANGE, Told.HUGE, Told.VMA, Told.NOTHING
+#: Written down once more, from the calls in mm/ (5.4, 6.1, 6.12), so that a slip in RULES is seen.
+EXPECTED = {
+    Operation.DONTNEED: (GO, RANGE),
+    Operation.FREE: (RO, RANGE),
+    Operation.FREE_RECLAIMED: (GO, RANGE),
+    Operation.MUNMAP: (GO, RANGE),
+    Operation.MREMAP: (GO, RANGE),
+    Operation.MPROTECT_READ: (RO, RANGE),
+    Operation.MPROTECT_NONE: (GO, RANGE),
+    Operation.MPROTECT_WIDER: (STAY, RANGE),
+    Operation.FORK: (RO, WHOLE_VMA),
+    Operation.FORK_SHARED: (STAY, NOBODY),
+    Operation.COW_COPY: (GO, RANGE),
+    Operation.COW_COPY_HUGE: (GO, HUGE_PAGE),
+    Operation.COW_REUSE: (STAY, NOBODY),
+    Operation.ZERO_WRITE: (GO, RANGE),
+    Operation.CHILD_WRITE: (STAY, NOBODY),
+    Operation.KSM_PROTECT: (RO, RANGE),
+    Operation.KSM_MERGE: (GO, RANGE),
+    Operation.KSM_UNSHARE: (GO, RANGE),
+    Operation.THP_SPLIT: (STAY, HUGE_PAGE),
+    Operation.THP_SPLIT_FILE: (GO, HUGE_PAGE),
+    Operation.THP_SPLIT_PAGE: (GO, HUGE_PAGE),
+    Operation.THP_COLLAPSE: (GO, HUGE_PAGE),
+    Operation.MIGRATE: (GO, RANGE),
+    Operation.SWAP_OUT: (GO, RANGE),
+    Operation.SWAP_IN: (STAY, NOBODY),
+    Operation.PUNCH_HOLE: (GO, RANGE),
+    Operation.TRUNCATE: (GO, RANGE),
+    Operation.AGE: (STAY, NOBODY),
+}
 
 
 @pytest.mark.parametrize("operation", Operation)
-def test_rules_are_consistent(operation):
-    """A frame that is replaced must go, unless nothing could be mapped; whoever owes something was told."""
-    rule = RULES[operation]
-    if rule.told is Told.NOTHING:
-        assert rule.duty is Duty.STAY
-    elif rule.frame is not Frame.SAME:
-        assert rule.duty is Duty.GO
-    if rule.duty is not Duty.STAY:
-        assert notice(operation).may_go is not None
+def test_every_operation_has_its_rule(operation):
+    assert (RULES[operation].duty, RULES[operation].told) == EXPECTED[operation]
+
+
+def test_change_pte_follows_where_a_page_is_replaced_in_place():
+    assert {o for o in Operation if RULES[o].change_pte} == {
+        Operation.COW_COPY,
+        Operation.ZERO_WRITE,
+        Operation.KSM_PROTECT,
+        Operation.KSM_MERGE,
+        Operation.KSM_UNSHARE,
+    }
 
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].duty is Duty.GO])
@@ -69,21 +103,43 @@ def test_neighbours_within_the_huge_page_may_go_others_not():
     assert breaches(Operation.DONTNEED, before, leaf(600)) == []
 
 
-def test_a_block_goes_whole():
-    before = leaf(0, level=2)
-    assert breaches(Operation.DONTNEED, before, {}) == [] and breaches(Operation.DONTNEED, before, before) == [
-        Breach.STALE
-    ]
+def test_a_block_goes_whole_or_is_split_around_the_range():
+    block = leaf(0, level=2)
+    pages = {ipa: word for n in range(512) for ipa, word in leaf(n).items()}
+    assert breaches(Operation.DONTNEED, block, {}) == []
+    assert breaches(Operation.DONTNEED, block, block) == [Breach.STALE]
+    assert breaches(Operation.DONTNEED, block, leaf(5)) == [Breach.STALE]
+    pages.pop(IPA + 5 * PAGE)
+    assert breaches(Operation.DONTNEED, block, pages) == []
+    assert Breach.STALE in breaches(Operation.DONTNEED, leaf(5), block)
+
+
+def test_a_giant_block_reaches_beyond_what_was_said():
+    vma = (0x4000_0000, 0x8000_0000)
+    slot = Memslot(0, 0x4000_0000, 1 << 30, 0x4000_0000)
+    said = Notice(Operation.DONTNEED, 0x4000_5000, 0x4000_6000, vma)
+    assert violations(said, [slot], {0x4000_0000: (1, d.encode(d.Leaf(0x4000_0000), 1))}, {}) == []
 
 
 def test_a_leaf_nobody_spoke_of_must_not_change():
     assert breaches(Operation.DONTNEED, leaf(600), {IPA + 600 * PAGE: leaf(7)[IPA + 7 * PAGE]}) == [Breach.ALTERED]
+    assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Access.READ)) == [Breach.ALTERED]
+    assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Access.READ)) == [Breach.ALTERED]
     assert breaches(Operation.FORK_SHARED, leaf(5, s2ap=d.Access.READ), leaf(5)) == [Breach.ALTERED]
+    assert breaches(Operation.MPROTECT_WIDER, leaf(5), leaf(5, s2ap=d.Access.READ)) == []
+
+
+def test_nothing_appears_without_a_guest():
+    assert breaches(Operation.DONTNEED, {}, leaf(5)) == [Breach.WRITABLE]
+    assert breaches(Operation.DONTNEED, {}, leaf(5, s2ap=d.Access.READ)) == [Breach.APPEARED]
+    assert breaches(Operation.AGE, {}, leaf(5)) == [Breach.APPEARED]
+    assert breaches(Operation.KSM_MERGE, {}, leaf(5, s2ap=d.Access.READ)) == []
 
 
 def test_ageing_takes_the_access_flag_alone():
     assert breaches(Operation.AGE, leaf(5), leaf(5, af=False)) == []
     assert breaches(Operation.AGE, leaf(5), {}) == [Breach.LOST]
+    assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Access.READ)) == [Breach.ALTERED]
     assert breaches(Operation.AGE, leaf(5), leaf(5, xn=d.Never.EL0_EL1)) == [Breach.ALTERED]
 
 
@@ -103,17 +159,17 @@ def test_change_pte_maps_the_new_frame_read_only_up_to_6_9():
         (Operation.THP_COLLAPSE, *PAGE_5, (HVA, HVA + HUGE)),
         (Operation.PUNCH_HOLE, HVA + 1, HVA + 3 * PAGE + 1, (HVA + PAGE, HVA + 3 * PAGE)),
         (Operation.TRUNCATE, HVA + HUGE + 1, HVA + HUGE + 2, (HVA + HUGE + PAGE, VMA[1])),
+        (Operation.PUNCH_HOLE, HVA + 1, HVA + 2, (HVA + PAGE, HVA + PAGE)),
     ],
 )
 def test_ranges(operation, start, end, owed):
     assert notice(operation, start, end).owed == owed
 
 
-def test_a_copied_huge_page_is_copied_whole_up_to_5_7():
-    assert notice(Operation.COW_COPY, HVA, HVA + HUGE, kernel=(5, 4)).owed == (HVA, HVA + HUGE)
-    assert notice(Operation.COW_COPY, HVA + PAGE, HVA + 2 * PAGE).owed == (HVA + PAGE, HVA + 2 * PAGE)
-    assert notice(Operation.COW_COPY, HVA + PAGE, HVA + 3 * PAGE, kernel=(6, 1)).owed == (HVA + PAGE, HVA + 3 * PAGE)
-    assert notice(Operation.COW_COPY, HVA + PAGE, HVA + 3 * PAGE, kernel=(5, 4)).owed == (HVA, HVA + HUGE)
+def test_a_hole_within_a_page_owes_nothing_and_may_split_the_huge_page_around_it():
+    said = notice(Operation.PUNCH_HOLE, HVA + 1, HVA + 2)
+    assert said.may_go == (HVA, HVA + HUGE)
+    assert violations(said, [SLOT], leaf(0), leaf(0)) == violations(said, [SLOT], leaf(0), {}) == []
 
 
 def test_every_alias_of_a_page_counts():
@@ -130,15 +186,10 @@ def test_a_range_must_lie_in_its_vma():
         notice(Operation.DONTNEED, HVA - PAGE, HVA)
 
 
-@given(
-    st.sampled_from(Operation),
-    st.integers(0, 4 * 512 - 1),
-    st.integers(1, 40),
-    st.sampled_from([(5, 4), (6, 1), (6, 12)]),
-)
-def test_the_duty_lies_within_what_may_go(operation, page, pages, kernel):
-    start = HVA + page * PAGE
-    said = notice(operation, start, min(start + pages * PAGE, VMA[1]), kernel=kernel)
+@given(st.sampled_from(Operation), st.integers(0, 4 * HUGE - 1), st.integers(1, 3 * HUGE))
+def test_the_duty_lies_within_what_may_go(operation, offset, size):
+    said = notice(operation, HVA + offset, min(HVA + offset + size, VMA[1]))
+    assert said.owed[0] <= said.owed[1]
     if said.may_go is not None:
         assert said.may_go[0] <= said.owed[0] and said.owed[1] <= said.may_go[1]
 

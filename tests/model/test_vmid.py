@@ -8,51 +8,22 @@ from framework.model.vmid import Bitmap, Consecutive, Invalidation, VcpuLoads
 
 ALL = (Invalidation.ALL_VMS_ALL_CPUS,)
 CPUS = 3
+BITS = 3  # seven numbers, so that histories of a few dozen steps roll over many times
 
 #: Histories: which VM enters on which CPU; -1: the vCPU on that CPU is scheduled out.
-histories = st.lists(st.tuples(st.integers(-1, 400), st.integers(0, CPUS - 1)), max_size=900)
+histories = st.lists(st.tuples(st.integers(-1, 12), st.integers(0, CPUS - 1)), max_size=80)
 
 
-def allocators():
-    return [Consecutive(8), Bitmap(8, CPUS)]
+@pytest.fixture(
+    params=[lambda: Consecutive(BITS), lambda: Bitmap(BITS, CPUS)], ids=["consecutive", "bitmap"], scope="module"
+)
+def make(request):
+    return request.param
 
 
-@given(histories)
-def test_no_two_vms_share_a_vmid_in_a_generation(history):
-    for allocator in allocators():
-        owner = {}
-        for vm, cpu in history:
-            if vm < 0:
-                allocator.leave(cpu)
-                continue
-            entry = allocator.enter(vm, cpu)
-            assert 0 < entry.vmid < 256 and entry.generation == allocator.generation
-            assert owner.setdefault((entry.generation, entry.vmid), vm) == vm
-
-
-@given(histories)
-def test_a_vm_keeps_its_vmid_within_a_generation(history):
-    for allocator in allocators():
-        held = {}
-        for vm, cpu in history:
-            if vm >= 0:
-                entry = allocator.enter(vm, cpu)
-                assert held.setdefault((entry.generation, vm), entry.vmid) == entry.vmid
-
-
-@given(histories)
-def test_a_new_generation_is_invalidated_by_whoever_begins_it_and_nobody_else(history):
-    for allocator in allocators():
-        for vm, cpu in history:
-            before = allocator.generation
-            if vm >= 0:
-                assert allocator.enter(vm, cpu).invalidations == (ALL if allocator.generation > before else ())
-
-
-@given(histories)
-def test_a_running_vm_keeps_its_number_over_a_rollover_in_the_bitmap(history):
-    """What is on a CPU when the numbers run out keeps its number: nobody else gets it."""
-    allocator, running = Bitmap(8, CPUS), {}
+def steps(make, history):
+    """Play a history: each entry with its VM, the generation before it, and who is on the CPUs after it."""
+    allocator, running = make(), {}
     for vm, cpu in history:
         if vm < 0:
             allocator.leave(cpu)
@@ -60,10 +31,45 @@ def test_a_running_vm_keeps_its_number_over_a_rollover_in_the_bitmap(history):
             continue
         before = allocator.generation
         entry = allocator.enter(vm, cpu)
-        running.pop(cpu, None)
-        if allocator.generation > before:
-            assert entry.vmid not in {vmid for other, vmid in running.values() if other != vm}
+        if isinstance(allocator, Consecutive) and entry.generation > before:
+            running.clear()  # force_vm_exit(): all guests leave, and come back through enter()
         running[cpu] = (vm, entry.vmid)
+        yield vm, entry, before, dict(running)
+
+
+@given(history=histories)
+def test_no_two_vms_share_a_vmid_in_a_generation(make, history):
+    owner = {}
+    for vm, entry, _, _ in steps(make, history):
+        assert 0 < entry.vmid < 1 << BITS
+        assert owner.setdefault((entry.generation, entry.vmid), vm) == vm
+
+
+@given(history=histories)
+def test_a_vm_keeps_its_vmid_within_a_generation(make, history):
+    held = {}
+    for vm, entry, _, _ in steps(make, history):
+        assert held.setdefault((entry.generation, vm), entry.vmid) == entry.vmid
+
+
+@given(history=histories)
+def test_a_new_generation_is_invalidated_by_whoever_begins_it_and_nobody_else(make, history):
+    for _, entry, before, _ in steps(make, history):
+        assert entry.invalidations == (ALL if entry.generation > before else ())
+
+
+@given(history=histories)
+def test_vms_on_cpus_at_one_time_never_share_a_vmid(make, history):
+    """Over rollovers too: what is on a CPU keeps its number, or has been forced out."""
+    for _, _, _, running in steps(make, history):
+        vmids = dict(running.values())
+        assert len(set(vmids.values())) == len(vmids)
+
+
+def test_these_histories_do_roll_over(make):
+    """The properties above are about rollovers, so they must happen."""
+    generations = {entry.generation for _, entry, _, _ in steps(make, [(n % 13, n % CPUS) for n in range(80)])}
+    assert len(generations) > 5
 
 
 def test_consecutive_numbers_in_order_of_first_run():
@@ -88,13 +94,13 @@ def test_sixteen_bits_hold_65535_vms():
     assert allocator.enter("one more", 0).generation == 3
 
 
-def test_a_destroyed_vms_number_is_not_given_back():
-    for allocator in allocators():
-        one = allocator.enter("one", 0)
-        allocator.leave(0)
-        allocator.forget("one")
-        assert allocator.enter("two", 0).vmid == one.vmid + 1
-        assert allocator.enter("one", 0).vmid == one.vmid + 2
+def test_a_destroyed_vms_number_is_not_given_back(make):
+    allocator = make()
+    one = allocator.enter("one", 0)
+    allocator.leave(0)
+    allocator.forget("one")
+    assert allocator.enter("two", 0).vmid == one.vmid + 1
+    assert allocator.enter("one", 0).vmid == one.vmid + 2
 
 
 def test_the_bitmap_begins_without_an_invalidation():
@@ -142,10 +148,13 @@ def test_a_reservation_outlives_a_second_rollover():
     assert allocator.enter("long", 1).vmid == long_run.vmid
 
 
-@pytest.mark.parametrize("make", [lambda: Consecutive(9), lambda: Bitmap(8, 255), lambda: Bitmap(8, 0)])
-def test_impossible_allocators_are_refused(make):
+IMPOSSIBLE = [lambda: Consecutive(17), lambda: Consecutive(0), lambda: Bitmap(8, 255), lambda: Bitmap(8, 0)]
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE)
+def test_impossible_allocators_are_refused(impossible):
     with pytest.raises(ValueError, match="bits"):
-        make()
+        impossible()
 
 
 def test_local_invalidation_when_vcpus_of_a_vm_take_turns_on_a_cpu():
@@ -154,7 +163,9 @@ def test_local_invalidation_when_vcpus_of_a_vm_take_turns_on_a_cpu():
     assert loads.load("vm", 0, 0) == local  # nothing ran here yet: last_vcpu_ran is -1
     assert loads.load("vm", 0, 0) == () and loads.load("other", 0, 0) == local
     assert loads.load("vm", 1, 0) == local and loads.load("vm", 0, 0) == local
-    assert loads.load("vm", 0, 1) == local
+    assert loads.load("vm", 0, 1) == local and loads.load("vm", 0, 1) == ()
+    loads.forget("vm")
+    assert loads.load("vm", 0, 1) == local and loads.load("other", 0, 0) == ()
 
 
 def test_the_consecutive_allocator_does_not_care_who_leaves():

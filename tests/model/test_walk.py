@@ -161,7 +161,7 @@ def test_protected_walks_refuse_device_memory():
 def test_the_guests_table_where_no_memory_is():
     w = World(mapped=False)
     w.maps(IPA, 0x1000)
-    assert w.with_stage1().translate(w.ram, 0, READ) == Fault(FaultType.EXTERNAL_ON_WALK, 1, 1)
+    assert w.with_stage1().translate(w.ram, 0, READ) == Fault(FaultType.EXTERNAL_ON_WALK, 1, 1, ipa=IPA)
 
 
 @pytest.mark.parametrize(
