@@ -30,7 +30,7 @@ from .terminal import attach
 
 _out = Console(highlight=False)
 _LEAST_DISK = 4 << 30
-_CONFORM_HOSTS = ("a15", "arm64")
+_CONFORM_HOSTS = ("a15", "a15-wide", "arm64", "arm64-vhe")
 
 
 def _table(*columns: str) -> Table:
@@ -142,12 +142,13 @@ def cmd_conform(args: argparse.Namespace) -> int:
         print("\n".join(map(str, departures.ALL)))
         return 0
     for name in args.host or _CONFORM_HOSTS:
-        _conform(config.find(name), args.cases, secrets.randbits(32) if args.seed is None else args.seed)
+        _conform(name, args.cases, secrets.randbits(32) if args.seed is None else args.seed)
     return 0
 
 
-def _conform(host: config.HostConfig, cases: int, seed: int) -> None:
-    again = f"arm-kvm conform --host {host.name} --cases {cases} --seed {seed}"
+def _conform(name: str, cases: int, seed: int) -> None:
+    host = config.find(name)
+    again = f"arm-kvm conform --host {name} --cases {cases} --seed {seed}"
     started = time.monotonic()
     with Lab(host, run_directory() / "logs") as lab, progress.task(again, cases, "cases") as advance:
         try:
@@ -158,6 +159,13 @@ def _conform(host: config.HostConfig, cases: int, seed: int) -> None:
             ) from e
     minutes = (time.monotonic() - started) / 60
     print(f"{again}\n{tally}\nno unexplained difference; {tally.cases / minutes:,.0f} cases a minute", flush=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,9 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     stage2.add_argument("host")
     stage2.add_argument("--seconds", type=float, default=2.0, help="how long to watch the CPUs for guests (default: 2)")
     conformance = command("conform", cmd_conform, "hold the model against the emulated CPU, on random tables")
-    conformance.add_argument("--host", action="append", metavar="BOARD", help="a host's board (default: a15 and arm64)")
+    conformance.add_argument("--host", action="append", metavar="BOARD", help="a host's board (default: all four)")
     conformance.add_argument(
-        "--cases", type=int, default=100_000, metavar="N", help="at least so many (default: 100000)"
+        "--cases", type=_positive, default=100_000, metavar="N", help="at least so many (default: 100000)"
     )
     conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
     conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")

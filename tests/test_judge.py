@@ -64,7 +64,7 @@ def test_a_right_leaf_is_right(world):
 
 
 def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
-    world.maps(0, world.frame, s2ap=d.Access.READ)
+    world.maps(0, world.frame, s2ap=d.Grant.READ)
     assert world.findings() == []
 
 

@@ -8,9 +8,11 @@
     .text
     .globl  _start
 _start:
+    ldr     r4, =CONTROL
+    mrs     r0, cpsr
+    str     r0, [r4, #LEVEL]
     adr     r0, vectors
     mcr     p15, 4, r0, c12, c0, 0      @ HVBAR
-    ldr     r4, =CONTROL
     mov     r5, #0
 answer:
     dmb
@@ -85,7 +87,8 @@ translated:
     strd    r0, r1, [r8, #R_VALUE]
     mov     r0, #PAR
 advance:
-    str     r0, [r8, #R_KIND]
+    mov     r1, #0
+    strd    r0, r1, [r8, #R_KIND]
     add     r7, r7, #RECORD
     add     r8, r8, #RECORD
     b       next
@@ -127,7 +130,7 @@ vectors:
     b       .
     .ltorg
 
-    @ The harness: copied to its own page by the lab.
+    @ The harness: a page of its own.
     .section .harness, "ax"
 harness:
     .set    vector, 0

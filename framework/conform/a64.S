@@ -5,9 +5,11 @@
     .text
     .globl _start
 _start:
+    ldr     x20, =CONTROL
+    mrs     x0, CurrentEL
+    str     x0, [x20, #LEVEL]
     adr     x0, vectors
     msr     vbar_el2, x0
-    ldr     x20, =CONTROL
     mov     x21, #0
     mrs     x0, id_aa64mmfr0_el1
     mrs     x1, id_aa64mmfr1_el1
@@ -133,7 +135,7 @@ vectors:
     b       .
     .ltorg
 
-    // The harness: copied to its own page by the lab.
+    // The harness: a page of its own.
     .section .harness, "ax"
 harness:
     .set    vector, 0

@@ -15,13 +15,24 @@ from . import layout
 
 @dataclass(frozen=True)
 class Silicon:
-    """What the model must know of the CPU and its board. ``wfi``: the instruction that frames hold."""
+    """What the model must know of the CPU and its board."""
 
     armv7: bool
     features: Features
     ram_end: int
-    wfi: int
     qemu: str = ""  #: the program that emulates it
+
+    @property
+    def wfi(self) -> int:
+        """The WFI instruction."""
+        return 0xE320_F003 if self.armv7 else 0xD503_207F
+
+    def mark(self, pa: int) -> int:
+        """The instruction before a frame's WFI: it moves 16 bits of the frame's address into register 1."""
+        number = frame_number(pa)
+        if self.armv7:
+            return 0xE300_1000 | (number >> 12) << 16 | number & 0xFFF  # movw r1, #number
+        return 0x5280_0001 | number << 5  # movz w1, #number
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,10 @@ _DIRECTIONS = (Direction.READ, Direction.WRITE)
 
 @dataclass(frozen=True)
 class Probe:
-    """One question. ``op`` below 4: an AT instruction.
+    """One question: an AT instruction (``op`` below 4), or something a guest executes.
 
-    Else the guest runs gadget number ``gadget``, or (None) is started at ``va``.
+    The guest runs gadget number ``gadget``, or (None) is started at ``va`` itself. ``user``: it runs at EL0; otherwise
+    at EL1, also where the access has EL0's rights (LDTR).
     """
 
     op: int
@@ -57,6 +69,7 @@ class Probe:
     access: Access
     gadget: int | None = None
     value: int = 0  #: what a store stores
+    user: bool = False
 
     @classmethod
     def at(cls, op: int, va: int) -> Probe:
@@ -90,7 +103,7 @@ class World:
         """Raises ImpossibleRegime."""
         r = self.registers
         if self.silicon.armv7:
-            return regime.stage2_armv7(r.vttbr, r.vtcr, r.hcr)
+            return regime.stage2_armv7(r.vttbr, r.vtcr, r.hcr, self.silicon.features)
         return regime.stage2_armv8(r.vttbr, r.vtcr, r.hcr, self.silicon.features)
 
     def stage1(self) -> Stage1 | None:
@@ -125,16 +138,21 @@ class Memory:
         if layout.ARENA <= pa < layout.ARENA + layout.ARENA_SIZE:
             return self.world.words.get(pa, 0)
         if in_frames(pa):
-            return self.stored.get(pa, frame_word(pa, self.world.silicon.wfi))
+            return self.stored.get(pa, frame_word(pa, self.world.silicon))
         if self.world.silicon.ram_end <= pa < _NOWHERE_END or pa >= _HIGH_DEVICES_END:
             return None
         raise Unknowable(f"PA {pa:#x}")
+
+
+def frame_number(pa: int) -> int:
+    """What a fetch from a frame leaves in register 1."""
+    return pa >> 12 & 0xFFFF
 
 
 def in_frames(pa: int, size: int = 1) -> bool:
     return pa >= layout.FRAMES and pa + size <= layout.FRAMES + layout.FRAMES_SIZE
 
 
-def frame_word(pa: int, wfi: int) -> int:
-    """What a frame holds before anybody writes: two WFI instructions, then the chunk's physical address."""
-    return pa & ~0xF if pa & 8 else wfi << 32 | wfi
+def frame_word(pa: int, silicon: Silicon) -> int:
+    """What a frame holds before anybody writes: two instructions, then the chunk's physical address."""
+    return pa & ~0xF if pa & 8 else silicon.wfi << 32 | silicon.mark(pa)

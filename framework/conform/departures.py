@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from framework.model.attributes import Memory, is_device
+from framework.model.attributes import Attributes, is_device
+from framework.model.descriptors import MemAttrFwb, Shareability
 from framework.model.faults import Fault, FaultType
-from framework.model.regime import SCTLR_M, Regime
+from framework.model.regime import Regime
 from framework.model.walk import El10, Step, Translation
 
-from .case import Silicon, World
+from .case import Probe, Silicon
 
 Outcome = Translation | Fault
 _LOW_32 = (1 << 32) - 1
@@ -68,14 +69,36 @@ DEVICE_LOW_NIBBLE = Departure(
     "attributes are compared as if they were a device type (inner non-cacheable reads as nGnRE)",
     "the device type alone (S2CombineS1MemAttrs)",
 )
+OFF_NON_SHAREABLE = Departure(
+    "off-non-shareable",
+    "ptw.c get_phys_addr_disabled(): with stage 1 off, data is non-shareable device memory; seen where FWB makes it "
+    "write-back",
+    "outer shareable (AArch64.S1DisabledOutput)",
+)
+AT_MARKS_DIRTY = Departure(
+    "at-marks-dirty",
+    "ptw.c get_phys_addr_lpae() does not tell an AT instruction from a store: AT S12E1W and S12E0W set S2AP[1] of a "
+    "leaf with DBM",
+    "an AT instruction translates as if it were set and never sets it (R_RKMHW)",
+)
 IPA_32_BITS = Departure(
     "ipa-32-bits",
-    "qemu-system-arm: ARMMMUFaultInfo.s2addr and the address of S1_ptw_translate() are target_ulong; HPFAR loses "
-    "bits above 31, and stage-1 tables above 4 GiB are read at the wrong IPA",
+    "qemu-system-arm: ARMMMUFaultInfo.s2addr and the address of probe_access_full() are target_ulong: HPFAR loses bits "
+    "above 31, and tables above 4 GiB are read elsewhere (such probes are not made)",
     "an Armv7 IPA has 40 bits (DDI 0406C.d B3.6)",
 )
 
-ALL = (PS_BOUNDS_IPA, BLOCK_ANYWHERE, S1PTW_LEVEL, FWB_DEVICE, TRANSIENT_LOST, DEVICE_LOW_NIBBLE, IPA_32_BITS)
+ALL = (
+    PS_BOUNDS_IPA,
+    BLOCK_ANYWHERE,
+    S1PTW_LEVEL,
+    FWB_DEVICE,
+    TRANSIENT_LOST,
+    DEVICE_LOW_NIBBLE,
+    OFF_NON_SHAREABLE,
+    AT_MARKS_DIRTY,
+    IPA_32_BITS,
+)
 
 
 # -- PS_BOUNDS_IPA: of a whole regime -------------------------------------------------------------------------
@@ -115,84 +138,101 @@ def _blocks_anywhere(regime: Regime) -> Regime:
 
 
 def reads_astray(silicon: Silicon, steps: list[Step], outcome: Outcome) -> bool:
-    """Whether a stage-1 walk read an entry above 4 GiB."""
+    """Whether a walk read an entry above 4 GiB."""
     if silicon.qemu != "qemu-system-arm":
         return False
     stopped = isinstance(outcome, Fault) and (outcome.s1ptw or outcome.stage == 1) and (outcome.ipa or 0) > _LOW_32
-    return stopped or any(step.stage == 1 and step.at > _LOW_32 for step in steps)
+    return stopped or any(step.at > _LOW_32 for step in steps)
 
 
-def harness_astray(world: World) -> bool:
-    """Whether the guest's own upper table is above 4 GiB, so that no guest can run."""
-    on = bool(world.registers.sctlr & SCTLR_M)
-    return world.silicon.qemu == "qemu-system-arm" and on and world.harness_ipa > _LOW_32
+# -- AT_MARKS_DIRTY: of the tables -------------------------------------------------------------------------------
+
+
+def at_marks_dirty(probe: Probe) -> bool:
+    """Whether this probe may set the dirty state though it stores nothing."""
+    return not probe.runs and probe.access.write
 
 
 # -- of one outcome -------------------------------------------------------------------------------------------
 
 
-def _s1ptw_level(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+def _s1ptw_level(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
     if isinstance(outcome, Fault) and outcome.s1ptw:
         return replace(outcome, level=outcome.walk_level)
     return outcome
 
 
-def _fwb_device(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
-    if fwb and isinstance(outcome, Translation) and outcome.second.attr < 4 and is_device(outcome.first.attr):
-        return replace(outcome, memory=Memory(outcome.second.attr << 2, outcome.memory.sh))
+def _fwb_device(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+    if (
+        isinstance(outcome, Translation)
+        and el10.stage2.format.fwb
+        and outcome.second.attr < 4
+        and is_device(outcome.first.attr)
+    ):
+        return replace(outcome, combined=Attributes(outcome.second.attr << 2, outcome.combined.sh))
     return outcome
 
 
-def _combined(fwb: bool, outcome: Outcome, device: bool) -> bool:
+def _combined(el10: El10 | None, outcome: Outcome, device: bool) -> bool:
     """Whether this is a translation whose attributes were combined without FWB, to a device type or not."""
-    known = not fwb and isinstance(outcome, Translation) and outcome.memory.attr is not None
-    return known and is_device(outcome.memory.attr) == device
+    known = isinstance(outcome, Translation) and outcome.combined.attr is not None and not el10.stage2.format.fwb
+    return known and is_device(outcome.combined.attr) == device
 
 
-def _transient_lost(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
-    if not _combined(fwb, outcome, device=False):
+def _transient_lost(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+    if not _combined(el10, outcome, device=False):
         return outcome
-    attr = outcome.memory.attr
+    attr = outcome.combined.attr
     for low, memattr in ((0, outcome.second.attr & 0b11), (4, outcome.second.attr >> 2)):
         was = outcome.first.attr >> low & 0xF
         if memattr == 0b10 and was & 0b1100 == 0b0100 and was & 0b0011:
             attr |= 0b1000 << low
-    return replace(outcome, memory=Memory(attr, outcome.memory.sh))
+    return replace(outcome, combined=Attributes(attr, outcome.combined.sh))
 
 
 #: The low nibble of MAIR that QEMU makes of MemAttr[1:0]: of normal memory, and of a device type.
 _NORMAL_LOW, _DEVICE_LOW = {0b01: 0x4, 0b10: 0xB, 0b11: 0xF}, {0: 0x0, 1: 0x4, 2: 0x8, 3: 0xC}
 
 
-def _device_low_nibble(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
-    if not _combined(fwb, outcome, device=True):
+def _device_low_nibble(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+    if not _combined(el10, outcome, device=True):
         return outcome
     second = outcome.second.attr
     lows = {outcome.first.attr & 0xF, (_NORMAL_LOW if second >> 2 else _DEVICE_LOW)[second & 0b11]}
     attr = next((device for device in (0x0, 0x4, 0x8) if device in lows), 0xC)
-    return replace(outcome, memory=Memory(attr, outcome.memory.sh))
+    return replace(outcome, combined=Attributes(attr, outcome.combined.sh))
 
 
-def _ipa_32_bits(silicon: Silicon, fwb: bool, outcome: Outcome) -> Outcome:
+def _off_non_shareable(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+    if not isinstance(outcome, Translation) or el10.stage1 is not None or not el10.stage2.format.fwb:
+        return outcome
+    if outcome.second.attr != MemAttrFwb.NORMAL_WB or outcome.second.sh == Shareability.OUTER:
+        return outcome
+    sh = Shareability.INNER if outcome.second.sh == Shareability.INNER else Shareability.NON
+    return replace(outcome, combined=Attributes(outcome.combined.attr, sh))
+
+
+def _ipa_32_bits(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
     if silicon.qemu == "qemu-system-arm" and isinstance(outcome, Fault) and outcome.ipa is not None:
         return replace(outcome, ipa=outcome.ipa & _LOW_32)
     return outcome
 
 
-_RULES: dict[str, Callable[[Silicon, bool, Outcome], Outcome]] = {
+_RULES: dict[str, Callable[[Silicon, El10 | None, Outcome], Outcome]] = {
     S1PTW_LEVEL.name: _s1ptw_level,
     FWB_DEVICE.name: _fwb_device,
     TRANSIENT_LOST.name: _transient_lost,
     DEVICE_LOW_NIBBLE.name: _device_low_nibble,
+    OFF_NON_SHAREABLE.name: _off_non_shareable,
     IPA_32_BITS.name: _ipa_32_bits,
 }
 
 
-def depart(silicon: Silicon, fwb: bool, outcome: Outcome) -> tuple[Outcome, list[str]]:
+def depart(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> tuple[Outcome, list[str]]:
     """What this silicon does in place of ``outcome``, and the names of the departures that make it so."""
     names = []
     for name, rule in _RULES.items():
-        changed = rule(silicon, fwb, outcome)
+        changed = rule(silicon, el10, outcome)
         if changed != outcome:
             outcome, names = changed, [*names, name]
     return outcome, names

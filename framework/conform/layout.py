@@ -11,7 +11,6 @@ MAX_PROBES = 4096
 
 #: The page that is mapped into every guest: EL1 vectors, access gadgets, the table of the upper VA range.
 HARNESS = 0x4120_0000
-HARNESS_SIZE = 0x1000
 GADGETS = 0x800  #: offset in the harness; eight bytes each
 UPPER_TABLE = 0xF00  #: offset of the upper range's table
 
@@ -19,13 +18,14 @@ UPPER_TABLE = 0xF00  #: offset of the upper range's table
 ARENA = 0x4200_0000
 ARENA_SIZE = 0x0100_0000
 
-#: What guests read, write and execute: 16-byte chunks, eight bytes of WFI and eight that hold the chunk's own address.
+#: What guests read, write and execute: 16-byte chunks, two instructions and eight bytes that hold the chunk's address.
 FRAMES = 0x4400_0000
 FRAMES_SIZE = 0x0040_0000
 
-#: The control block: a request and an answer (sequence numbers), the number of probes, the registers to load.
+#: The control block: a request and an answer (sequence numbers), the number of probes, the registers to load; what
+#: the CPU says of itself, and the exception level (mode) that the program was started at.
 _CONTROL = ("REQUEST", "ANSWER", "COUNT", "HCR", "VTCR", "VTTBR", "SCTLR", "TCR", "TTBR0", "TTBR1", "MAIR", "VBAR")
-_IDENTITY = ("MMFR0", "MMFR1", "MMFR2")
+_IDENTITY = ("MMFR0", "MMFR1", "MMFR2", "LEVEL")
 CONTROL_FIELDS = {name: 8 * i for i, name in enumerate((*_CONTROL, *_IDENTITY))}
 PROBE_FIELDS = {name: 8 * i for i, name in enumerate(("OP", "ADDRESS", "VALUE", "PC", "PSTATE"))}
 _RESULT = ("R_KIND", "R_VALUE", "R_ESR", "R_FAR", "R_HPFAR", "R_ELR", "R_ESR1", "R_FAR1")

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 from framework.model import descriptors as d
+from framework.model.faults import Fault
 from framework.model.regime import Regime
-from framework.model.walk import Step
+from framework.model.walk import El10, Step, Translation
 
 from .case import Probe, Unknowable, World
 from .predict import Predictor
+from .program import Program
 
 
-def picture(world: World, probe: Probe | None, found: list[str], predictor: Predictor) -> str:
-    """Several lines of text."""
+def picture(world: World, probe: Probe | None, found: list[str], program: Program) -> str:
+    """Several lines of text. Without a probe (the program was lost, memory has changed), all probes of the world."""
+    predictor = Predictor.of(world, program)
     lines = [str(world.registers)]
     if predictor.el10 is None:
-        lines.append("stage 2: no regime; every address takes a level 0 translation fault")
+        lines.append("stage 2: every address takes a level 0 translation fault")
     else:
         lines.append(str(predictor.el10.stage2))
         lines.append(str(predictor.el10.stage1.regime) if predictor.el10.stage1 else "stage 1 is off")
-    if probe is not None:
-        lines += ["", str(probe), *_walk(probe, predictor)]
-    return "\n".join([*lines, "", *found])
+    probes = [str(p) for p in world.probes] if probe is None else [str(probe), *_walk(world, probe, predictor)]
+    return "\n".join([*lines, "", *probes, "", *found])
 
 
-def _walk(probe: Probe, predictor: Predictor) -> list[str]:
-    """The model's walk, one line an entry; stage 2 is indented under the stage-1 step that it serves."""
-    if predictor.el10 is None:
-        return []
-    trace: list[Step] = []
+def _walk(world: World, probe: Probe, predictor: Predictor) -> list[str]:
+    """The walk, one line an entry; stage 2 is indented under the stage-1 step that it serves."""
+    for earlier in world.probes[: world.probes.index(probe)]:  # their stores count
+        predictor.predict(earlier)
+    predictor.predict(probe)
+    names = list(predictor.names)
     try:
-        outcome = predictor.el10.translate(predictor.memory, probe.va, probe.access, trace)
+        outcome, trace = predictor.outcome(probe)
     except Unknowable as e:
-        outcome = f"into memory that nobody knows: {e}"
-    lines = [_step(step, predictor) for step in trace]
-    return [*lines, f"  model: {outcome}"]
+        return [f"  model: into memory that nobody knows: {e}"]
+    lines = [_step(step, predictor.el10) for step in trace]
+    return [*lines, f"  model: {_outcome(outcome)}" + (f" (departures: {', '.join(names)})" if names else "")]
 
 
-def _step(step: Step, predictor: Predictor) -> str:
-    regime = predictor.el10.stage2 if step.stage == 2 else predictor.el10.stage1.regime
+def _outcome(outcome: Translation | Fault) -> str:
+    if isinstance(outcome, Fault):
+        return str(outcome)
+    attr, sh = outcome.combined
+    kind = "left open" if attr is None else f"{attr:#04x}"
+    return f"IPA {outcome.ipa:#x} -> PA {outcome.pa:#x}, attributes {kind}, SH {'left open' if sh is None else int(sh)}"
+
+
+def _step(step: Step, el10: El10) -> str:
+    regime = el10.stage2 if step.stage == 2 else el10.stage1.regime
     space = "PA" if step.stage == 2 else "IPA"
     indent = "    " if step.stage == 2 else "  "
     where = f"{indent}stage {step.stage} level {step.level} {space} {step.at:#014x}"

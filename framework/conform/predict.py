@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from framework.model import descriptors as d
 from framework.model import syndrome
 from framework.model.attributes import is_device
 from framework.model.faults import Fault, FaultType
 from framework.model.regime import ImpossibleRegime
-from framework.model.walk import El10, Translation, descend
+from framework.model.walk import El10, Step, Trace, Translation, descend
 
 from . import departures, layout
-from .case import Memory, Probe, Unknowable, World, in_frames
+from .case import Memory, Probe, Unknowable, World, frame_number, in_frames
 from .program import Program
 
 _ALL = (1 << 64) - 1
 _LOW = (1 << 32) - 1
+_EA = 1 << 9
 
 #: A prediction: (name, offset of the field in the result in words, value, bits that are known).
 Expected = list[tuple[str, int, int, int]]
@@ -26,11 +28,36 @@ _EC_WFX, _EC_HVC32, _EC_HVC64 = 0x01, 0x12, 0x16
 _EC_SHIFT = 26
 #: Exception vectors of the guest that faults reach: data and prefetch abort of Armv7; synchronous, from EL1 and from
 #: EL0.
-_A32_DATA, _A32_PREFETCH, _A64_SAME, _A64_LOWER = 4, 3, 4, 8
+_A32_UNDEFINED, _A32_PREFETCH, _A32_DATA, _A64_SAME, _A64_LOWER = 1, 3, 4, 4, 8
 
 
 def _field(name: str, value: int, known: int = _ALL) -> tuple[str, int, int, int]:
     return name[2:], _FIELD[name], value & known, known
+
+
+def _is_leaf(step: Step) -> bool:
+    """A page, or a block at whatever level (see departures.BLOCK_ANYWHERE)."""
+    return bool(d.VALID.of(step.word)) and bool(d.TYPE.of(step.word)) == (step.level == d.LAST_LEVEL)
+
+
+@dataclass
+class HardwareUpdates:
+    """What the walks of a world write into its tables: bits by physical address of the entry.
+
+    Real accesses must set the access flag and the dirty state; AT instructions may set the access flag.
+    """
+
+    may: dict[int, int] = field(default_factory=dict)
+    must: dict[int, int] = field(default_factory=dict)
+
+    def note(self, step: Step, bits: int, required: bool) -> None:
+        for ledger in (self.may, self.must)[: 1 + required]:
+            ledger[step.at] = ledger.get(step.at, 0) | bits
+
+    def explains(self, pa: int, before: int, after: int) -> bool:
+        """Whether an entry may have become what it is."""
+        must = self.must.get(pa, 0)
+        return (before ^ after) & ~(self.may.get(pa, 0) & ~before) == 0 and after & must == must
 
 
 def _category(outcome: Translation | Fault) -> tuple[str, str]:
@@ -41,7 +68,7 @@ def _category(outcome: Translation | Fault) -> tuple[str, str]:
     return (stage, outcome.type.name.lower().replace("_", " "))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Predictor:
     """Predicts the probes of one world, in order: stores change what later loads find."""
 
@@ -49,8 +76,12 @@ class Predictor:
     program: Program
     memory: Memory
     el10: El10 | None  #: None: every address takes a level 0 fault, and no guest can run
-    departed: Counter = field(default_factory=Counter)  #: probes that each departure changed
+    refused: bool = False  #: ... because QEMU departs there
     outcomes: Counter = field(default_factory=Counter)  #: probes by what the model says becomes of them
+    departed: Counter = field(default_factory=Counter)  #: probes whose prediction each departure changed
+    silenced: int = 0  #: probes of which a departure leaves nothing to say
+    hardware: HardwareUpdates = field(default_factory=HardwareUpdates)
+    names: list[str] = field(default_factory=list)  #: departures of the probe at hand
 
     @classmethod
     def of(cls, world: World, program: Program) -> Predictor:
@@ -62,21 +93,21 @@ class Predictor:
                 raise
             return cls(world, program, Memory(world), None)
         if departures.refuses(world.silicon, el10.stage2):
-            return cls(world, program, Memory(world), None, Counter({departures.PS_BOUNDS_IPA.name: len(world.probes)}))
+            return cls(world, program, Memory(world), None, refused=True)
         return cls(world, program, Memory(world), el10)
 
     def predict(self, probe: Probe) -> Expected | None:
-        """What the probe reports.
-
-        None where the architecture or the lab does not know, and the probe must not be made.
-        """
+        """What the probe reports. None: architecture or lab do not know, and the probe must not be made."""
+        self.names = []
         try:
-            outcome = self._outcome(probe)
+            outcome, trace = self.outcome(probe)
             expected = self._expected(probe, outcome)
         except Unknowable:
             return None
         if expected is not None:
             self.outcomes[_category(outcome)] += 1
+            self.departed.update(self.names)
+            self._note_updates(probe, outcome, trace)
         return expected
 
     def _expected(self, probe: Probe, outcome: Translation | Fault) -> Expected | None:
@@ -84,24 +115,28 @@ class Predictor:
             return self._translated(probe, outcome)
         return self._aborted(probe, outcome) if isinstance(outcome, Fault) else self._completed(probe, outcome)
 
-    def _outcome(self, probe: Probe) -> Translation | Fault:
+    def outcome(self, probe: Probe) -> tuple[Translation | Fault, Trace]:
+        """What becomes of the probe on this silicon, and the walk. Raises Unknowable."""
         if self.el10 is None:
-            return self._departed(self._refused(probe), fwb=False)
-        if probe.runs and departures.harness_astray(self.world):
-            raise Unknowable(departures.IPA_32_BITS.name)
-        trace = [] if self.world.silicon.qemu == "qemu-system-arm" else None
+            if self.refused:
+                self.names.append(departures.PS_BOUNDS_IPA.name)
+            return self._departed(self._refused(probe)), []
+        if probe.runs and self.el10.stage2.root >> self.el10.stage2.output_bits:
+            raise Unknowable("no guest runs without stage 2")
+        trace: Trace = []
         outcome = self.el10.translate(self.memory, probe.va, probe.access, trace)
         if departures.met_a_block(self.el10, outcome):
             lenient = departures.with_blocks_anywhere(self.el10).translate(self.memory, probe.va, probe.access, trace)
-            self.departed[departures.BLOCK_ANYWHERE.name] += lenient != outcome
+            self.names += [departures.BLOCK_ANYWHERE.name] * (lenient != outcome)
             outcome = lenient
-        if departures.reads_astray(self.world.silicon, trace or [], outcome):
+        if departures.reads_astray(self.world.silicon, trace, outcome):
+            self.silenced += 1
             raise Unknowable(departures.IPA_32_BITS.name)
-        return self._departed(outcome, self.el10.stage2.format.fwb)
+        return self._departed(outcome), trace
 
-    def _departed(self, outcome: Translation | Fault, fwb: bool) -> Translation | Fault:
-        outcome, names = departures.depart(self.world.silicon, fwb, outcome)
-        self.departed.update(names)
+    def _departed(self, outcome: Translation | Fault) -> Translation | Fault:
+        outcome, names = departures.depart(self.world.silicon, self.el10, outcome)
+        self.names += names
         return outcome
 
     def _refused(self, probe: Probe) -> Fault:
@@ -114,6 +149,21 @@ class Predictor:
             return Fault(FaultType.ADDRESS_SIZE, 0, 1) if probe.va >> self.world.silicon.features.pa_bits else nothing
         return descend(control.regime, probe.va, nothing.on_table_walk)
 
+    def _note_updates(self, probe: Probe, outcome: Translation | Fault, trace: Trace) -> None:
+        if self.el10 is None or not self.el10.stage2.hardware_af:
+            return
+        leaves = [step for step in trace if step.stage == 2 and _is_leaf(step)]
+        found = isinstance(outcome, Translation)
+        for step in leaves:
+            self.hardware.note(step, d.AF.mask, required=found and probe.runs)
+        if not (found and probe.access.write and self.el10.stage2.hardware_dirty and d.DBM.of(leaves[-1].word)):
+            return
+        if probe.runs:
+            self.hardware.note(leaves[-1], d.S2AP.put(d.Grant.WRITE), required=True)
+        elif departures.at_marks_dirty(probe):
+            self.hardware.note(leaves[-1], d.S2AP.put(d.Grant.WRITE), required=False)
+            self.departed[departures.AT_MARKS_DIRTY.name] += 1
+
     # -- AT -----------------------------------------------------------------------------------------------
 
     def _translated(self, probe: Probe, outcome: Translation | Fault) -> Expected:
@@ -122,7 +172,7 @@ class Predictor:
             far = _LOW if self.world.silicon.armv7 else _ALL
             return [
                 _field("R_KIND", layout.ABORTED),
-                _field("R_ESR", taken.esr),
+                _field("R_ESR", taken.esr, ~_EA & _ALL),  # EA is implementation defined
                 _field("R_FAR", taken.far, far),
             ]
         par = syndrome.par(outcome)
@@ -134,12 +184,12 @@ class Predictor:
         if fault.type is FaultType.EXTERNAL_ON_WALK:
             return None  # who takes it is for SCR and HCR to say; AT shows the fault itself
         gadget = None if probe.access.fetch else self.program.gadgets[probe.gadget].instruction
-        at_el0 = probe.access.fetch and probe.access.el0
+        at_el0 = probe.user
         armv7 = self.world.silicon.armv7
         taken = syndrome.abort(fault, probe.access, probe.va, at_el0=at_el0, armv7=armv7, instruction=gadget)
         if taken.el == 2:
             return self._to_el2(probe, taken)
-        return self._to_el1_armv7(probe, fault) if armv7 else self._to_el1(taken, at_el0)
+        return self._to_el1_armv7(probe, taken) if armv7 else self._to_el1(taken, at_el0)
 
     def _to_el2(self, probe: Probe, taken: syndrome.Abort) -> Expected:
         expected = [_field("R_KIND", layout.TRAPPED), _field("R_ESR", taken.esr)]
@@ -156,13 +206,13 @@ class Predictor:
         vector = _A64_LOWER if at_el0 else _A64_SAME
         return [*self._hvc(vector), _field("R_ESR1", taken.esr), _field("R_FAR1", taken.far)]
 
-    def _to_el1_armv7(self, probe: Probe, fault: Fault) -> Expected:
+    def _to_el1_armv7(self, probe: Probe, taken: syndrome.Abort) -> Expected:
         fetch = probe.access.fetch
         shift = 32 if fetch else 0
         return [
             *self._hvc(_A32_PREFETCH if fetch else _A32_DATA),
-            _field("R_ESR1", syndrome.fsr_armv7(fault, probe.access) << shift, _LOW << shift),
-            _field("R_FAR1", probe.va << shift, _LOW << shift),
+            _field("R_ESR1", taken.esr << shift, _LOW << shift),
+            _field("R_FAR1", taken.far << shift, _LOW << shift),
         ]
 
     def _hvc(self, number: int) -> Expected:
@@ -177,23 +227,30 @@ class Predictor:
             return None
         if access.write:
             self._store(found.pa, access.size, probe.value)
-            return self._hvc(layout.HVC_DONE)
+            return self._gadget_done(probe)
         known = _LOW if self.world.silicon.armv7 else _ALL
-        return [*self._hvc(layout.HVC_DONE), _field("R_VALUE", self._loaded(found.pa, access), known)]
+        return [*self._gadget_done(probe), _field("R_VALUE", self._loaded(found.pa, access), known)]
+
+    def _gadget_done(self, probe: Probe) -> Expected:
+        """The HVC behind the gadget, which at EL0 is undefined and ends in the guest's own vector."""
+        if not probe.user:
+            return self._hvc(layout.HVC_DONE)
+        return self._hvc(_A32_UNDEFINED if self.world.silicon.armv7 else _A64_LOWER)
 
     def _fetched(self, probe: Probe, found: Translation) -> Expected | None:
-        """The WFI traps (HCR.TWI), with ELR at the instruction itself.
+        """The frame's two instructions: one leaves its number in register 1, the other (WFI) traps.
 
-        Fetches from device memory are nobody's business.
+        Fetches from device memory, which may fault or not, are not made.
         """
         device = self.el10.stage2.format.is_device(found.second.attr)
         device |= self.el10.stage1 is not None and is_device(found.first.attr)
-        if device or not in_frames(found.pa, 4):
+        if device or not in_frames(found.pa, 8):
             return None
         return [
             _field("R_KIND", layout.TRAPPED),
             _field("R_ESR", _EC_WFX << _EC_SHIFT, 0x3F << _EC_SHIFT),
-            _field("R_ELR", probe.va),
+            _field("R_VALUE", frame_number(found.pa), _LOW),
+            _field("R_ELR", probe.va + 4),
         ]
 
     def _loaded(self, pa: int, access) -> int:

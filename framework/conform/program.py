@@ -51,16 +51,11 @@ _A32_EL0 = (
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The program of one instruction set: ``text`` for layout.PROGRAM, ``harness`` for layout.HARNESS.
-
-    Two ELF-free images.
-    """
+    """The program of one instruction set: an ELF file with the program itself and the harness, each at its place."""
 
     isa: Isa
     elf: bytes = field(repr=False)
-    harness: bytes = field(repr=False)
     gadgets: tuple[Gadget, ...]
-    wfi: int  #: the instruction that frames hold
     modes: tuple[int, int]  #: PSTATE (PSR) to start a guest with, at EL0 and at EL1
 
 
@@ -91,8 +86,5 @@ def build(name: str) -> Program:
             "elf",
             "program.o",
         )
-        tools.run("objcopy", "-O", "binary", "-j", ".harness", "elf", "harness")
-        elf, harness = ((tools.folder / name).read_bytes() for name in ("elf", "harness"))
-    if isa is A64:
-        return Program(isa, elf, harness, gadgets, wfi=0xD503_207F, modes=(0x3C0, 0x3C5))
-    return Program(isa, elf, harness, gadgets, wfi=0xE320_F003, modes=(0x1D0, 0x1D3))
+        elf = (tools.folder / "elf").read_bytes()
+    return Program(isa, elf, gadgets, modes=(0x3C0, 0x3C5) if isa is A64 else (0x1D0, 0x1D3))

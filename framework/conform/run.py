@@ -1,7 +1,8 @@
 """Hold the silicon against the model: one world, or as many as are wanted.
 
-Worlds come from hypothesis in batches, each with a seed of its own that follows from the run's seed, so that a run can
-be repeated and its memory stays bounded. A difference is shrunk by hypothesis to the smallest world that shows it.
+Worlds come from hypothesis in batches, each with a seed of its own that follows from the run's seed, so that memory
+stays bounded. The same seed gives the same worlds again with the same code and the same version of hypothesis. A
+difference is shrunk by hypothesis to the smallest world that shows it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.errors import Flaky
 
-from framework.errors import ProgramSilent
+from framework.errors import ProgramSilent, QemuDied
+from framework.machine.rundir import run_directory
 from framework.model.regime import ImpossibleRegime
 
-from . import layout
 from .case import Probe, World
 from .picture import picture
 from .predict import Expected, Predictor
@@ -23,7 +26,6 @@ from .silicon import Lab
 from .worlds import worlds
 
 _BATCH = 200  #: worlds
-_NAMES = [name.removeprefix("R_") for name in layout.RESULT_FIELDS]
 
 
 @dataclass
@@ -32,12 +34,26 @@ class Tally:
 
     worlds: int = 0
     cases: int = 0
+    repeated: int = 0  #: worlds that hypothesis drew again within a batch, and that were not run again
     unknowable: int = 0  #: probes not made: the architecture or the lab cannot say what they find
+    silenced: int = 0  #: ... of these, because of a departure
     outcomes: Counter = field(default_factory=Counter)  #: cases by what became of them: (stage, how)
     departed: Counter = field(default_factory=Counter)  #: cases whose prediction a departure changed
 
+    def add(self, predictor: Predictor, asked: int) -> None:
+        """Count one world."""
+        self.worlds += 1
+        self.cases += asked
+        self.unknowable += len(predictor.world.probes) - asked
+        self.silenced += predictor.silenced
+        self.outcomes.update(predictor.outcomes)
+        self.departed.update(predictor.departed)
+
     def __str__(self) -> str:
-        lines = [f"{self.cases} cases in {self.worlds} worlds, {self.unknowable} probes not made"]
+        lines = [
+            f"{self.cases} cases in {self.worlds} different worlds; "
+            f"{self.unknowable} probes not made, {self.silenced} of them because of a departure"
+        ]
         lines += [f"  {n:>9} {how}, {stage}" for (stage, how), n in sorted(self.outcomes.items())]
         lines += [f"  {n:>9} under departure {name}" for name, n in sorted(self.departed.items())]
         return "\n".join(lines)
@@ -46,13 +62,13 @@ class Tally:
 class Difference(AssertionError):
     """Silicon and model disagree. ``str()`` is the picture of the walk and the registers that differ."""
 
-    def __init__(self, world: World, probe: Probe | None, found: list[str], predictor: Predictor) -> None:
+    def __init__(self, world: World, probe: Probe | None, found: list[str], lab: Lab) -> None:
         self.world, self.probe, self.found = world, probe, found
-        self._predictor = predictor
+        self._program = lab.program
         super().__init__(found[0])
 
     def __str__(self) -> str:
-        return picture(self.world, self.probe, self.found, self._predictor)
+        return picture(self.world, self.probe, self.found, self._program)
 
 
 def check(lab: Lab, world: World, tally: Tally) -> None:
@@ -63,30 +79,34 @@ def check(lab: Lab, world: World, tally: Tally) -> None:
         return
     asked = [(probe, expected) for probe in world.probes if (expected := predictor.predict(probe)) is not None]
     try:
-        _compare(lab, world, predictor, asked)
-    except Difference:
-        lab.restore()  # wherever a guest has stored what nobody expected
-        raise
-    tally.worlds += 1
-    tally.cases += len(asked)
-    tally.unknowable += len(world.probes) - len(asked)
-    tally.outcomes.update(predictor.outcomes)
-    tally.departed.update(predictor.departed)
-
-
-def _compare(lab: Lab, world: World, predictor: Predictor, asked: list[tuple[Probe, Expected]]) -> None:
-    try:
         results = lab.run(world, [probe for probe, _ in asked])
-    except ProgramSilent as e:
-        raise Difference(world, None, [f"nothing: {e}"], predictor) from e
+    except (ProgramSilent, QemuDied) as e:
+        raise Difference(world, None, [f"nothing: {e}"], lab) from e
+    try:
+        _compare(lab, world, predictor, asked, results)
+    except Difference:
+        lab.heal()
+        raise
+    tally.add(predictor, len(asked))
+
+
+def _compare(
+    lab: Lab, world: World, predictor: Predictor, asked: list[tuple[Probe, Expected]], results: list[list[int]]
+) -> None:
     for (probe, expected), row in zip(asked, results, strict=True):
         if found := _differences(expected, row):
-            raise Difference(world, probe, found, predictor)
+            raise Difference(world, probe, found, lab)
     for pa, word in predictor.memory.stored.items():
         if (silicon := lab.peek(pa)) != word:
-            found = f"word at PA {pa:#x}: model {word:#018x}, silicon {silicon:#018x}"
-            raise Difference(world, None, [found], predictor)
+            raise Difference(world, None, [_word(pa, word, silicon)], lab)
+    for pa, word in world.words.items():
+        if asked and not predictor.hardware.explains(pa, word, silicon := lab.peek(pa)):
+            raise Difference(world, None, ["the table has changed: " + _word(pa, word, silicon)], lab)
     lab.restore(list(predictor.memory.stored))
+
+
+def _word(pa: int, model: int, silicon: int) -> str:
+    return f"word at PA {pa:#x}: model {model:#018x}, silicon {silicon:#018x}"
 
 
 def _differences(expected: Expected, row: list[int]) -> list[str]:
@@ -97,23 +117,31 @@ def _differences(expected: Expected, row: list[int]) -> list[str]:
     ]
 
 
-def conform(lab: Lab, cases: int, start: int, progress: Callable[[int], None] = lambda done: None) -> Tally:
-    """At least ``cases`` cases from seed ``start``. Raises Difference, shrunk.
+def conform(
+    lab: Lab, cases: int, start: int, progress: Callable[[int], None] = lambda done: None, *, shrink: bool = True
+) -> Tally:
+    """At least ``cases`` cases from seed ``start``; ``progress`` is told of the cases of each batch.
 
-    ``progress`` is told of each batch's cases.
+    Raises Difference, if wanted shrunk. Raises ValueError when worlds have no case in them.
     """
+    set_hypothesis_home_dir(run_directory() / "hypothesis")  # it caches constants there, and not in the user's folder
     tally = Tally()
     strategy = worlds(lab.silicon, lab.program)
     batch = 0
     while tally.cases < cases:
         before = tally.cases
-        _batch(lab, strategy, start * 1_000_003 + batch, tally)
+        _batch(lab, strategy, start * 1_000_003 + batch, tally, shrink)
+        if tally.cases == before:
+            raise ValueError("a whole batch of worlds has no probe whose answer is known")
         progress(tally.cases - before)
         batch += 1
     return tally
 
 
-def _batch(lab: Lab, strategy, number: int, tally: Tally) -> None:
+def _batch(lab: Lab, strategy, number: int, tally: Tally, shrink: bool) -> None:
+    seen: set[int] = set()
+    differences: list[Difference] = []
+
     @seed(number)
     @settings(
         max_examples=_BATCH,
@@ -121,11 +149,25 @@ def _batch(lab: Lab, strategy, number: int, tally: Tally) -> None:
         database=None,
         verbosity=Verbosity.quiet,
         report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(strategy)
     def run(world: World) -> None:
-        check(lab, world, tally)
+        key = hash((world.registers, tuple(world.words.items()), world.probes))
+        if key in seen:
+            tally.repeated += 1
+            return
+        try:
+            check(lab, world, tally)
+        except Difference as e:
+            differences.append(e)
+            raise
+        seen.add(key)
 
-    run()
+    try:
+        run()
+    except Flaky:
+        first = differences[0]
+        first.found.append("(this did not repeat)")
+        raise first from None

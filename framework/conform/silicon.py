@@ -6,13 +6,14 @@ import mmap
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from framework.config import HostConfig
-from framework.errors import ProgramSilent
+from framework.errors import ProgramSilent, QemuDied, SetupError
 from framework.machine.board import Boot
 from framework.machine.machine import Logs, Machine
 from framework.model.regime import Features
@@ -25,13 +26,15 @@ _MEMORY = 1 << 30
 _PATIENCE = 5.0  #: seconds; a world takes milliseconds, a guest that runs wild never ends
 _SPINS = 1000
 _WORDS = layout.RECORD // 8
+_OWN_WORDS = 0x2000 // 8  #: the program is smaller
 _GADGET_SIZE = 8
+_POISON = (1 << 64) - 1  #: a result that no probe has written
 
 
 class Lab:
     """A machine with the program in it. Use as a context manager; no process and no file outlives it.
 
-    Raises SetupError (no QEMU, no binutils), QemuRefused.
+    Raises SetupError (no QEMU, no binutils, a board without EL2), QemuRefused.
     """
 
     def __init__(self, config: HostConfig, logs: Path) -> None:
@@ -41,7 +44,8 @@ class Lab:
         self._logs = Logs(logs)
         self._start()
         end = self._board.ram_base + _MEMORY
-        self.silicon = Silicon(self._armv7, self._features(), end, self.program.wfi, self._board.qemu)
+        self.silicon = Silicon(self._armv7, self._features(), end, self._board.qemu)
+        self.restore()
 
     def __enter__(self) -> Lab:
         return self
@@ -58,22 +62,25 @@ class Lab:
             self.machine = Machine.start(self._board, Boot(Path(image.name)), self._logs)
             self._map = mmap.mmap(self.machine.ram.fd, _MEMORY)
             self._words = np.frombuffer(self._map, dtype="<u8")
-            self._lay_out()
             self._sequence = 0
             self._written: list[int] = []
-            self._request(0)
-            self._await()
+            try:
+                self._request(0)
+                if not self._answered():
+                    raise self._not_started()
+                self._pristine = self._own_memory()
+            except BaseException:
+                self.close()
+                raise
 
-    def _lay_out(self) -> None:
-        at = layout.HARNESS - self._board.ram_base
-        self._map[at : at + len(self.program.harness)] = self.program.harness
-        self._fill_frames()
-
-    def _fill_frames(self) -> None:
-        pas = np.arange(layout.FRAMES, layout.FRAMES + layout.FRAMES_SIZE, 16, dtype=np.uint64)
-        chunk = self._slice(layout.FRAMES, layout.FRAMES_SIZE // 8)
-        chunk[0::2] = frame_word(0, self.program.wfi)
-        chunk[1::2] = pas
+    def _not_started(self) -> SetupError:
+        level = int(self._slice(layout.CONTROL + layout.CONTROL_FIELDS["LEVEL"], 1)[0])
+        found = f"it was entered with {'CPSR' if self._armv7 else 'CurrentEL'} {level:#x}" if level else "it never ran"
+        return SetupError(
+            f"the {self.program.isa.name} conformance program does not answer on this board: {found}",
+            remedy="the board needs virtualization=on, no secure=on, and a CPU of the host's instruction set",
+            evidence=self.machine.evidence(),
+        )
 
     def _features(self) -> Features:
         if self._armv7:
@@ -85,12 +92,27 @@ class Lab:
         """End the machine."""
         self.machine.kill()
         self._words = np.zeros(0, dtype="<u8")
-        self._map.close()
+        with suppress(BufferError):  # an exception on its way still sees a part of it; then it goes with that
+            self._map.close()
 
     def restart(self) -> None:
-        """A fresh machine, when the program was lost."""
+        """A fresh machine, when the program was lost, or may have been overwritten."""
         self.close()
         self._start()
+        self.restore()
+
+    def heal(self) -> None:
+        """Undo what guests may have done where nobody expected it; a fresh machine if they reached the program."""
+        if self._own_memory() != self._pristine:
+            self.restart()
+            return
+        self._slice(layout.ARENA, layout.ARENA_SIZE // 8)[:] = 0
+        self.restore()
+
+    def _own_memory(self) -> bytes:
+        """The program's text, and the harness but for its table."""
+        text = self._slice(layout.PROGRAM, _OWN_WORDS).tobytes()
+        return text + self._slice(layout.HARNESS, layout.UPPER_TABLE // 8).tobytes()
 
     def _slice(self, pa: int, words: int) -> np.ndarray:
         first = (pa - self._board.ram_base) >> 3
@@ -101,7 +123,7 @@ class Lab:
     def run(self, world: World, probes: Sequence[Probe]) -> list[list[int]]:
         """Make these probes of a world; the results, eight words each, as layout.RESULT_FIELDS names them.
 
-        Raises ProgramSilent when the program does not come back; the machine is then a fresh one.
+        Raises ProgramSilent when the program does not come back, QemuDied; the machine is then a fresh one.
         """
         if not probes:
             return []
@@ -109,6 +131,9 @@ class Lab:
         rows = np.zeros((len(probes), _WORDS), dtype="<u8")
         rows[:, :5] = [self._record(world, probe) for probe in probes]
         self._slice(layout.PROBES, rows.size)[:] = rows.ravel()
+        results = self._slice(layout.RESULTS, rows.size)
+        results[:] = 0
+        results[::_WORDS] = _POISON
         self._request(len(probes))
         self._await()
         return self._slice(layout.RESULTS, rows.size).reshape(-1, _WORDS).tolist()
@@ -129,9 +154,9 @@ class Lab:
         if not probe.runs:
             return probe.op, probe.va, 0, 0, 0
         if probe.access.fetch:
-            return probe.op, probe.va, 0, probe.va, self.program.modes[not probe.access.el0]
+            return probe.op, probe.va, 0, probe.va, self.program.modes[not probe.user]
         pc = world.harness + layout.GADGETS + _GADGET_SIZE * probe.gadget
-        return probe.op, probe.va, probe.value, pc, self.program.modes[1]
+        return probe.op, probe.va, probe.value, pc, self.program.modes[not probe.user]
 
     def _poke(self, pa: int, word: int) -> None:
         self._words[(pa - self._board.ram_base) >> 3] = word
@@ -143,25 +168,45 @@ class Lab:
     def restore(self, pas: Sequence[int] | None = None) -> None:
         """Give these words of the frames, or all of them, their own content back."""
         if pas is None:
-            self._fill_frames()
-        for pa in pas or ():
-            self._poke(pa, frame_word(pa, self.program.wfi))
+            pas = range(layout.FRAMES, layout.FRAMES + layout.FRAMES_SIZE, 16)
+            chunks = self._slice(layout.FRAMES, layout.FRAMES_SIZE // 8)
+            pages = [frame_word(pa, self.silicon) for pa in pas[::256]]
+            chunks[0::2] = np.repeat(np.array(pages, dtype=np.uint64), 256)
+            chunks[1::2] = pas
+            return
+        for pa in pas:
+            self._poke(pa, frame_word(pa, self.silicon))
 
     # -- the handshake -----------------------------------------------------------------------------------------
 
     def _request(self, count: int) -> None:
         self._sequence += 1
+        self._asked = count
         self._poke(layout.CONTROL + layout.CONTROL_FIELDS["COUNT"], count)
         self._poke(layout.CONTROL + layout.CONTROL_FIELDS["REQUEST"], self._sequence)
 
-    def _await(self) -> None:
+    def _answered(self) -> bool:
+        """Wait for the answer to the last request, for a while."""
         where = (layout.CONTROL + layout.CONTROL_FIELDS["ANSWER"] - self._board.ram_base) >> 3
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
             for _ in range(_SPINS):
                 if self._words[where] == self._sequence:
-                    return
+                    return True
             self.machine.check()
-        evidence = self.machine.evidence()
+        return False
+
+    def _await(self) -> None:
+        try:
+            if self._answered():
+                return
+        except QemuDied:
+            self.restart()
+            raise
+        done = int((self._slice(layout.RESULTS, self._asked * _WORDS)[::_WORDS] != _POISON).sum())
+        lost = ProgramSilent(
+            f"the conformance program did not answer within {_PATIENCE:.0f} s; {done} of {self._asked} probes answered",
+            evidence=self.machine.evidence(),
+        )
         self.restart()
-        raise ProgramSilent(f"the conformance program did not answer within {_PATIENCE:.0f} s", evidence=evidence)
+        raise lost

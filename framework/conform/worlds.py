@@ -7,7 +7,7 @@ wrong. The harness and the guest's own tables get their paths first, so that the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 
@@ -90,6 +90,9 @@ def vtcr(shape: Shape, silicon: Silicon, extra: int) -> int:
 _GOOD_S2 = d.encode(d.Leaf(0), LAST_LEVEL) & ~d.TYPE.mask
 _GOOD_S1 = d.VALID.mask | d.AF.mask | d.AP.put(1) | d.SH.put(d.Shareability.INNER)
 
+#: Stands for any change of any attribute, ignored bits among them.
+_ANYTHING = -1
+
 #: One thing changed: the corners of each field. The first is no change.
 _S2_CHANGES = (
     *[0] * 12,
@@ -101,9 +104,8 @@ _S2_CHANGES = (
     *(d.SH.put(n) for n in (1, 2, 3)),
     d.DBM.mask | d.S2AP.put(2),
     d.CONTIGUOUS.mask,
-    d.SOFTWARE.mask,
-    d.PBHA.mask,
     d.VALID.mask,
+    *[_ANYTHING] * 2,
 )
 _S1_CHANGES = (
     *[0] * 12,
@@ -117,10 +119,14 @@ _S1_CHANGES = (
     *(d.SH.put(n) for n in (1, 2, 3)),
     d.CONTIGUOUS.mask,
     d.VALID.mask,
+    *[_ANYTHING] * 2,
 )
 _S1_LIMITS = (*[0] * 8, *(d.AP_TABLE.put(n) for n in (1, 2, 3)), d.XN_TABLE.mask, d.PXN_TABLE.mask)
+_IGNORED = d.SOFTWARE.mask | d.FNXS.mask  #: in a leaf: the operating system's, and bit 11 (stage 1: nG)
 _S2_RANDOM = d.MEMATTR.mask | d.S2AP.mask | d.SH.mask | d.AF.mask | d.DBM.mask | d.CONTIGUOUS.mask | d.XN.mask
-_S1_RANDOM = d.ATTRINDX.mask | d.AP.mask | d.SH.mask | d.AF.mask | d.UXN.mask | d.PXN.mask
+_S2_RANDOM |= _IGNORED | d.PBHA.mask | 1 << 63
+_S1_RANDOM = d.ATTRINDX.mask | d.AP.mask | d.SH.mask | d.AF.mask | d.UXN.mask | d.PXN.mask | _IGNORED | 1 << 5
+_IN_TABLES = 0xFFC | 0xFF << 51 | 1 << 63  #: ignored in a table entry of either stage (NSTable, in Non-secure state)
 
 _s2_change = st.sampled_from(_S2_CHANGES)
 _s1_change = st.sampled_from(_S1_CHANGES)
@@ -129,8 +135,13 @@ _word = st.integers(0, (1 << 64) - 1)
 _percent = st.integers(0, 99)
 _boolean = st.booleans()
 
-#: MAIR: write-back, non-cacheable, four device types, write-through, transient, and halves that differ.
-_MAIR = int.from_bytes(bytes((0xFF, 0x44, 0x00, 0x04, 0xBB, 0x0C, 0x4F, 0x73)), "little")
+_MAIR_BYTES = (0x44, 0x00, 0x04, 0x08, 0x0C, 0xBB, 0x73, 0x4F, 0xF4, 0x37, 0x77, 0x33, 0xAA, 0xEE, 0x1B, 0xB4, 0x5D)
+#: MAIR: attribute 0 is write-back, the others any base encoding: every byte at every place.
+_MAIRS = tuple(
+    int.from_bytes(bytes((0xFF, *(_MAIR_BYTES[(start + step * i) % len(_MAIR_BYTES)] for i in range(7)))), "little")
+    for step in (1, 3)
+    for start in range(len(_MAIR_BYTES))
+)
 
 
 # -- one table, path by path ----------------------------------------------------------------------------------
@@ -181,7 +192,7 @@ def _s2_leaf(draft: _Draft, table: _Table, level: int, address: int | None = Non
     draw, granule = draft.draw, table.regime.granule
     size = 1 << granule.level_shift(level)
     change = draw(_s2_change)
-    if change == d.PBHA.mask:  # the rarest of the list stands for anything at all
+    if change == _ANYTHING:
         change = draw(_word) & _S2_RANDOM
     if address is None:
         address = _output(draw(_percent), draft, table.regime, size)
@@ -224,11 +235,12 @@ def _s2_pointer(draft: _Draft, table: _Table, chance: int = 0) -> int:
     """A table descriptor with a fresh page; now and then beyond the physical size, or where no memory is."""
     pa = draft.page(table.regime.granule.size)
     table.backing[pa] = pa
-    if chance == 59:
+    if chance == 59:  # beyond the physical size
         pa |= (1 << table.regime.output_bits) & table.regime.format.address_field()
-    if chance == 58:
+    if chance in (56, 57, 58):  # where no memory is
         pa = draft.silicon.ram_end
-    return d.encode(d.Table(pa), 0, table.regime.format) | (chance & 1) * (d.AP_TABLE.mask | d.XN_TABLE.mask)
+    ignored = draft.draw(_word) & (_IN_TABLES | d.AP_TABLE.mask | d.XN_TABLE.mask) if chance & 1 else 0
+    return d.encode(d.Table(pa), 0, table.regime.format) | ignored
 
 
 def _s2_fixed(draft: _Draft, table: _Table, pa: int, perfect: bool):
@@ -239,8 +251,9 @@ def _s2_fixed(draft: _Draft, table: _Table, pa: int, perfect: bool):
             return _s2_pointer(draft, table)
         pa_of_page = pa & -table.regime.granule.size
         if perfect:
-            leaf = d.Leaf(pa_of_page, memattr=table.regime.format.normal)
-            return d.encode(leaf, level, table.regime.format)
+            return d.encode(d.Leaf(pa_of_page), level, table.regime.format)
+        if draft.draw(_percent) >= 95:  # where no memory is
+            pa_of_page = draft.silicon.ram_end
         return _s2_leaf(draft, table, level, pa_of_page)
 
     return make
@@ -283,7 +296,7 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     table = _Table(below, root, {root: root})
     slots = _slots(shape.input_bits)
     with_stage1 = len(slots) > 4 and draw(_boolean)
-    if silicon.armv7 and not with_stage1:
+    if (silicon.armv7 and not with_stage1) or silicon.qemu == "qemu-system-arm":  # see departures.IPA_32_BITS
         slots = [s for s in slots if s < 1 << 32]
     harness = draw(st.sampled_from(slots))
     draft.path(table, harness, _s2_fixed(draft, table, layout.HARNESS, perfect=True))
@@ -295,7 +308,7 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
         bases, harness_va = _interesting(draw, table), harness
         for ipa in bases:
             draft.path(table, ipa, _s2_entry(draft, table))
-    registers = Registers(**vars(registers) | {"vbar": harness_va & _va_mask(silicon)})
+    registers = replace(registers, vbar=harness_va & _va_mask(silicon))
     probes = _probes(draw, silicon, program, bases, harness_va)
     return World(silicon, registers, draft.words, harness_va, harness, tuple(probes))
 
@@ -315,21 +328,34 @@ def _impossible_shapes(silicon: Silicon) -> list[Shape]:
 
 
 def _impossible(draw, silicon: Silicon) -> World:
-    """A regime that cannot be: no guest runs, the AT instructions still answer."""
-    shape = draw(st.sampled_from(_impossible_shapes(silicon)))
-    hcr, extra = _options(draw, silicon, shape)
-    registers = Registers(hcr, vtcr(shape, silicon, extra), layout.ARENA, _SCTLR[False])
+    """A regime that cannot be, or a root beyond physical memory: no guest runs, the AT instructions still answer."""
+    root = layout.ARENA
     if draw(_boolean):
-        granule = draw(st.sampled_from(silicon.features.granules))
+        shape = draw(st.sampled_from(_impossible_shapes(silicon)))
+        hcr, extra = _options(draw, silicon, shape)
+    else:
+        shape = draw(st.sampled_from(stage2_shapes(silicon)))
+        hcr, extra = _options(draw, silicon, shape)
+        root |= 1 << min(_PS[extra >> 16 & 7], silicon.features.pa_bits, 48) & (1 << 48) - 1
+    registers = Registers(hcr, vtcr(shape, silicon, extra), root, _SCTLR[False])
+    if draw(_boolean):
+        granule = draw(st.sampled_from(_stage1_granules(silicon)))
         tcr = _tcr(draw, silicon, granule, draw(st.sampled_from(_va_widths(silicon, granule))), 0)
-        on = {"sctlr": registers.sctlr | regime.SCTLR_M, "tcr": tcr, "mair": _MAIR}
-        registers = Registers(**vars(registers) | on)
+        registers = replace(registers, sctlr=registers.sctlr | regime.SCTLR_M, tcr=tcr, mair=_MAIRS[0])
     vas = draw(st.lists(st.integers(0, (1 << 55) - 1), min_size=1, max_size=3))
     return World(silicon, registers, probes=tuple(Probe.at(op, va & ~0xF) for va in vas for op in range(4)))
 
 
 def _va_mask(silicon: Silicon) -> int:
     return (1 << 32) - 1 if silicon.armv7 else (1 << 64) - 1
+
+
+def _root(draft: _Draft, shape: Shape) -> int:
+    """Where the stage-2 root is: anywhere in the first half of the arena that it is aligned."""
+    size = max(64, 8 << shape.input_bits - _start_shift(shape, draft.silicon))
+    places = max(1, min(16, layout.ARENA_SIZE // 2 // size))
+    draft.next_page += draft.draw(st.integers(0, places - 1)) * size
+    return draft.page(size)
 
 
 def _start_shift(shape: Shape, silicon: Silicon) -> int:
@@ -366,7 +392,7 @@ def _options(draw, silicon: Silicon, shape: Shape) -> tuple[int, int]:
         hcr |= regime.HCR_FWB
     extra = _physical_size(draw, shape) << 16
     if silicon.features.hafdbs:
-        extra |= draw(st.sampled_from((0, 0, 1, 3))) << 21
+        extra |= draw(st.sampled_from((0, 0, 1, 2, 3, 3))) << 21
     return hcr, extra | silicon.features.vmid16 << 19
 
 
@@ -380,21 +406,21 @@ def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: in
     for ipa in draw(st.lists(st.sampled_from(slots), min_size=1, max_size=5, unique=True)):
         homes[ipa] = draft.page()
         draft.path(table, ipa, _s2_fixed(draft, table, homes[ipa], perfect=draw(_percent) < 60))
-    granule = KIB4 if silicon.armv7 else draw(st.sampled_from(silicon.features.granules))
+    granule = KIB4 if silicon.armv7 else draw(st.sampled_from(_stage1_granules(silicon)))
     va_bits = draw(st.sampled_from(_va_widths(silicon, granule)))
-    root, *free = homes
+    first, *free = homes
+    root = first + _offset_of_root(draw, granule, va_bits)
+    homes[root] = homes[first] + root - first
     bits = regime.SCTLR_M | draw(st.sampled_from((0, 0, 0, regime.SCTLR_WXN)))
     if silicon.armv7:
         bits |= draw(st.sampled_from((0, 0, regime.SCTLR_UWXN)))
-    registers = Registers(
-        **vars(registers)
-        | {
-            "sctlr": registers.sctlr | bits,
-            "tcr": _tcr(draw, silicon, granule, va_bits, harness),
-            "ttbr0": root,
-            "ttbr1": harness + layout.UPPER_TABLE,
-            "mair": _MAIR,
-        }
+    registers = replace(
+        registers,
+        sctlr=registers.sctlr | bits,
+        tcr=_tcr(draw, silicon, granule, va_bits, harness),
+        ttbr0=root,
+        ttbr1=harness + layout.UPPER_TABLE,
+        mair=draw(st.sampled_from(_MAIRS)),
     )
     control = World(silicon, registers).stage1()
     upper = _Table(control.regime, root, dict(homes))
@@ -410,11 +436,23 @@ def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: in
     return registers, vas, harness_va
 
 
+def _offset_of_root(draw, granule: Granule, va_bits: int) -> int:
+    """Where in its page a small root is: anywhere it is aligned."""
+    levels = -(-(va_bits - granule.shift) // granule.stride)
+    size = max(64, 8 << va_bits - granule.level_shift(LAST_LEVEL + 1 - levels))
+    return draw(st.integers(0, 3)) * size if size < 0x1000 else 0
+
+
 def _va_widths(silicon: Silicon, granule: Granule) -> list[int]:
     if silicon.armv7:
         return [32, 31, 30, 29, 26, 25]
     least = 64 - ((47 if granule is KIB64 else 48) if silicon.features.small_tables else 39)
     return sorted({48, 39, 36, least, least + 1, 42, 40}, reverse=True)
+
+
+def _stage1_granules(silicon: Silicon) -> list[Granule]:
+    wide = silicon.features.pa_bits > 48  # 64 KiB is then another format
+    return [g for g in silicon.features.stage1_granules if g is not KIB64 or not wide]
 
 
 def _tcr(draw, silicon: Silicon, granule: Granule, va_bits: int, harness: int) -> int:
@@ -434,12 +472,13 @@ def _s1_entry(draft: _Draft, upper: _Table, free: list[int], targets: list[int])
         if chance >= 95:
             return draw(_word) & ~d.VALID.mask
         if level < LAST_LEVEL and free and chance < 75:
-            return stage1.table(free.pop()) | draw(_s1_limit)
+            ignored = draw(_word) & _IN_TABLES if chance & 1 else 0
+            return stage1.table(free.pop()) | draw(_s1_limit) | ignored
         if level < LAST_LEVEL and chance == 94:  # a table at an IPA that nobody made
             return stage1.table(draw(st.sampled_from(targets)) & upper.regime.format.address_field())
         size = 1 << granule.level_shift(level)
         change = draw(_s1_change)
-        if change == d.CONTIGUOUS.mask:
+        if change == _ANYTHING:
             change = draw(_word) & _S1_RANDOM
         ipa = draw(st.sampled_from(targets)) & -size
         if chance in (92, 93):
@@ -456,28 +495,35 @@ _OFFSETS = (0, 0xFF0, 0xFFF0, 0x10, layout.FRAMES & 0x3FFF_FFFF, 0x1F_FFF0, 0x3F
 
 
 def _probes(draw, silicon: Silicon, program: Program, bases: list[int], harness: int) -> list[Probe]:
-    """Each address: the four AT instructions, a load and a store of each privilege, a fetch of each."""
+    """Each address: the four AT instructions; a load and a store by EL1, by EL1 with EL0's rights, by EL0; fetches."""
     probes = []
-    top = _UPPER_VA[True] if silicon.armv7 else 1 << 55
+    top = _UPPER_VA[True] if silicon.armv7 else 1 << 64
     for base in bases:
         for offset in draw(st.lists(st.sampled_from(_OFFSETS), min_size=1, max_size=3, unique=True)):
             va = base + offset
             if draw(_percent) >= 95:  # beyond the range
-                va |= 1 << draw(st.integers(25, 54))
+                va |= 1 << draw(st.sampled_from(_STRAY_BITS))
             if va < top:
                 probes += _questions(draw, program, va & _va_mask(silicon))
     return probes
 
 
+#: Bits that lead an address out of its range. (Bit 55 would choose the upper range.)
+_STRAY_BITS = (*range(25, 55), *range(56, 64))
+
+
 def _questions(draw, program: Program, va: int) -> list[Probe]:
     value, data = draw(_word), va | 8
-    probes = [Probe.at(op, va) for op in range(4)]
     run = layout.OPS.index("RUN")
-    for write, el0 in product((True, False), (False, True)):
-        gadgets = gadgets_of(program, write, el0)
-        number = gadgets[value % len(gadgets)]
-        probes.append(Probe(run, data, Access(Direction.WRITE if write else Direction.READ, el0), number, value))
-    return probes + [Probe(run, va, Access(Direction.FETCH, el0)) for el0 in (False, True)]
+    probes = [Probe.at(op, va) for op in range(4)]
+    for write in (True, False):
+        direction = Direction.WRITE if write else Direction.READ
+        plain, unprivileged = gadgets_of(program, write, False), gadgets_of(program, write, True)
+        one, other = plain[value % len(plain)], unprivileged[value % len(unprivileged)]
+        probes.append(Probe(run, data, Access(direction), one, value))
+        probes.append(Probe(run, data, Access(direction, el0=True), other, value))
+        probes.append(Probe(run, data, Access(direction, el0=True), one, value, user=True))
+    return probes + [Probe(run, va, Access(Direction.FETCH, el0), user=el0) for el0 in (False, True)]
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .descriptors import RESERVED_MEMATTR, MemAttrFwb, Shareability
 
 
-class Memory(NamedTuple):
+class Attributes(NamedTuple):
     """``attr``: a MAIR byte (stage 1, and combined) or MemAttr[3:0] (stage 2); ``sh``: shareability.
 
     None stands for what the architecture leaves open.
@@ -21,8 +21,8 @@ class Memory(NamedTuple):
     sh: int | None
 
 
-#: Data accesses with stage 1 off: Device-nGnRnE.
-STAGE1_OFF = Memory(0x00, Shareability.OUTER)
+#: With stage 1 off: data is Device-nGnRnE; instructions are non-cacheable (with SCTLR.I clear).
+STAGE1_OFF, STAGE1_OFF_FETCH = Attributes(0x00, Shareability.OUTER), Attributes(0x44, Shareability.OUTER)
 
 _NC = 0b0100  #: normal non-cacheable, half a MAIR byte
 _NORMAL_NC = 0x44
@@ -33,24 +33,30 @@ def is_device(mair: int) -> bool:
     return not mair >> 4
 
 
-def combine(first: Memory, second: Memory, fwb: bool) -> Memory:
+def _known(mair: int) -> bool:
+    """Whether a MAIR byte is one of the base encodings: no FEAT_MTE2, no FEAT_XS, nothing reserved."""
+    return not mair & 0b11 if is_device(mair) else bool(mair & 0xF)
+
+
+def combine(first: Attributes, second: Attributes, fwb: bool) -> Attributes:
     """What both stages together say: the stricter of the two, unless FWB lets stage 2 decide."""
-    if second.attr in RESERVED_MEMATTR[fwb]:
-        return Memory(None, None)
+    if second.attr in RESERVED_MEMATTR[fwb] or not _known(first.attr):
+        return Attributes(None, None)
     attr = _forced(first.attr, second.attr) if fwb else _stricter(first.attr, second.attr)
     if is_device(attr) or attr == _NORMAL_NC:
-        return Memory(attr, Shareability.OUTER)
+        return Attributes(attr, Shareability.OUTER)
     # Memory that stage 1 held outer shareable for its type alone, and stage 2 forced to write-back:
     # an implementation may combine the field or its effect.
-    open_choice = is_device(first.attr) or first.attr == _NORMAL_NC
-    return Memory(attr, _wider(None if open_choice else first.sh, second.sh))
+    effective = Shareability.OUTER if is_device(first.attr) or first.attr == _NORMAL_NC else first.sh
+    one, other = _wider(first.sh, second.sh), _wider(effective, second.sh)
+    return Attributes(attr, one if one == other else None)
 
 
-def _wider(one: int | None, other: int) -> int | None:
-    """Outer, else inner, else non-shareable; None where a reserved encoding (0b01) or an open choice could matter."""
+def _wider(one: int, other: int) -> int | None:
+    """Outer, else inner, else non-shareable; None where a reserved encoding (0b01) could matter."""
     if Shareability.OUTER in (one, other):
         return Shareability.OUTER
-    if one is None or Shareability.RESERVED in (one, other):
+    if Shareability.RESERVED in (one, other):
         return None
     return Shareability.INNER if Shareability.INNER in (one, other) else Shareability.NON
 

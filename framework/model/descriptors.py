@@ -10,7 +10,7 @@ exact inverses on all 2**64 words: what has no meaning is kept as found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import NamedTuple, TypeVar
 
@@ -71,14 +71,23 @@ _ADDRESS_TOP = 48
 
 
 class MemAttr(IntEnum):
-    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6): outer in [3:2], inner in [1:0]."""
+    """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6): outer in [3:2], inner in [1:0].
+
+    Names of normal memory say outer, then inner, where they differ.
+    """
 
     DEVICE_nGnRnE = 0b0000
     DEVICE_nGnRE = 0b0001
     DEVICE_nGRE = 0b0010
     DEVICE_GRE = 0b0011
     NORMAL_NC = 0b0101
+    NORMAL_NC_WT = 0b0110
+    NORMAL_NC_WB = 0b0111
+    NORMAL_WT_NC = 0b1001
     NORMAL_WT = 0b1010
+    NORMAL_WT_WB = 0b1011
+    NORMAL_WB_NC = 0b1101
+    NORMAL_WB_WT = 0b1110
     NORMAL_WB = 0b1111
 
 
@@ -101,7 +110,7 @@ class Shareability(IntEnum):
     INNER = 0b11
 
 
-class Access(IntEnum):
+class Grant(IntEnum):
     """S2AP: what stage 2 grants to data accesses."""
 
     NONE = 0b00
@@ -124,10 +133,16 @@ class Format:
     """What decides the meaning of a descriptor's bits, beside its level."""
 
     granule: Granule = KIB4
-    address_bits: int = _ADDRESS_TOP  #: top of the address field: 40 in Armv7, where [47:40] are RES0
+    armv7: bool = False  #: addresses end at bit 39; [47:40] are RES0
     fwb: bool = False  #: HCR_EL2.FWB: MemAttr has its other encoding
     xnx: bool = False  #: FEAT_XNX: XN has two bits
     dbm: bool = False  #: FEAT_HAFDBS: bit 51 means something
+    xs: bool = False  #: FEAT_XS: bit 11 means something
+
+    @property
+    def address_bits(self) -> int:
+        """Width of the address field."""
+        return 40 if self.armv7 else _ADDRESS_TOP
 
     def address_field(self, level: int = LAST_LEVEL) -> int:
         """Mask of the output address of a leaf at ``level``; of a table's address at the last level."""
@@ -139,11 +154,11 @@ class Format:
         return MemAttrFwb.NORMAL_WB if self.fwb else MemAttr.NORMAL_WB
 
     def is_device(self, memattr: Bits) -> Bits:
-        """Whether MemAttr[3:0] is a device type. Reserved FWB encodings (bit 3) count as device."""
+        """Whether MemAttr[3:0] is a device type. With FWB bit 3 is RES0 and not looked at."""
         return (memattr & (0b0100 if self.fwb else 0b1100)) == 0
 
 
-ARMV7 = Format(address_bits=40)
+LPAE = Format(armv7=True)  #: Armv7's one format
 
 
 class Kind(Enum):
@@ -194,11 +209,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A stage-2 block or page. ``address`` in bytes; ``res0`` holds the bits that should be zero and are not."""
+    """A stage-2 block or page. ``address`` in bytes; ``memattr`` None: ordinary write-back memory.
+
+    ``res0`` holds the bits that should be zero and are not: those of features that are not there among them.
+    """
 
     address: int
-    memattr: int = MemAttr.NORMAL_WB
-    s2ap: int = Access.READ_WRITE
+    memattr: int | None = None
+    s2ap: int = Grant.READ_WRITE
     sh: int = Shareability.INNER
     af: bool = True
     xn: int = Never.NOBODY
@@ -225,7 +243,13 @@ _LEAF_FIELDS = {
     "pbha": PBHA,
 }
 _FLAGS = frozenset({"af", "contiguous", "dbm", "fnxs"})
-_LEAF_MASK = VALID.mask | TYPE.mask | sum(field.mask for field in _LEAF_FIELDS.values())
+_TYPE_BITS = VALID.mask | TYPE.mask
+
+
+def _meaningful(fmt: Format) -> int:
+    """The attribute bits of a leaf that mean something in this format."""
+    mask = sum(field.mask for field in _LEAF_FIELDS.values()) & ~(DBM.mask | FNXS.mask | Field(XN.low).mask)
+    return mask | fmt.dbm * DBM.mask | fmt.xs * FNXS.mask | fmt.xnx * Field(XN.low).mask
 
 
 def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
@@ -237,36 +261,35 @@ def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
             return Reserved(word)
         case Kind.TABLE:
             field = fmt.address_field()
-            return Table(word & field, word & ~field & ~0b11)
-    field = fmt.address_field(level)
-    values = {name: f.of(word) for name, f in _LEAF_FIELDS.items()}
+            return Table(word & field, word & ~field & ~_TYPE_BITS)
+    address, known = fmt.address_field(level), _meaningful(fmt)
+    values = {name: f.of(word & known) for name, f in _LEAF_FIELDS.items()}
     values |= {name: bool(values[name]) for name in _FLAGS}
-    return Leaf(word & field, res0=word & ~field & ~_LEAF_MASK, **values)
+    return Leaf(word & address, res0=word & ~address & ~known & ~_TYPE_BITS, **values)
 
 
 def encode(entry: Entry, level: int, fmt: Format = Format()) -> int:
-    """The word of ``entry`` at ``level``. ValueError when a value does not fit or the level cannot hold it."""
+    """The word of ``entry`` at ``level``. ValueError when no word means just that."""
+    if isinstance(entry, Leaf) and entry.memattr is None:
+        entry = replace(entry, memattr=fmt.normal)
+    word = _word(entry, level, fmt)
+    if word >> 64 or decode(word, level, fmt) != entry:
+        raise ValueError(f"a level {level} entry cannot say {entry}")
+    return word
+
+
+def _word(entry: Entry, level: int, fmt: Format) -> int:
     match entry:
         case Invalid(payload):
             return payload << 1
         case Reserved(word):
             return word
         case Table(address, ignored):
-            if level == LAST_LEVEL:
-                raise ValueError(f"level {LAST_LEVEL} holds no table")
-            return _placed(address, LAST_LEVEL, fmt) | ignored | VALID.mask | TYPE.mask
-    if fmt.granule.top_block > level:
-        raise ValueError(f"no block at level {level} with a granule of {fmt.granule}")
-    word = _placed(entry.address, level, fmt) | entry.res0 | VALID.mask | TYPE.put(level == LAST_LEVEL)
+            return address | ignored | _TYPE_BITS
+    word = entry.address | entry.res0 | VALID.mask | TYPE.put(level == LAST_LEVEL)
     for name, field in _LEAF_FIELDS.items():
         word |= field.put(int(getattr(entry, name)))
     return word
-
-
-def _placed(address: int, level: int, fmt: Format) -> int:
-    if address & ~fmt.address_field(level):
-        raise ValueError(f"{address:#x} is not an address that a level {level} entry can hold")
-    return address
 
 
 # -- encodings the architecture reserves -------------------------------------------------------------------
@@ -278,7 +301,9 @@ def reserved(word: int, level: int, fmt: Format) -> list[str]:
         case Reserved():
             return [reserved_type(word, level, fmt.granule)]
         case Leaf() as leaf:
-            return [why for why in _leaf_reservations(leaf, level, fmt) if why]
+            return [*_leaf_reservations(leaf, level, fmt), *_zeros(leaf.res0, level, fmt)]
+        case Table(_, ignored):
+            return _zeros(ignored & _table_zeros(fmt), LAST_LEVEL, fmt)
     return []
 
 
@@ -289,20 +314,36 @@ def reserved_type(word: int, level: int, granule: Granule) -> str | None:
     return "reserved encoding (0b01) at the last level" if level == LAST_LEVEL else f"a block at level {level}"
 
 
-def _leaf_reservations(leaf: Leaf, level: int, fmt: Format) -> list[str | None]:
-    size = 1 << fmt.granule.level_shift(level)
-    low = leaf.res0 & (size - 1) & ~(fmt.granule.size - 1)
-    return [
-        f"block address not aligned to {size:#x} bytes" if low else None,
-        f"RES0 bits {leaf.res0 & ~low:#x}" if leaf.res0 & ~low else None,
-        "reserved shareability (0b01)" if leaf.sh == Shareability.RESERVED else None,
-        f"reserved MemAttr {leaf.memattr:#06b}" if leaf.memattr in RESERVED_MEMATTR[fmt.fwb] else None,
-        "XN[0] without FEAT_XNX" if leaf.xn & 1 and not fmt.xnx else None,
-        "DBM without FEAT_HAFDBS" if leaf.dbm and not fmt.dbm else None,
-    ]
+def _leaf_reservations(leaf: Leaf, level: int, fmt: Format) -> list[str]:
+    found = []
+    if leaf.sh == Shareability.RESERVED:
+        found.append("reserved shareability (0b01)")
+    if leaf.memattr in RESERVED_MEMATTR[fmt.fwb]:
+        found.append(f"reserved MemAttr {leaf.memattr:#06b}")
+    return found
 
 
-#: Without FWB, normal memory with an inner field of 0b00; with FWB, bit 3 set, and 0b0100.
+#: Bits that are RES0 for want of a feature.
+_ABSENT = {Field(XN.low): "XN[0] without FEAT_XNX", DBM: "DBM without FEAT_HAFDBS", FNXS: "FnXS without FEAT_XS"}
+
+
+def _zeros(bits: int, level: int, fmt: Format) -> list[str]:
+    """Names of RES0 bits that are set."""
+    found = [name for field, name in _ABSENT.items() if field.of(bits)]
+    bits &= ~sum(field.mask for field in _ABSENT)
+    low = bits & ((1 << fmt.granule.level_shift(level)) - fmt.granule.size)
+    if low:
+        found.append(f"block address not aligned to {1 << fmt.granule.level_shift(level):#x} bytes")
+    return [*found, f"RES0 bits {bits & ~low:#x}"] if bits & ~low else found
+
+
+def _table_zeros(fmt: Format) -> int:
+    """RES0 in a stage-2 table entry: the limits that stage 1 has in [63:59], and what is beside the address."""
+    beside = Field(40, 8).mask if fmt.armv7 else Field(48, 3).mask | (fmt.granule.size - KIB4.size)
+    return Field(59, 5).mask | beside
+
+
+#: Without FWB, normal memory with an inner field of 0b00; with FWB, 0b0100 and the RES0 bit 3.
 RESERVED_MEMATTR = {
     False: frozenset({0b0100, 0b1000, 0b1100}),
     True: frozenset({0b0100, *range(0b1000, 0b10000)}),
@@ -313,11 +354,11 @@ RESERVED_MEMATTR = {
 
 
 def s2_readable(desc: Bits) -> Bits:
-    return (desc & (Access.READ << S2AP.low)) != 0
+    return (desc & (Grant.READ << S2AP.low)) != 0
 
 
 def s2_writable(desc: Bits) -> Bits:
-    return (desc & (Access.WRITE << S2AP.low)) != 0
+    return (desc & (Grant.WRITE << S2AP.low)) != 0
 
 
 def s2_executable(desc: Bits, *, el0: bool = False, fmt: Format = Format()) -> Bits:

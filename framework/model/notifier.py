@@ -233,7 +233,7 @@ def _breach(notice: Notice, old: int, new: int, owes: bool, may_go: bool) -> Bre
 
 def _changed_rights(old: int, new: int, may_go: bool) -> Breach | None:
     """A page may lose its access flag at any time, and where it may go also its write permission; nothing else."""
-    may_lose = d.AF.mask | (d.S2AP.put(d.Access.WRITE) if may_go else 0)
+    may_lose = d.AF.mask | (d.S2AP.put(d.Grant.WRITE) if may_go else 0)
     return Breach.ALTERED if (old ^ new) & ~may_lose or new & ~old else None
 
 

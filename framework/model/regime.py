@@ -3,7 +3,8 @@
 Sources: ARM DDI 0406C.d B4.1.159 (VTCR), B4.1.160 (VTTBR), B4.1.153 (TTBCR), B3.6.6 (concatenation);
 ARM DDI 0487, registers VTCR_EL2, VTTBR_EL2, TCR_EL1, D8.2 (start levels), pseudocode AArch64.S2InvalidSL,
 AArch64.S2InconsistentSL, AArch64.S2MinTxSZ; KVM's choice: Linux 5.4 arch/arm/include/asm/kvm_arm.h and
-arch/arm64/include/asm/kvm_arm.h. Not modelled, and refused: 52-bit addresses (FEAT_LPA, FEAT_LPA2).
+arch/arm64/include/asm/kvm_arm.h. Not modelled, and refused: 52-bit addresses (64 KiB with FEAT_LPA, FEAT_LPA2),
+128-bit descriptors, permission indirection.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .descriptors import ARMV7 as ARMV7_FORMAT
-from .descriptors import Bits, Format, linux_arm64_writable, linux_arm_writable
+from .descriptors import LPAE, Bits, Format, linux_arm64_writable, linux_arm_writable
 from .granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
 
 #: HCR.VM: stage 2 is on, so a guest runs (Linux clears it, or on VHE replaces HCR, on the way out).
@@ -23,6 +23,8 @@ HCR_PTW = 1 << 2
 HCR_E2H = 1 << 34
 #: HCR_EL2.FWB, FEAT_S2FWB.
 HCR_FWB = 1 << 46
+#: HCR_EL2.RW: EL1 is AArch64.
+HCR_RW = 1 << 31
 
 SCTLR_M = 1 << 0
 SCTLR_WXN = 1 << 19
@@ -36,7 +38,7 @@ _WIDEST = 48  #: of an output address, without FEAT_LPA
 class ImpossibleRegime(ValueError):
     """The register values describe no translation the architecture allows; the message says why.
 
-    ``level0``: the architecture defines what they do nonetheless: every address takes a level 0 translation fault.
+    ``level0``: VMSAv8-64 defines what they do nonetheless: every address takes a level 0 translation fault.
     """
 
     def __init__(self, why: str, level0: bool = False) -> None:
@@ -49,12 +51,15 @@ class Features:
     """What an implementation has, as far as translation depends on it. The default has everything modelled."""
 
     pa_bits: int = 48
-    granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)
+    granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)  #: of stage 2
+    stage1_granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)
     small_tables: bool = True  #: FEAT_TTST: T0SZ up to 48, stage 2 from level 3 with 4 KiB
     vmid16: bool = True
     fwb: bool = True
     xnx: bool = True
-    hafdbs: bool = True
+    xs: bool = False
+    haf: bool = True  #: FEAT_HAFDBS: hardware sets the access flag
+    hafdbs: bool = True  #: ... and the dirty state
 
     @classmethod
     def from_id_registers(cls, mmfr0: int, mmfr1: int, mmfr2: int) -> Features:
@@ -63,20 +68,20 @@ class Features:
         def nibble(register: int, low: int) -> int:
             return register >> low & 0xF
 
-        stage2 = {KIB4: (40, 28, 0), KIB16: (32, 20, 1), KIB64: (36, 24, 0)}
-        granules = []
-        for granule, (own, stage1, present) in stage2.items():
-            said = nibble(mmfr0, own)
-            as_stage1 = nibble(mmfr0, stage1) >= 1 if present else nibble(mmfr0, stage1) != 0xF
-            if said >= 2 or (said == 0 and as_stage1):
-                granules.append(granule)
+        absent = {KIB4: (28, 0xF), KIB16: (20, 0), KIB64: (24, 0xF)}  # TGran4, TGran16, TGran64
+        own = {KIB4: 40, KIB16: 32, KIB64: 36}  # TGranX_2: 0 as stage 1, 1 absent, 2 present
+        stage1 = tuple(g for g, (low, none) in absent.items() if nibble(mmfr0, low) != none)
+        said = {g: nibble(mmfr0, low) for g, low in own.items()}
+        stage2 = tuple(g for g in said if said[g] >= 2 or (said[g] == 0 and g in stage1))
         return cls(
             pa_bits=_PARANGE_BITS[min(nibble(mmfr0, 0), len(_PARANGE_BITS) - 1)],
-            granules=tuple(granules),
+            granules=stage2,
+            stage1_granules=stage1,
             small_tables=nibble(mmfr2, 28) >= 1,
             vmid16=nibble(mmfr1, 4) == 2,
             fwb=nibble(mmfr2, 40) >= 1,
             xnx=nibble(mmfr1, 28) >= 1,
+            haf=nibble(mmfr1, 0) >= 1,
             hafdbs=nibble(mmfr1, 0) >= 2,
         )
 
@@ -99,7 +104,7 @@ class Regime:
     format: Format = field(default_factory=Format)
     vmid: int = 0
     vmid_bits: int = 0
-    hardware_af: bool = False  #: VTCR_EL2.HA, TCR_EL1.HA: the walk sets the access flag
+    hardware_af: bool = False  #: VTCR_EL2.HA: the walk sets the access flag
     hardware_dirty: bool = False  #: VTCR_EL2.HD: a write to a DBM leaf sets its write permission
     protect_walks: bool = False  #: HCR.PTW
 
@@ -109,7 +114,7 @@ class Regime:
 
     @property
     def armv7(self) -> bool:
-        return self.format.address_bits == ARMV7_FORMAT.address_bits
+        return self.format.armv7
 
     @property
     def input_size(self) -> int:
@@ -145,16 +150,16 @@ def _shape(
     granule = fmt.granule
     index_bits = input_bits - granule.level_shift(start_level)
     if index_bits < 1:
-        raise ImpossibleRegime(f"a {input_bits}-bit space does not reach level {start_level}", level0=True)
+        raise ImpossibleRegime(f"a {input_bits}-bit space does not reach level {start_level}", level0=not fmt.armv7)
     entries = 1 << index_bits
     most = MAX_CONCATENATED * granule.entries if stage == 2 else granule.entries
     if entries > most:
         raise ImpossibleRegime(
             f"{input_bits} bits from level {start_level} need {entries // granule.entries} concatenated tables, "
             f"{most // granule.entries} are allowed",
-            level0=True,
+            level0=not fmt.armv7,
         )
-    size = entries * 8 if fmt.address_bits == ARMV7_FORMAT.address_bits else max(64, entries * 8)
+    size = entries * 8 if fmt.armv7 else max(64, entries * 8)
     if root % size:
         raise ImpossibleRegime(f"root {root:#x} is not aligned to the table's {size:#x} bytes")
     return Regime(stage, root, start_level, entries, input_bits, output_bits, fmt, **more)
@@ -167,7 +172,7 @@ def _root(ttbr: int) -> int:
 
 def _root_armv7(ttbr: int) -> int:
     root = _root(ttbr)
-    if root >> ARMV7_FORMAT.address_bits:
+    if root >> LPAE.address_bits:
         raise ImpossibleRegime(f"root {root:#x} is beyond the 40-bit physical space")
     return root
 
@@ -175,7 +180,7 @@ def _root_armv7(ttbr: int) -> int:
 # -- stage 2 -------------------------------------------------------------------------------------------
 
 
-def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0) -> Regime:
+def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Features(pa_bits=40)) -> Regime:
     """Stage 2 of Armv7 with LPAE: 40-bit output, 8-bit VMID, T0SZ a signed four-bit number.
 
     Raises ImpossibleRegime.
@@ -195,7 +200,7 @@ def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0) -> Regime:
         levels[sl0],
         input_bits,
         40,
-        ARMV7_FORMAT,
+        LPAE,
         vmid=vttbr >> 48 & 0xFF,
         vmid_bits=8,
         protect_walks=bool(hcr & HCR_PTW),
@@ -209,10 +214,23 @@ _SL0 = {KIB4: (2, 1, 0, 3), KIB16: (3, 2, 1), KIB64: (3, 2, 1)}
 _LEAST_PA = {(KIB4, 0): 44, (KIB16, 1): 42, (KIB64, 1): 44}
 
 
-def _granule(tcr: int, features: Features) -> Granule:
+#: Bits that would change the meaning of everything else.
+_VTCR_UNKNOWN = {32: "DS", 33: "SL2", 36: "S2PIE", 38: "D128"}
+_TCR_UNKNOWN = {7: "EPD0", 59: "DS"}
+
+
+def _refuse_unknown(register: str, value: int, unknown: dict[int, str]) -> None:
+    for bit, name in unknown.items():
+        if value >> bit & 1:
+            raise ImpossibleRegime(f"{register}.{name} is set: not modelled")
+
+
+def _granule(tcr: int, granules: tuple[Granule, ...], pa_bits: int) -> Granule:
     granule = _TG0.get(tcr >> 14 & 3)
-    if granule not in features.granules:
+    if granule not in granules:
         raise ImpossibleRegime(f"TG0 {tcr >> 14 & 3} is {granule or 'reserved'}: not implemented")
+    if granule is KIB64 and pa_bits > _WIDEST:
+        raise ImpossibleRegime("64 KiB pages with 52-bit physical addresses (FEAT_LPA) are not modelled")
     return granule
 
 
@@ -225,14 +243,15 @@ def _input_bits(tcr: int, granule: Granule, features: Features) -> int:
 
 
 def _output_bits(ps: int, features: Features) -> int:
-    if ps >= len(_PARANGE_BITS) or _PARANGE_BITS[ps] > _WIDEST:
-        raise ImpossibleRegime(f"PS {ps}: wider than {_WIDEST} bits, or reserved")
-    return min(_PARANGE_BITS[ps], features.pa_bits)
+    if ps >= len(_PARANGE_BITS):
+        raise ImpossibleRegime(f"PS {ps} is reserved")
+    return min(_PARANGE_BITS[ps], features.pa_bits, _WIDEST)
 
 
 def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Features()) -> Regime:
     """Stage 2 of VMSAv8-64, any granule. Raises ImpossibleRegime."""
-    granule = _granule(vtcr, features)
+    _refuse_unknown("VTCR_EL2", vtcr, _VTCR_UNKNOWN)
+    granule = _granule(vtcr, features.granules, features.pa_bits)
     input_bits = _input_bits(vtcr, granule, features)
     sl0 = vtcr >> 6 & 3
     if sl0 >= len(_SL0[granule]) or (granule is KIB4 and sl0 == 3 and not features.small_tables):
@@ -240,21 +259,23 @@ def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Featu
     level = _SL0[granule][sl0]
     if features.pa_bits < _LEAST_PA.get((granule, level), 0):
         raise ImpossibleRegime(f"level {level} is no start for {features.pa_bits}-bit physical addresses", level0=True)
-    if input_bits > features.pa_bits:
+    if input_bits > max(features.pa_bits, 0 if hcr & HCR_RW else 40):
         raise ImpossibleRegime(f"{input_bits}-bit IPAs are wider than the {features.pa_bits}-bit physical space")
     vmid_bits = 16 if features.vmid16 and vtcr >> 19 & 1 else 8
-    hardware_af = features.hafdbs and bool(vtcr >> 21 & 1)
+    hardware_af = features.haf and bool(vtcr >> 21 & 1)
     return _shape(
         2,
         _root(vttbr),
         level,
         input_bits,
         _output_bits(vtcr >> 16 & 7, features),
-        Format(granule, fwb=features.fwb and bool(hcr & HCR_FWB), xnx=features.xnx, dbm=features.hafdbs),
+        Format(
+            granule, fwb=features.fwb and bool(hcr & HCR_FWB), xnx=features.xnx, dbm=features.hafdbs, xs=features.xs
+        ),
         vmid=vttbr >> 48 & ((1 << vmid_bits) - 1),
         vmid_bits=vmid_bits,
         hardware_af=hardware_af,
-        hardware_dirty=hardware_af and bool(vtcr >> 22 & 1),
+        hardware_dirty=features.hafdbs and hardware_af and bool(vtcr >> 22 & 1),
         protect_walks=bool(hcr & HCR_PTW),
     )
 
@@ -273,12 +294,13 @@ def stage1_armv7(ttbr0: int, ttbcr: int) -> Regime:
     if not ttbcr >> 31 & 1:
         raise ImpossibleRegime(f"TTBCR {ttbcr:#x}: EAE is clear, these are short descriptors")
     input_bits = 32 - (ttbcr & 7)
-    return _shape(1, _root_armv7(ttbr0), _stage1_start(input_bits, KIB4), input_bits, 40, ARMV7_FORMAT)
+    return _shape(1, _root_armv7(ttbr0), _stage1_start(input_bits, KIB4), input_bits, 40, LPAE)
 
 
 def stage1_armv8(ttbr0: int, tcr: int, features: Features = Features()) -> Regime:
     """Stage 1 EL1&0 (or EL2&0), lower range. Raises ImpossibleRegime."""
-    granule = _granule(tcr, features)
+    _refuse_unknown("TCR_EL1", tcr, _TCR_UNKNOWN)
+    granule = _granule(tcr, features.stage1_granules, features.pa_bits)
     input_bits = _input_bits(tcr, granule, features)
     output_bits = _output_bits(tcr >> 32 & 7, features)  # IPS
     level = _stage1_start(input_bits, granule)
@@ -289,18 +311,32 @@ def stage1_armv8(ttbr0: int, tcr: int, features: Features = Features()) -> Regim
 class Architecture:
     """How one architecture names and shapes the two regimes the oracle reads.
 
-    The register names are those of QEMU's gdbstub; ``linux_writable`` reads the permission of the
-    host's mapping from a leaf of the host's own stage 1.
+    The register names are those of QEMU's gdbstub (``identity``: what Features are made from); ``linux_writable``
+    reads the permission of the host's mapping from a leaf of the host's own stage 1.
     """
 
     name: str
     vttbr: str
     vtcr: str
     hcr: str
-    stage2: Callable[[int, int, int], Regime]
+    stage2: Callable[[int, int, int, Features], Regime]
     stage1: Callable[[int, int], Regime]
     linux_writable: Callable[[Bits], Bits]
+    identity: tuple[str, ...] = ()
+
+    def features(self, *identity: int) -> Features:
+        """What the CPU has, from the values of its ``identity`` registers."""
+        return Features.from_id_registers(*identity) if identity else Features(pa_bits=40)
 
 
 ARMV7 = Architecture("armv7", "VTTBR", "VTCR", "HCR", stage2_armv7, stage1_armv7, linux_arm_writable)
-ARMV8 = Architecture("armv8", "VTTBR_EL2", "VTCR_EL2", "HCR_EL2", stage2_armv8, stage1_armv8, linux_arm64_writable)
+ARMV8 = Architecture(
+    "armv8",
+    "VTTBR_EL2",
+    "VTCR_EL2",
+    "HCR_EL2",
+    stage2_armv8,
+    stage1_armv8,
+    linux_arm64_writable,
+    ("ID_AA64MMFR0_EL1", "ID_AA64MMFR1_EL1", "ID_AA64MMFR2_EL1"),
+)

@@ -1,7 +1,9 @@
 """Stage 1 of the EL1&0 (PL1&0) regime, as far as it meets stage 2: permissions, MAIR, tables a guest builds.
 
 Sources: ARM DDI 0406C.d, B3.6.3, B3.7, B4.1.104 (MAIR), B4.1.130 (SCTLR); ARM DDI 0487, D8.3.1, D8.4, MAIR_EL1,
-SCTLR_EL1. Long descriptors only; no PAN, no HPD, no hardware update of stage-1 entries.
+SCTLR_EL1.
+
+Long descriptors only, the range of TTBR0. Not modelled: PAN, HPD, TBI, E0PD, hardware update of stage-1 entries.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import descriptors as d
-from .attributes import Memory
+from .attributes import Attributes
 from .faults import Access
 from .regime import SCTLR_UWXN, SCTLR_WXN, Regime
 
@@ -22,9 +24,9 @@ class Stage1:
     mair: int
     sctlr: int
 
-    def memory(self, desc: int) -> Memory:
+    def attributes(self, desc: int) -> Attributes:
         """Type and shareability that a leaf gives."""
-        return Memory(self.mair >> 8 * d.ATTRINDX.of(desc) & 0xFF, d.SH.of(desc))
+        return Attributes(self.mair >> 8 * d.ATTRINDX.of(desc) & 0xFF, d.SH.of(desc))
 
     def allows(self, desc: int, inherited: int, access: Access) -> bool:
         """Whether a leaf, under the limits of the tables above it, grants this access."""

@@ -52,9 +52,7 @@ class Leaves:
     @property
     def size(self) -> np.ndarray:
         """Bytes that each leaf maps (uint64)."""
-        granule = self.format.granule
-        shift = granule.shift + granule.stride * (LAST_LEVEL - self.level.astype(np.uint64))
-        return np.uint64(1) << shift.astype(np.uint64)
+        return np.uint64(1) << self.format.granule.level_shift(self.level.astype(np.uint64))
 
 
 @dataclass(frozen=True)
@@ -82,30 +80,28 @@ class Tables:
 
 
 def sweep(regime: Regime, memory: Memory) -> Tables:
-    """Every valid leaf below the root, every table page, and the entries that make no sense.
+    """Every leaf a walk can end at, every table page, and the entries that make no sense.
 
-    Malformed entries are reported and not followed. A table that is reached twice is swept twice:
-    sharing is the judge's business. Cost is proportional to the table pages, not to the space.
+    An entry that makes no sense is reported, and left out where a walk faults on it. A table that is reached twice is
+    swept twice: sharing is the judge's business. Cost is proportional to the table pages, not to the space.
     """
     granule = regime.granule
-    bases, inputs = np.array([regime.root], dtype=np.uint64), np.zeros(1, dtype=np.uint64)
-    entries = regime.entries
-    pages = [np.arange(regime.root_pages, dtype=np.uint64) * np.uint64(granule.size) + np.uint64(regime.root)]
-    found: list[Leaves] = []
-    malformed: list[Malformed] = []
+    root = np.arange(regime.root_pages, dtype=np.uint64) * np.uint64(granule.size) + np.uint64(regime.root)
+    if not memory.backed(root).all():
+        nowhere = Malformed(regime.root, 0, regime.start_level, 0, "a root table that no RAM backs")
+        return Tables(regime, _in_order([], regime.format), root, [nowhere])
+    bases, inputs, entries = root[:1], np.zeros(1, dtype=np.uint64), regime.entries
+    pages, found, malformed = [root], [], []
     for level in range(regime.start_level, LAST_LEVEL + 1):
         at, ia, desc = _live_entries(memory, bases, inputs, entries, granule.level_shift(level))
-        odd = [
-            (i, why) for i in np.flatnonzero(_suspects(regime, level, desc)) if (why := _why(regime, level, desc[i]))
+        tables = _points_to_table(desc, level)
+        faults = _faults(regime, level, desc)
+        homeless = tables & ~memory.backed(_address(regime, desc))
+        malformed += [
+            Malformed(int(at[i]), int(ia[i]), level, int(desc[i]), _why(regime, level, desc[i], bool(homeless[i])))
+            for i in np.flatnonzero(_odd(regime, level, desc) | homeless)
         ]
-        good = np.ones(len(desc), dtype=bool)
-        good[[i for i, _ in odd]] = False
-        tables = good & _points_to_table(desc, level)
-        homeless = np.flatnonzero(tables)[~memory.backed(_address(regime, desc[tables]))]
-        odd += [(i, "table address that no RAM backs") for i in homeless]
-        tables[homeless] = False
-        malformed += [Malformed(int(at[i]), int(ia[i]), level, int(desc[i]), why) for i, why in odd]
-        leaf = good & ~_points_to_table(desc, level)
+        leaf, tables = ~tables & ~faults, tables & ~faults & ~homeless
         found.append(Leaves(ia[leaf], desc[leaf], np.full(int(leaf.sum()), level, dtype=np.uint8)))
         bases, inputs, entries = _address(regime, desc[tables]), ia[tables], granule.entries
         pages.append(bases)
@@ -123,6 +119,8 @@ def _live_entries(memory: Memory, bases: np.ndarray, inputs: np.ndarray, entries
 
 
 def _in_order(parts: list[Leaves], fmt: Format) -> Leaves:
+    nothing = Leaves(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint8))
+    parts = [nothing, *parts]
     ia, desc, level = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ia", "desc", "level"))
     leaves = Leaves(ia, desc, level, fmt)
     if (ia[1:] > ia[:-1]).all():  # leaves of one level only: they come in order
@@ -138,30 +136,45 @@ def _address(regime: Regime, desc: np.ndarray) -> np.ndarray:
     return desc & np.uint64(regime.format.address_field())
 
 
-def _excess_address(regime: Regime) -> int:
-    """Address bits that must be zero: those above the physical size. (Armv7 has no field there; they are RES0.)"""
-    return (1 << 48) - (1 << regime.output_bits)
+def _beyond(regime: Regime, address: np.ndarray) -> np.ndarray:
+    """Which addresses are above the physical size."""
+    return (address >> np.uint64(regime.output_bits)) != 0
 
 
-def _why(regime: Regime, level: int, desc: np.uint64) -> str | None:
-    """Why a valid entry has no meaning at this level; None for a good one."""
-    desc = int(desc)
-    if desc & _excess_address(regime):
-        return f"output address beyond the {regime.output_bits}-bit physical space"
-    if regime.stage == 2:
-        return next(iter(d.reserved(desc, level, regime.format)), None)
-    return d.reserved_type(desc, level, regime.granule)
+def _meaningless(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
+    """Which valid entries have a type that means nothing at this level."""
+    if level == LAST_LEVEL:
+        return d.TYPE.of(desc) == 0
+    return (d.TYPE.of(desc) == 0) & (level < regime.granule.top_block)
 
 
-def _suspects(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
-    """A cheap over-approximation of :func:`_why`: the entries that differ from the commonest in more than address.
+def _faults(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
+    """Which valid entries a walk faults on, permissions aside."""
+    return _meaningless(regime, level, desc) | _beyond(regime, _address(regime, desc))
 
-    Tables are mapped alike, so the distinct attribute patterns are few: each is judged once.
-    """
+
+def _odd(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
+    """Which valid entries something is wrong with. Pages are mapped alike, so each attribute pattern is judged once."""
     attributes = desc & ~np.uint64(regime.format.address_field(level))
     patterns = np.unique(attributes[np.flatnonzero(np.diff(attributes, prepend=~attributes[:1]))])
-    odd = np.array([p for p in patterns if _why(regime, level, p)], dtype=np.uint64)
-    return np.isin(attributes, odd) | ((desc & np.uint64(_excess_address(regime))) != 0)
+    odd = np.array([p for p in patterns if _reservations(regime, level, int(p))], dtype=np.uint64)
+    return np.isin(attributes, odd) | _beyond(regime, _address(regime, desc))
+
+
+def _reservations(regime: Regime, level: int, desc: int) -> list[str]:
+    if regime.stage == 2:
+        return d.reserved(desc, level, regime.format)
+    kind = d.reserved_type(desc, level, regime.granule)
+    return [kind] if kind else []
+
+
+def _why(regime: Regime, level: int, desc: np.uint64, homeless: bool) -> str:
+    """What is wrong with an entry, in words."""
+    if _beyond(regime, _address(regime, desc)):
+        return f"output address beyond the {regime.output_bits}-bit physical space"
+    if homeless:
+        return "table address that no RAM backs"
+    return ", ".join(_reservations(regime, level, int(desc)))
 
 
 # -- many addresses --------------------------------------------------------------------------------------------
@@ -215,13 +228,9 @@ def _one_level(regime: Regime, memory: Memory, ias, level: int, at, base, out: R
     word = memory.fetch(where)
     address = _address(regime, word)
     table, valid = _points_to_table(word, level), d.VALID.of(word).astype(bool)
-    if level == LAST_LEVEL:
-        valid &= d.TYPE.of(word).astype(bool)
-    elif level < regime.granule.top_block:
-        valid &= table
     status = np.full(len(at), NO_FAULT, dtype=np.uint8)
-    status[(address >> np.uint64(regime.output_bits)) != 0] = FaultType.ADDRESS_SIZE.value + level
-    status[~valid] = FaultType.TRANSLATION.value + level
+    status[_beyond(regime, address)] = FaultType.ADDRESS_SIZE.value + level
+    status[~valid | _meaningless(regime, level, word)] = FaultType.TRANSLATION.value + level
     status[~memory.backed(where)] = FaultType.EXTERNAL_ON_WALK.value + level
     offset = (np.uint64(1) << shift) - np.uint64(1)
     out.status[at], out.desc[at], out.level[at] = status, word, level

@@ -13,7 +13,6 @@ from .walk import Translation
 
 EC_FETCH_LOWER, EC_FETCH_SAME, EC_DATA_LOWER, EC_DATA_SAME = 0x20, 0x21, 0x24, 0x25
 
-_IL = 1 << 25
 _ISV = 1 << 24
 _S1PTW = 1 << 7
 _WNR = 1 << 6
@@ -28,16 +27,23 @@ class Instruction:
     register: int
     signed: bool = False
     wide: bool = False  #: SF: a 64-bit register (A64)
+    ordered: bool = False  #: AR: acquire or release
+    short: bool = False  #: a 16-bit instruction (T32): IL is 0
 
     @property
     def iss(self) -> int:
-        """ISV, SAS, SSE, SRT, SF."""
-        return _ISV | self.size << 22 | self.signed << 21 | self.register << 16 | self.wide << 15
+        """ISV, SAS, SSE, SRT, SF, AR."""
+        access = self.size << 22 | self.signed << 21 | self.register << 16
+        return _ISV | access | self.wide << 15 | self.ordered << 14
 
 
 @dataclass(frozen=True)
 class Abort:
-    """An exception taken for a fault: to EL2 (Hyp mode) or EL1. None: the register's value is UNKNOWN."""
+    """An exception taken for a fault: to EL2 (Hyp mode) or EL1.
+
+    ``esr``: ESR_EL2 (HSR) or ESR_EL1 (Armv7: DFSR, or IFSR of a fetch); ``far``: FAR (HDFAR or DFAR, of a fetch HIFAR
+    or IFAR); ``hpfar``: None where its value is UNKNOWN, and in an exception to EL1.
+    """
 
     el: int
     esr: int
@@ -65,12 +71,17 @@ class Par:
 
 
 def par(outcome: Translation | Fault) -> Par:
-    """PAR after AT S12E1x, S12E0x (ATS12NSOxx) from Non-secure EL2."""
+    """PAR after AT S12E1x, S12E0x (ATS12NSOxx) from Non-secure EL2.
+
+    ValueError for an external abort on the walk, which is taken as an exception: see :func:`walk_abort`.
+    """
     if isinstance(outcome, Fault):
+        if outcome.type is FaultType.EXTERNAL_ON_WALK:
+            raise ValueError("an external abort on the walk leaves PAR UNKNOWN")
         value = 1 | outcome.status << 1 | outcome.s1ptw << 8 | (outcome.stage == 2) << 9 | _PAR_RES1
         return Par(value, (1 << 48) - 1)
-    attr, sh = outcome.memory
-    known = 0x0000_FFFF_FFFF_F000 | _PAR_RES1 | 0x7F  # NS (bit 9) is UNKNOWN, bit 10 implementation defined
+    attr, sh = outcome.combined
+    known = 0x00FF_FFFF_FFFF_F000 | _PAR_RES1 | 0x7F  # NS (bit 9) is UNKNOWN, bit 10 implementation defined
     value = outcome.pa & ~_PAGE | _PAR_RES1
     if attr is not None:
         value, known = value | attr << 56, known | 0xFF << 56
@@ -82,7 +93,7 @@ def par(outcome: Translation | Fault) -> Par:
 def walk_abort(fault: Fault, va: int, *, armv7: bool) -> Abort:
     """The data abort an AT instruction of EL2 takes when its walk meets an external abort: CM and WnR are set."""
     iss = fault.status | 1 << 8 | _WNR | (_S1PTW if fault.s1ptw else 0)
-    return Abort(2, _esr(EC_DATA_SAME, iss, armv7), va)
+    return Abort(2, _esr(EC_DATA_SAME, iss, armv7, short=False), va)
 
 
 # -- accesses ---------------------------------------------------------------------------------------------
@@ -95,9 +106,10 @@ def hpfar(fault: Fault) -> int | None:
     return fault.ipa >> 12 << 4
 
 
-def _esr(ec: int, iss: int, armv7: bool) -> int:
+def _esr(ec: int, iss: int, armv7: bool, short: bool) -> int:
     """IL is 1 where ISS does not describe an instruction; there Armv7's HSR has it UNK/SBZP, given here as 0."""
-    return ec << 26 | (0 if armv7 and not iss & _ISV else _IL) | iss
+    il = not short if iss & _ISV else not armv7
+    return ec << 26 | il << 25 | iss
 
 
 def abort(
@@ -107,16 +119,18 @@ def abort(
 
     ``instruction`` None: one whose syndrome is not valid (two registers, writeback, a fetch).
     """
-    s1ptw = _S1PTW if fault.s1ptw else 0
+    if fault.stage == 1 and armv7:
+        return Abort(1, _fsr_armv7(fault, access), va)
     to_el2 = fault.stage == 2
-    lower = to_el2 or at_el0
-    ec = (EC_FETCH_SAME if access.fetch else EC_DATA_SAME) - lower
-    iss = fault.status | s1ptw | (_WNR if access.write else 0)
-    if to_el2 and not fault.s1ptw and instruction is not None:
+    ec = (EC_FETCH_SAME if access.fetch else EC_DATA_SAME) - (to_el2 or at_el0)
+    iss = fault.status | (_S1PTW if fault.s1ptw else 0) | (_WNR if access.write else 0)
+    described = to_el2 and not fault.s1ptw and fault.type is not FaultType.EXTERNAL_ON_WALK
+    if described and instruction is not None:
         iss |= instruction.iss
-    return Abort(2 if to_el2 else 1, _esr(ec, iss, armv7), va, hpfar(fault) if to_el2 else None)
+    short = instruction is not None and instruction.short
+    return Abort(2 if to_el2 else 1, _esr(ec, iss, armv7, short), va, hpfar(fault) if to_el2 else None)
 
 
-def fsr_armv7(fault: Fault, access: Access) -> int:
-    """DFSR or IFSR of a stage-1 fault taken to PL1, long-descriptor format: LPAE (bit 9), WnR (bit 11), STATUS."""
+def _fsr_armv7(fault: Fault, access: Access) -> int:
+    """DFSR or IFSR, long-descriptor format: LPAE (bit 9), WnR (bit 11), STATUS."""
     return fault.status | 1 << 9 | (1 << 11 if access.write else 0)

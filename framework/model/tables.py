@@ -106,7 +106,7 @@ class Stage2Tables:
             events += self._replace(slot, word)
         return events
 
-    def relax(self, ipa: int, grant: d.Access, execute: bool = False) -> list[Event]:
+    def relax(self, ipa: int, grant: d.Grant, execute: bool = False) -> list[Event]:
         """Add permissions to the leaf that maps ``ipa``, in place. ValueError when none does."""
         more = d.S2AP.put(grant)
         less = d.XN.mask if execute else 0
@@ -153,7 +153,7 @@ class Stage2Tables:
 
         One invalidation follows, of the whole VM. (5.4 invalidates also when nothing was writable.)
         """
-        events = self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Access.WRITE))
+        events = self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Grant.WRITE))
         return [e for e in events if isinstance(e, Written)] + [Invalidated(0, self.regime.input_size)] * bool(events)
 
     def make_old(self, ipa: int, size: int, *, first_only: bool = False) -> list[Event]:

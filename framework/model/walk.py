@@ -5,17 +5,20 @@
 Sources: ARM DDI 0406C.d, B3.6.6 (long-descriptor walks), B3.7 (permissions), B4.1.65 (HCR.PTW);
 ARM DDI 0487, D8.2 (walks), D8.4 (permissions), pseudocode AArch64.S1Translate, AArch64.S2Translate, AArch64.S2Walk,
 AArch64.S2CheckPermission.
+
+What the architecture leaves to the implementation is taken as its commonest form: the contiguous bit and nT are hints
+and never fault; a fetch from device memory goes ahead. HCR.{DC, TGE, CD, ID} are taken as 0 and HCR.VM as 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from . import attributes
 from . import descriptors as d
-from .attributes import Memory
+from .attributes import Attributes
 from .faults import TABLE_READ, Access, Fault, FaultType
 from .regime import Regime
 from .stage1 import Stage1
@@ -90,11 +93,11 @@ def stage2(regime: Regime, memory: Words, ipa: int, access: Access, trace: Trace
 
     def read(pa: int, level: int) -> int | Fault:
         word = memory.load(pa)
-        return Fault(FaultType.EXTERNAL_ON_WALK, level, 2, ipa=ipa) if word is None else word
+        return Fault(FaultType.EXTERNAL_ON_WALK, level, 2) if word is None else word
 
     found = descend(regime, ipa, read, trace)
     if isinstance(found, Fault):
-        return Fault(found.type, found.level, 2, ipa=ipa)
+        return replace(found, ipa=ipa)
     if not d.AF.of(found.desc) and not regime.hardware_af:
         return Fault(FaultType.ACCESS_FLAG, found.level, 2, ipa=ipa)
     if not s2_allows(regime, found.desc, access):
@@ -122,9 +125,9 @@ class Translation:
 
     ipa: int
     pa: int
-    first: Memory
-    second: Memory
-    memory: Memory
+    first: Attributes
+    second: Attributes
+    combined: Attributes
 
 
 def stage1(
@@ -160,7 +163,9 @@ class El10:
     pa_bits: int
 
     def translate(self, memory: Words, va: int, access: Access, trace: Trace | None = None) -> Translation | Fault:
-        """VA to physical address, or the first fault met on the way."""
+        """VA to physical address, or the first fault met on the way. ValueError for a VA of the upper range (TTBR1)."""
+        if va >> 55 & 1:
+            raise ValueError(f"VA {va:#x} is in the upper range, which is not modelled")
         upper = self._ipa(memory, va, access, trace)
         if isinstance(upper, Fault):
             return upper
@@ -168,14 +173,14 @@ class El10:
         lower = stage2(self.stage2, memory, ipa, access, trace)
         if isinstance(lower, Fault):
             return lower
-        second = Memory(d.MEMATTR.of(lower.desc), d.SH.of(lower.desc))
+        second = Attributes(d.MEMATTR.of(lower.desc), d.SH.of(lower.desc))
         combined = attributes.combine(first, second, self.stage2.format.fwb)
         return Translation(ipa, lower.oa, first, second, combined)
 
-    def _ipa(self, memory: Words, va: int, access: Access, trace: Trace | None) -> tuple[int, Memory] | Fault:
+    def _ipa(self, memory: Words, va: int, access: Access, trace: Trace | None) -> tuple[int, Attributes] | Fault:
         if self.stage1 is not None:
             found = stage1(self.stage1, self.stage2, memory, va, access, trace)
-            return found if isinstance(found, Fault) else (found.oa, self.stage1.memory(found.desc))
+            return found if isinstance(found, Fault) else (found.oa, self.stage1.attributes(found.desc))
         if va >> self.pa_bits and not self.stage2.armv7:
             return Fault(FaultType.ADDRESS_SIZE, 0, 1)
-        return va, attributes.STAGE1_OFF
+        return va, attributes.STAGE1_OFF_FETCH if access.fetch else attributes.STAGE1_OFF

@@ -42,11 +42,12 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
 def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
     """The stage-2 regimes in force on the stopped CPUs: HCR.VM set and VTTBR not zero."""
     found = []
+    features = arch.features(*gdb.read(0, *arch.identity))
     for cpu in range(len(gdb.threads)):
         hcr, vttbr, vtcr = gdb.read(cpu, arch.hcr, arch.vttbr, arch.vtcr)
         if hcr & HCR_VM and vttbr:
             try:
-                found.append(arch.stage2(vttbr, vtcr, hcr))
+                found.append(arch.stage2(vttbr, vtcr, hcr, features))
             except ImpossibleRegime as e:
                 raise MachineError(f"CPU {cpu} runs a guest under a regime the model does not know: {e}") from e
     return found

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framework.model.attributes import Memory, combine, is_device
+from framework.model.attributes import STAGE1_OFF, Attributes, combine, is_device
 from framework.model.descriptors import RESERVED_MEMATTR, Shareability
 
 NON, OUTER, INNER = Shareability.NON, Shareability.OUTER, Shareability.INNER
@@ -32,7 +32,7 @@ MAIRS = (*DEVICES, 0x44, 0xFF, 0xBB, 0x33, 0x77, 0x4F, 0xF4, 0xAA)
     ],
 )
 def test_the_stricter_wins(first, second, combined):
-    assert combine(Memory(first, INNER), Memory(second, INNER), fwb=False).attr == combined
+    assert combine(Attributes(first, INNER), Attributes(second, INNER), fwb=False).attr == combined
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_stricter_wins(first, second, combined):
     ],
 )
 def test_stage_2_decides_under_fwb(first, second, combined):
-    assert combine(Memory(first, INNER), Memory(second, INNER), fwb=True).attr == combined
+    assert combine(Attributes(first, INNER), Attributes(second, INNER), fwb=True).attr == combined
 
 
 @given(
@@ -62,7 +62,7 @@ def test_stage_2_decides_under_fwb(first, second, combined):
     st.booleans(),
 )
 def test_device_and_uncached_memory_is_outer_shareable(mair, sh1, memattr, sh2, fwb):
-    attr, sh = combine(Memory(mair, sh1), Memory(memattr, sh2), fwb)
+    attr, sh = combine(Attributes(mair, sh1), Attributes(memattr, sh2), fwb)
     if memattr in RESERVED_MEMATTR[fwb]:
         assert (attr, sh) == (None, None)
     elif is_device(attr) or attr == 0x44:
@@ -74,18 +74,27 @@ def test_device_and_uncached_memory_is_outer_shareable(mair, sh1, memattr, sh2, 
     [(NON, NON, NON), (NON, INNER, INNER), (INNER, OUTER, OUTER), (OUTER, 1, OUTER), (1, NON, None), (INNER, 1, None)],
 )
 def test_shareability(first, second, combined):
-    assert combine(Memory(0xFF, first), Memory(0xF, second), fwb=False).sh == combined
+    assert combine(Attributes(0xFF, first), Attributes(0xF, second), fwb=False).sh == combined
 
 
 def test_forced_write_back_of_device_memory_leaves_the_shareability_open():
-    assert combine(Memory(0x00, NON), Memory(0b0110, NON), fwb=True) == (0xFF, None)
-    assert combine(Memory(0x00, NON), Memory(0b0110, OUTER), fwb=True) == (0xFF, OUTER)
+    assert combine(Attributes(0x00, NON), Attributes(0b0110, NON), fwb=True) == (0xFF, None)
+    assert combine(Attributes(0x00, NON), Attributes(0b0110, OUTER), fwb=True) == (0xFF, OUTER)
+
+
+@pytest.mark.parametrize("mair", [0x03, 0x40, 0xA0, 0xF0])
+def test_bytes_of_mair_beyond_the_base_encodings_are_left_open(mair):
+    assert combine(Attributes(mair, NON), Attributes(0b1111, NON), fwb=False) == (None, None)
+
+
+def test_stage_1_off_is_outer_shareable_whatever_stage_2_makes_of_it():
+    assert combine(STAGE1_OFF, Attributes(0b0110, NON), fwb=True) == (0xFF, OUTER)
 
 
 @given(st.sampled_from(MAIRS), st.integers(0, 15))
 def test_without_fwb_stage_2_never_makes_memory_less_strict(mair, memattr):
-    """Once device, always device; the result is never more cached than stage 1 alone."""
-    attr, _ = combine(Memory(mair, NON), Memory(memattr, NON), fwb=False)
+    """Once device, always device; once uncached, never cached."""
+    attr, _ = combine(Attributes(mair, NON), Attributes(memattr, NON), fwb=False)
     if attr is not None and is_device(mair):
         assert is_device(attr) and attr <= mair
     if attr is not None and mair == 0x44:

@@ -80,15 +80,15 @@ def test_change_pte_follows_where_a_page_is_replaced_in_place():
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].duty is Duty.GO])
 def test_a_stale_leaf_is_caught(operation):
     assert breaches(operation, leaf(5), leaf(5)) == [Breach.STALE]
-    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Access.READ)) == [Breach.STALE]
+    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.STALE]
     assert breaches(operation, leaf(5), {}) == []
 
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].duty is Duty.READ_ONLY])
 def test_a_leaf_that_stays_writable_is_caught(operation):
     assert breaches(operation, leaf(5), leaf(5)) == [Breach.WRITABLE]
-    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Access.READ)) == []
-    assert breaches(operation, leaf(5, s2ap=d.Access.READ), leaf(5, s2ap=d.Access.READ)) == []
+    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Grant.READ)) == []
+    assert breaches(operation, leaf(5, s2ap=d.Grant.READ), leaf(5, s2ap=d.Grant.READ)) == []
 
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].told is Told.NOTHING])
@@ -123,28 +123,28 @@ def test_a_giant_block_reaches_beyond_what_was_said():
 
 def test_a_leaf_nobody_spoke_of_must_not_change():
     assert breaches(Operation.DONTNEED, leaf(600), {IPA + 600 * PAGE: leaf(7)[IPA + 7 * PAGE]}) == [Breach.ALTERED]
-    assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Access.READ)) == [Breach.ALTERED]
-    assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Access.READ)) == [Breach.ALTERED]
-    assert breaches(Operation.FORK_SHARED, leaf(5, s2ap=d.Access.READ), leaf(5)) == [Breach.ALTERED]
-    assert breaches(Operation.MPROTECT_WIDER, leaf(5), leaf(5, s2ap=d.Access.READ)) == []
+    assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Grant.READ)) == [Breach.ALTERED]
+    assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.ALTERED]
+    assert breaches(Operation.FORK_SHARED, leaf(5, s2ap=d.Grant.READ), leaf(5)) == [Breach.ALTERED]
+    assert breaches(Operation.MPROTECT_WIDER, leaf(5), leaf(5, s2ap=d.Grant.READ)) == []
 
 
 def test_nothing_appears_without_a_guest():
     assert breaches(Operation.DONTNEED, {}, leaf(5)) == [Breach.WRITABLE]
-    assert breaches(Operation.DONTNEED, {}, leaf(5, s2ap=d.Access.READ)) == [Breach.APPEARED]
+    assert breaches(Operation.DONTNEED, {}, leaf(5, s2ap=d.Grant.READ)) == [Breach.APPEARED]
     assert breaches(Operation.AGE, {}, leaf(5)) == [Breach.APPEARED]
-    assert breaches(Operation.KSM_MERGE, {}, leaf(5, s2ap=d.Access.READ)) == []
+    assert breaches(Operation.KSM_MERGE, {}, leaf(5, s2ap=d.Grant.READ)) == []
 
 
 def test_ageing_takes_the_access_flag_alone():
     assert breaches(Operation.AGE, leaf(5), leaf(5, af=False)) == []
     assert breaches(Operation.AGE, leaf(5), {}) == [Breach.LOST]
-    assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Access.READ)) == [Breach.ALTERED]
+    assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.ALTERED]
     assert breaches(Operation.AGE, leaf(5), leaf(5, xn=d.Never.EL0_EL1)) == [Breach.ALTERED]
 
 
 def test_change_pte_maps_the_new_frame_read_only_up_to_6_9():
-    new = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA, s2ap=d.Access.READ), 3))}
+    new = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 3))}
     assert breaches(Operation.KSM_MERGE, leaf(5), new, kernel=(6, 9)) == []
     assert breaches(Operation.KSM_MERGE, leaf(5), new, kernel=(6, 10)) == [Breach.ALTERED]
     writable = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA), 3))}

@@ -1,5 +1,7 @@
 """Regimes: registers give the right shape, impossible ones are refused with the reason."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,17 @@ BASE = 0x4000_0000
 PAGE = 0x1000
 A15_VTCR = 0x80003558  # what Linux 5.4 writes on the A15 board
 A57_VTCR = 0x80023558  # what Linux 6.1 writes on the arm64 board
-NARROW = Features(40, (KIB4, KIB64), small_tables=False, vmid16=False, fwb=False, xnx=False, hafdbs=False)
+NARROW = Features(
+    40,
+    (KIB4, KIB64),
+    (KIB4, KIB64),
+    small_tables=False,
+    vmid16=False,
+    fwb=False,
+    xnx=False,
+    haf=False,
+    hafdbs=False,
+)
 
 
 def test_a15_regime_is_kvms_40_bit_space():
@@ -63,11 +75,12 @@ def test_features_switch_fields_on():
 def test_features_from_id_registers():
     """Cortex-A57 and Cortex-A76 as QEMU 7.2 has them (target/arm/cpu64.c), and a CPU with everything."""
     a57 = Features.from_id_registers(0x1124, 0, 0)
-    assert a57 == Features(44, (KIB4, KIB64), small_tables=False, vmid16=False, fwb=False, xnx=False, hafdbs=False)
+    assert a57 == replace(NARROW, pa_bits=44)
     a76 = Features.from_id_registers(0x101122, 0x10212122, 0x1011)
-    assert a76 == Features(40, (KIB4, KIB16, KIB64), False, True, False, True, True)
+    assert a76 == Features(40, small_tables=False, fwb=False)
+    assert Features.from_id_registers(0x1124, 1, 0) == replace(NARROW, pa_bits=44, haf=True)
     everything = Features.from_id_registers(0x2220_0000_0006 | 2 << 20, 0x10000022, 1 << 40 | 1 << 28)
-    assert everything == Features(52, (KIB4, KIB16, KIB64))
+    assert everything == Features(52)
     assert Features.from_id_registers(0x1F00_0000 | 0xF << 28, 0, 0).granules == ()
 
 
@@ -90,7 +103,9 @@ def test_stage1_regimes():
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 3 << 14), "TG0 3 is reserved"),
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 2 << 14, 0, NARROW), "16 KiB: not implemented"),
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 7 << 16), "PS 7"),
-        (lambda: regime.stage2_armv8(BASE, A57_VTCR & ~(7 << 16) | 6 << 16), "PS 6"),
+        (lambda: regime.stage2_armv8(BASE, A57_VTCR | 1 << 32), "VTCR_EL2.DS is set"),
+        (lambda: regime.stage2_armv8(BASE, A57_VTCR | 1 << 14, 0, Features(52)), "FEAT_LPA"),
+        (lambda: regime.stage1_armv8(BASE, 1 << 7 | 16), "TCR_EL1.EPD0 is set"),
         (lambda: regime.stage2_armv8(BASE, A57_VTCR & ~0xC0), "concatenated"),
         (lambda: regime.stage2_armv8(BASE, (A57_VTCR & ~0x3F) | 40), "does not reach"),
         (lambda: regime.stage2_armv8(BASE, (A57_VTCR & ~0x3F) | 15), "not between 16 and 48"),
@@ -99,6 +114,10 @@ def test_stage1_regimes():
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 1 << 14 | 0xC0), "SL0 3 is reserved"),
         (lambda: regime.stage2_armv8(BASE, 2 << 6 | 24, 0, NARROW), "level 0 is no start for 40-bit"),
         (lambda: regime.stage2_armv8(BASE, 1 << 6 | 22, 0, NARROW), "42-bit IPAs are wider"),
+        (
+            lambda: regime.stage2_armv8(BASE, A57_VTCR, regime.HCR_RW, replace(NARROW, pa_bits=36)),
+            "40-bit IPAs are wider",
+        ),
         (lambda: regime.stage2_armv8(BASE + 32, 3 << 6 | 48), "not aligned"),
         (lambda: regime.stage1_armv7(BASE, 0), "EAE"),
         (lambda: regime.stage1_armv8(BASE, 3 << 14 | 16), "TG0"),
@@ -109,12 +128,28 @@ def test_impossible_registers_are_refused_with_the_reason(make, reason):
         make()
 
 
+def test_a_32_bit_guest_has_40_bit_ipas_however_small_physical_memory_is():
+    assert regime.stage2_armv8(BASE, A57_VTCR, 0, replace(NARROW, pa_bits=36)).input_bits == 40
+
+
+def test_physical_sizes_are_clipped():
+    assert regime.stage2_armv8(BASE, A57_VTCR & ~(7 << 16) | 5 << 16, 0, replace(NARROW, pa_bits=40)).output_bits == 40
+    assert regime.stage2_armv8(BASE, A57_VTCR & ~(7 << 16) | 6 << 16, 0, Features(52)).output_bits == 48
+
+
+def test_what_the_hosts_cpu_has():
+    assert regime.ARMV7.features() == Features(pa_bits=40)
+    assert regime.ARMV8.features(0x1124, 0, 0).pa_bits == 44
+
+
 def test_contradictions_with_a_defined_outcome_say_so():
     with pytest.raises(ImpossibleRegime) as reserved_start:
         regime.stage2_armv8(BASE, A57_VTCR & ~0xC0)
     with pytest.raises(ImpossibleRegime) as left_open:
         regime.stage2_armv8(BASE, A57_VTCR | 3 << 14)
-    assert reserved_start.value.level0 and not left_open.value.level0
+    with pytest.raises(ImpossibleRegime) as unpredictable:
+        regime.stage2_armv7(BASE, A15_VTCR & ~0x40)
+    assert reserved_start.value.level0 and not left_open.value.level0 and not unpredictable.value.level0
 
 
 @given(st.integers(0, 255), st.integers(25, 40), st.integers(0, 1))

@@ -33,7 +33,7 @@ def tables(draw):
         if any(a < ia + (1 << shift) and ia < a + size for a, (_, size) in expected.items()):
             continue
         pa = draw(st.integers(0, 255)) << shift
-        table.put(ia, level, d.encode(d.Leaf(pa), level, d.ARMV7))
+        table.put(ia, level, d.encode(d.Leaf(pa), level, d.LPAE))
         expected[ia] = (pa, 1 << shift)
     return memory, table.regime, expected
 
@@ -65,27 +65,34 @@ def test_translate_agrees_with_the_sweep(made, elsewhere):
 
 
 GOOD = d.encode(d.Leaf(BASE), 3)
+#: Why -> level, entry, and whether a walk goes through it all the same.
 MALFORMED = {
-    "reserved encoding": (3, GOOD & ~2),
-    "beyond the 40-bit": (3, d.encode(d.Leaf(1 << 41), 3)),
-    "not aligned": (2, d.encode(d.Leaf(BASE), 2) | PAGE),
-    "reserved shareability": (3, d.encode(d.Leaf(BASE, sh=1), 3)),
-    "reserved MemAttr": (3, d.encode(d.Leaf(BASE, memattr=0b0100), 3)),
-    "no RAM backs": (2, d.encode(d.Table(0x1000), 2)),
+    "reserved encoding": (3, GOOD & ~2, False),
+    "beyond the 40-bit": (3, d.encode(d.Leaf(1 << 41), 3), True),
+    "not aligned": (2, d.encode(d.Leaf(BASE), 2) | PAGE, True),
+    "reserved shareability": (3, d.encode(d.Leaf(BASE, sh=1), 3), True),
+    "reserved MemAttr": (3, d.encode(d.Leaf(BASE, memattr=0b0100), 3), True),
+    "no RAM backs": (2, d.encode(d.Table(0x1000), 2), False),
 }
 
 
 @pytest.mark.parametrize("why", MALFORMED)
-def test_malformed_entries_are_named_and_not_followed(why):
-    level, desc = MALFORMED[why]
+def test_malformed_entries_are_named_and_kept_where_a_walk_goes_through_them(why):
+    level, desc, translates = MALFORMED[why]
     memory = Pages()
-    table = Table(memory, a15(memory.page(2)))
+    r = regime.stage2_armv8(memory.page(2), A57_VTCR) if "40-bit" in why else a15(memory.page(2))
+    table = Table(memory, r)
     table.put(0, 3, GOOD)
     at = table.put(1 << 31, level, desc)
     found = sweep.sweep(table.regime, memory)
-    assert found.leaves.desc.tolist() == [GOOD]
+    assert found.leaves.desc.tolist() == [GOOD, desc][: 1 + (translates and "40-bit" not in why)]
     (m,) = found.malformed
     assert why in m.why and (m.pa, m.ia, m.level, m.desc) == (at, 1 << 31, level, desc)
+
+
+def test_a_root_that_is_nowhere():
+    found = sweep.sweep(a15(0x1_0000_0000), Pages())
+    assert [m.why for m in found.malformed] == ["a root table that no RAM backs"] and len(found.leaves) == 0
 
 
 @pytest.mark.parametrize(("tg0", "sl0", "bits", "level"), [(0, 2, 44, 0), (1, 2, 44, 1)])
@@ -93,7 +100,7 @@ def test_a_block_above_the_first_level_of_blocks_is_malformed(tg0, sl0, bits, le
     memory = Pages()
     r = regime.stage2_armv8(memory.page(16), 5 << 16 | tg0 << 14 | sl0 << 6 | 64 - bits)
     memory.store(r.root, GOOD & ~2)
-    assert [m.why for m in sweep.sweep(r, memory).malformed] == [f"a block at level {level}"]
+    assert f"a block at level {level}" in sweep.sweep(r, memory).malformed[0].why
     assert sweep.resolve(r, memory, np.zeros(1, np.uint64)).status.tolist() == [0b000100 + level]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from framework.model import syndrome
-from framework.model.attributes import Memory
+from framework.model.attributes import Attributes
 from framework.model.faults import Access, Direction, Fault, FaultType
 from framework.model.syndrome import Instruction
 from framework.model.walk import Translation
@@ -57,15 +57,33 @@ def test_armv7_has_no_il_without_isv():
     with_iss = syndrome.abort(TRANSLATION, READ, VA, at_el0=False, armv7=True, instruction=Instruction(2, 5))
     without = syndrome.abort(TRANSLATION, READ, VA, at_el0=False, armv7=True)
     assert with_iss.esr & 1 << 25 and not without.esr & 1 << 25
-    assert syndrome.fsr_armv7(Fault(FaultType.TRANSLATION, 2, 1), WRITE) == 0xA06
-    assert syndrome.fsr_armv7(Fault(FaultType.TRANSLATION, 2, 1), FETCH) == 0x206
+
+
+@pytest.mark.parametrize(("access", "fsr"), [(WRITE, 0xA06), (READ, 0x206), (FETCH, 0x206)])
+def test_armv7_reports_stage_1_faults_in_dfsr_and_ifsr(access, fsr):
+    taken = syndrome.abort(Fault(FaultType.TRANSLATION, 2, 1), access, VA, at_el0=True, armv7=True)
+    assert (taken.el, taken.esr, taken.far, taken.hpfar) == (1, fsr, VA, None)
+
+
+def test_short_and_ordered_instructions():
+    short = syndrome.abort(TRANSLATION, READ, VA, at_el0=False, armv7=True, instruction=Instruction(2, 5, short=True))
+    assert not short.esr & 1 << 25 and short.esr & 1 << 24
+    assert Instruction(2, 5, ordered=True).iss & 1 << 14
+
+
+def test_an_external_abort_has_no_instruction_syndrome_and_no_par():
+    fault = Fault(FaultType.EXTERNAL_ON_WALK, 3, 2, ipa=IPA)
+    taken = syndrome.abort(fault, READ, VA, at_el0=False, armv7=False, instruction=Instruction(2, 5))
+    assert not taken.esr & 1 << 24
+    with pytest.raises(ValueError, match="PAR UNKNOWN"):
+        syndrome.par(fault)
 
 
 def test_par_of_a_translation():
-    par = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Memory(0xFF, 3)))
+    par = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Attributes(0xFF, 3)))
     assert par.value == 0xFF00_0000_4400_0980 and par.matches(par.value | 1 << 9) and not par.matches(par.value | 1)
-    unknown = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Memory(None, None)))
-    assert unknown.matches(0x1234_0000_4400_0800 & ~(0x34 << 48) | 0x180)
+    unknown = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Attributes(None, None)))
+    assert unknown.matches(0x1200_0000_4400_0980) and not unknown.matches(0x1201_0000_4400_0980)
 
 
 def test_par_of_a_fault():

@@ -84,13 +84,13 @@ def test_unmapping_a_page_of_a_block_takes_all_of_it(tables):
 
 
 def test_splitting_keeps_every_translation(tables):
-    tables.map(IPA, 2, d.Leaf(PA, s2ap=d.Access.READ))
+    tables.map(IPA, 2, d.Leaf(PA, s2ap=d.Grant.READ))
     before = [pa_of(tables, IPA + offset) for offset in range(0, BLOCK, PAGE)]
     tables.split(IPA + 7 * PAGE)
     assert [pa_of(tables, IPA + offset) for offset in range(0, BLOCK, PAGE)] == before
     assert len(tables.leaves()) == 512 and max(tables.pages.values()) == 513
     tables.coalesce(IPA)
-    assert tables.leaves() == {IPA: (2, d.encode(d.Leaf(PA, s2ap=d.Access.READ), 2))}
+    assert tables.leaves() == {IPA: (2, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 2))}
 
 
 def test_what_cannot_be_split_or_coalesced(tables):
@@ -129,13 +129,13 @@ def test_write_protecting_a_page_of_a_block_protects_and_invalidates_all_of_it(t
 
 
 def test_permissions_are_relaxed_in_place(tables):
-    tables.map(IPA, 3, d.Leaf(PA, s2ap=d.Access.READ, xn=d.Never.EL0_EL1))
-    assert [type(e) for e in tables.relax(IPA + 5, d.Access.WRITE)] == [Written, Invalidated]
+    tables.map(IPA, 3, d.Leaf(PA, s2ap=d.Grant.READ, xn=d.Never.EL0_EL1))
+    assert [type(e) for e in tables.relax(IPA + 5, d.Grant.WRITE)] == [Written, Invalidated]
     assert pa_of(tables, IPA, Access(Direction.WRITE)) and not pa_of(tables, IPA, Access(Direction.FETCH))
-    tables.relax(IPA, d.Access.READ, execute=True)
+    tables.relax(IPA, d.Grant.READ, execute=True)
     assert pa_of(tables, IPA, Access(Direction.FETCH)) == PA
     with pytest.raises(ValueError, match="nothing maps"):
-        tables.relax(0, d.Access.READ)
+        tables.relax(0, d.Grant.READ)
 
 
 def test_old_kernels_age_one_leaf_of_a_range(tables):
