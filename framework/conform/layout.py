@@ -7,7 +7,6 @@ CONTROL = 0x4110_0000
 PROBES = CONTROL + 0x1000
 RESULTS = CONTROL + 0x8_0000
 RECORD = 64  #: bytes of a probe, and of a result
-MAX_PROBES = 4096
 
 #: The page that is mapped into every guest: EL1 vectors, access gadgets, the table of the upper VA range.
 HARNESS = 0x4120_0000

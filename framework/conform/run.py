@@ -51,7 +51,7 @@ class Tally:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cases} cases in {self.worlds} different worlds; "
+            f"{self.cases} cases in {self.worlds} different worlds ({self.repeated} drawn again and skipped); "
             f"{self.unknowable} probes not made, {self.silenced} of them because of a departure"
         ]
         lines += [f"  {n:>9} {how}, {stage}" for (stage, how), n in sorted(self.outcomes.items())]

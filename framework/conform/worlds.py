@@ -7,6 +7,7 @@ wrong. The harness and the guest's own tables get their paths first, so that the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -135,6 +136,20 @@ _word = st.integers(0, (1 << 64) - 1)
 _percent = st.integers(0, 99)
 _boolean = st.booleans()
 
+
+def _weighted(**weights: int):
+    """One of these words, each as often as its weight says; shrinks to the first."""
+    return st.sampled_from([word for word, weight in weights.items() for _ in range(weight)])
+
+
+_s2_upper = _weighted(table=10, leaf=6, table_with_ignored_bits=2, table_beyond=1, table_nowhere=1, invalid=2)
+_s2_last = _weighted(leaf=16, reserved=1, invalid=2)
+_s1_upper = _weighted(table=10, leaf=4, table_with_ignored_bits=3, table_astray=1, leaf_beyond=1, invalid=1)
+_s1_last = _weighted(leaf=14, leaf_beyond=1, reserved=1, invalid=1)
+_where = _weighted(frame=14, top=2, beyond=2, misaligned=1, nowhere=1)
+_home = _weighted(frame=19, nowhere=1)
+_frame = st.integers(0, 7)
+
 _MAIR_BYTES = (0x44, 0x00, 0x04, 0x08, 0x0C, 0xBB, 0x73, 0x4F, 0xF4, 0x37, 0x77, 0x33, 0xAA, 0xEE, 0x1B, 0xB4, 0x5D)
 #: MAIR: attribute 0 is write-back, the others any base encoding: every byte at every place.
 _MAIRS = tuple(
@@ -143,15 +158,17 @@ _MAIRS = tuple(
     for start in range(len(_MAIR_BYTES))
 )
 
+Make = Callable[[int], int]  #: draws the entry of a level
+
 
 # -- one table, path by path ----------------------------------------------------------------------------------
 
 
 @dataclass
 class _Draft:
-    """What is made for one world. ``words`` by physical address; ``pages`` hands out fresh table pages of the arena."""
+    """What is made for one world. ``words`` by physical address; :meth:`page` hands out fresh pages of the arena."""
 
-    draw: object
+    draw: Callable
     silicon: Silicon
     words: dict[int, int] = field(default_factory=dict)
     next_page: int = layout.ARENA
@@ -162,7 +179,7 @@ class _Draft:
         self.next_page += size
         return pa
 
-    def path(self, table: _Table, ia: int, make) -> None:
+    def path(self, table: _Table, ia: int, make: Make) -> None:
         """Walk down to ``ia``; draw each missing entry with ``make(level)`` until one is not a table."""
         at, level = table.backing[table.root], table.regime.start_level
         while True:
@@ -189,72 +206,70 @@ class _Table:
 
 def _s2_leaf(draft: _Draft, table: _Table, level: int, address: int | None = None) -> int:
     """A stage-2 block or page, mostly of the frames, mostly right."""
-    draw, granule = draft.draw, table.regime.granule
-    size = 1 << granule.level_shift(level)
+    draw, fmt = draft.draw, table.regime.format
     change = draw(_s2_change)
     if change == _ANYTHING:
         change = draw(_word) & _S2_RANDOM
     if address is None:
-        address = _output(draw(_percent), draft, table.regime, size)
-    page = d.TYPE.mask if level == LAST_LEVEL else 0
-    good = _GOOD_S2 ^ (d.MEMATTR.put(table.regime.format.normal ^ d.MemAttr.NORMAL_WB))
-    return (good ^ change) | address | page
+        address = _output(draft, table.regime, 1 << fmt.granule.level_shift(level))
+    good = _GOOD_S2 ^ d.MEMATTR.put(fmt.normal ^ d.MemAttr.NORMAL_WB)
+    return (good ^ change) | address | d.TYPE.put(level == LAST_LEVEL)
 
 
-def _output(chance: int, draft: _Draft, regime_: Regime, size: int) -> int:
+def _output(draft: _Draft, below: Regime, size: int) -> int:
     """An output address: a frame, or an edge of physical memory."""
-    top = 1 << regime_.output_bits
-    if chance < 70:
-        return (layout.FRAMES + (chance & 7) * _SLOT) & -size
-    if chance < 80:
-        return (top - size) & regime_.format.address_field()
-    if chance < 90:  # beyond the physical size, if the descriptor can say so
-        return (layout.FRAMES & -size) | (top & regime_.format.address_field())
-    if chance < 95 and size > regime_.granule.size:  # not aligned to the block
-        return (layout.FRAMES & -size) | regime_.granule.size
-    return draft.silicon.ram_end & -size
+    top, field_ = 1 << below.output_bits, below.format.address_field()
+    match draft.draw(_where):
+        case "top":
+            return (top - size) & field_
+        case "beyond":  # if the descriptor can say so
+            return layout.FRAMES & -size | top & field_
+        case "misaligned":
+            return layout.FRAMES & -size | (below.granule.size if size > below.granule.size else 0)
+        case "nowhere":
+            return draft.silicon.ram_end & -size
+    return layout.FRAMES + draft.draw(_frame) * _SLOT & -size
 
 
-def _s2_entry(draft: _Draft, table: _Table):
+def _s2_entry(draft: _Draft, table: _Table) -> Make:
     """Draws the entries of a random stage-2 path."""
 
     def make(level: int) -> int:
-        chance = draft.draw(_percent)
-        if chance >= 94:
-            return draft.draw(_word) & ~d.VALID.mask  # invalid, the rest is ignored
-        if level == LAST_LEVEL:
-            return _s2_leaf(draft, table, level) ^ (d.TYPE.mask if chance >= 90 else 0)
-        if chance < 60:
-            return _s2_pointer(draft, table, chance)
-        return _s2_leaf(draft, table, level)
+        what = draft.draw(_s2_last if level == LAST_LEVEL else _s2_upper)
+        if what == "invalid":
+            return draft.draw(_word) & ~d.VALID.mask
+        if what in ("leaf", "reserved"):
+            return _s2_leaf(draft, table, level) ^ (d.TYPE.mask if what == "reserved" else 0)
+        return _s2_pointer(draft, table, what)
 
     return make
 
 
-def _s2_pointer(draft: _Draft, table: _Table, chance: int = 0) -> int:
-    """A table descriptor with a fresh page; now and then beyond the physical size, or where no memory is."""
+def _s2_pointer(draft: _Draft, table: _Table, what: str = "table") -> int:
+    """A table descriptor with a fresh page, or one that is wrong as ``what`` says."""
     pa = draft.page(table.regime.granule.size)
     table.backing[pa] = pa
-    if chance == 59:  # beyond the physical size
-        pa |= (1 << table.regime.output_bits) & table.regime.format.address_field()
-    if chance in (56, 57, 58):  # where no memory is
+    fmt, ignored = table.regime.format, 0
+    if what == "table_beyond":
+        pa |= (1 << table.regime.output_bits) & fmt.address_field()
+    if what == "table_nowhere":
         pa = draft.silicon.ram_end
-    ignored = draft.draw(_word) & (_IN_TABLES | d.AP_TABLE.mask | d.XN_TABLE.mask) if chance & 1 else 0
-    return d.encode(d.Table(pa), 0, table.regime.format) | ignored
+    if what == "table_with_ignored_bits":
+        ignored = draft.draw(_word) & (_IN_TABLES | d.AP_TABLE.mask | d.XN_TABLE.mask)
+    return d.encode(d.Table(pa), 0, fmt) | ignored
 
 
-def _s2_fixed(draft: _Draft, table: _Table, pa: int, perfect: bool):
+def _s2_fixed(draft: _Draft, table: _Table, pa: int, perfect: bool) -> Make:
     """Entries of a path that leads to a page at ``pa``; ``perfect``: and grants everything."""
 
     def make(level: int) -> int:
         if level < LAST_LEVEL:
             return _s2_pointer(draft, table)
-        pa_of_page = pa & -table.regime.granule.size
+        page = pa & -table.regime.granule.size
         if perfect:
-            return d.encode(d.Leaf(pa_of_page), level, table.regime.format)
-        if draft.draw(_percent) >= 95:  # where no memory is
-            pa_of_page = draft.silicon.ram_end
-        return _s2_leaf(draft, table, level, pa_of_page)
+            return d.encode(d.Leaf(page), level, table.regime.format)
+        home = page if draft.draw(_home) == "frame" else draft.silicon.ram_end
+        return _s2_leaf(draft, table, level, home)
 
     return make
 
@@ -287,11 +302,10 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     draft = _Draft(draw, silicon)
     shape = draw(st.sampled_from(stage2_shapes(silicon)))
     hcr, extra = _options(draw, silicon, shape)
-    root_size = max(64, 8 << shape.input_bits - _start_shift(shape, silicon))
-    root = draft.page(root_size)
-    registers = Registers(
-        hcr, vtcr(shape, silicon, extra), root | draw(st.integers(0, 255)) << 48, _SCTLR[silicon.armv7]
-    )
+    root = _root(draft, shape)
+    vmid = draw(_word) & (0xFFFF if silicon.features.vmid16 and not silicon.armv7 else 0xFF)
+    cnp = 0 if silicon.armv7 else int(draw(_boolean))
+    registers = Registers(hcr, vtcr(shape, silicon, extra), root | vmid << 48 | cnp, _SCTLR[silicon.armv7])
     below = World(silicon, registers).stage2()
     table = _Table(below, root, {root: root})
     slots = _slots(shape.input_bits)
@@ -463,28 +477,27 @@ def _tcr(draw, silicon: Silicon, granule: Granule, va_bits: int, harness: int) -
     return 64 - va_bits | _TG0[granule] << 14 | 39 << 16 | 2 << 30 | ips << 32
 
 
-def _s1_entry(draft: _Draft, upper: _Table, free: list[int], targets: list[int]):
+def _s1_entry(draft: _Draft, upper: _Table, free: list[int], targets: list[int]) -> Make:
     """Draws the entries of a stage-1 path; tables come from the homes that are left."""
+    draw, fmt = draft.draw, upper.regime.format
 
     def make(level: int) -> int:
-        draw, granule = draft.draw, upper.regime.granule
-        chance = draw(_percent)
-        if chance >= 95:
+        what = draw(_s1_last if level == LAST_LEVEL else _s1_upper)
+        if what == "invalid":
             return draw(_word) & ~d.VALID.mask
-        if level < LAST_LEVEL and free and chance < 75:
-            ignored = draw(_word) & _IN_TABLES if chance & 1 else 0
+        if what == "table_astray":  # an IPA that nobody made a table at
+            return stage1.table(draw(st.sampled_from(targets)) & fmt.address_field())
+        if what.startswith("table") and free:
+            ignored = draw(_word) & _IN_TABLES if what == "table_with_ignored_bits" else 0
             return stage1.table(free.pop()) | draw(_s1_limit) | ignored
-        if level < LAST_LEVEL and chance == 94:  # a table at an IPA that nobody made
-            return stage1.table(draw(st.sampled_from(targets)) & upper.regime.format.address_field())
-        size = 1 << granule.level_shift(level)
         change = draw(_s1_change)
         if change == _ANYTHING:
             change = draw(_word) & _S1_RANDOM
-        ipa = draw(st.sampled_from(targets)) & -size
-        if chance in (92, 93):
-            ipa |= (1 << upper.regime.output_bits) & upper.regime.format.address_field()
-        page = d.TYPE.mask if level == LAST_LEVEL and chance != 91 else 0
-        return (_GOOD_S1 ^ change) | ipa & upper.regime.format.address_field() | page
+        ipa = draw(st.sampled_from(targets)) & -(1 << fmt.granule.level_shift(level))
+        if what == "leaf_beyond":
+            ipa |= 1 << upper.regime.output_bits
+        page = d.TYPE.put(level == LAST_LEVEL and what != "reserved")
+        return (_GOOD_S1 ^ change) | ipa & fmt.address_field() | page
 
     return make
 

@@ -1,4 +1,4 @@
-"""The board's RAM: an anonymous file that QEMU maps read-write and the lab maps read-only.
+"""The board's RAM: an anonymous file that QEMU maps read-write and the lab maps read-only (conformance: read-write).
 
 A memfd rather than a named file: nothing is left on any disk however the lab ends, and its size is
 not bounded by the ``/dev/shm`` mount, which is 64 MB in many containers.

@@ -17,6 +17,7 @@ Pure functions on integers and numpy arrays: no I/O, no process, no clock, no im
     memslots.py     guest-physical memory, its flags and its dirty log
     notifier.py     what the host's memory management owes to stage 2
 
-granule to syndrome are held against an independent implementation, the emulated CPU (``arm-kvm conform``); the rest is
-written from the kernel's source, which each module cites.
+What granule to syndrome say of a translation, its faults and its hardware updates is held against an independent
+implementation, the emulated CPU (``arm-kvm conform``). The names of reserved encodings and everything from tables on
+are written from the manual and the kernel's source, which each module cites.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .faults import Access, Fault, FaultType
 from .walk import Translation
 
-EC_FETCH_LOWER, EC_FETCH_SAME, EC_DATA_LOWER, EC_DATA_SAME = 0x20, 0x21, 0x24, 0x25
+EC_FETCH_SAME, EC_DATA_SAME = 0x21, 0x25  #: taken from a lower level: one less
 
 _ISV = 1 << 24
 _S1PTW = 1 << 7

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
 
 
 class Invalidation(Enum):
@@ -34,19 +33,6 @@ class Entry:
     vmid: int
     generation: int
     invalidations: tuple[Invalidation, ...] = ()
-
-
-class Allocator(Protocol):
-    """What both allocators can be told."""
-
-    def enter(self, vm: Hashable, cpu: int) -> Entry:
-        """A vCPU of ``vm`` enters the guest on ``cpu``."""
-
-    def leave(self, cpu: int) -> None:
-        """The vCPU that ran on ``cpu`` is scheduled out."""
-
-    def forget(self, vm: Hashable) -> None:
-        """``vm`` is destroyed. Its number is not given back before the next generation."""
 
 
 def _check_bits(bits: int) -> None:
@@ -74,6 +60,7 @@ class Consecutive:
         return self._generation
 
     def enter(self, vm: Hashable, cpu: int) -> Entry:
+        """A vCPU of ``vm`` enters the guest on ``cpu``."""
         held = self._held.get(vm)
         if held is not None and held.generation == self._generation:
             return held
@@ -86,9 +73,10 @@ class Consecutive:
         return replace(self._held[vm], invalidations=invalidations)
 
     def leave(self, cpu: int) -> None:
-        """Nothing depends on it."""
+        """The vCPU that ran on ``cpu`` is scheduled out: nothing depends on it."""
 
     def forget(self, vm: Hashable) -> None:
+        """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
 
 
@@ -120,6 +108,7 @@ class Bitmap:
         return self._generation
 
     def enter(self, vm: Hashable, cpu: int) -> Entry:
+        """A vCPU of ``vm`` enters the guest on ``cpu``."""
         invalidations: tuple[Invalidation, ...] = ()
         held = self._held.get(vm)
         if held is None or held[0] != self._generation:
@@ -129,9 +118,11 @@ class Bitmap:
         return Entry(vmid, generation, invalidations)
 
     def leave(self, cpu: int) -> None:
+        """The vCPU that ran on ``cpu`` is scheduled out."""
         self._active[cpu] = self._IDLE
 
     def forget(self, vm: Hashable) -> None:
+        """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
 
     def _allocate(self, vm: Hashable, held: tuple[int, int] | None) -> tuple[Invalidation, ...]:
