@@ -26,8 +26,7 @@ Expected = list[tuple[str, int, int, int]]
 _FIELD = {name: offset // 8 for name, offset in layout.RESULT_FIELDS.items()}
 _EC_WFX, _EC_HVC32, _EC_HVC64 = 0x01, 0x12, 0x16
 _EC_SHIFT = 26
-#: Exception vectors of the guest that faults reach: data and prefetch abort of Armv7; synchronous, from EL1 and from
-#: EL0.
+#: Exception vectors of the guest: undefined, prefetch and data abort of Armv7; synchronous, from EL1 and from EL0.
 _A32_UNDEFINED, _A32_PREFETCH, _A32_DATA, _A64_SAME, _A64_LOWER = 1, 3, 4, 4, 8
 
 
@@ -126,9 +125,10 @@ class Predictor:
         trace: Trace = []
         outcome = self.el10.translate(self.memory, probe.va, probe.access, trace)
         if departures.met_a_block(self.el10, outcome):
-            lenient = departures.with_blocks_anywhere(self.el10).translate(self.memory, probe.va, probe.access, trace)
-            self.names += [departures.BLOCK_ANYWHERE.name] * (lenient != outcome)
-            outcome = lenient
+            lenient = departures.with_blocks_anywhere(self.el10)
+            strict, trace = outcome, []
+            outcome = lenient.translate(self.memory, probe.va, probe.access, trace)
+            self.names += [departures.BLOCK_ANYWHERE.name] * (outcome != strict)
         if departures.reads_astray(self.world.silicon, trace, outcome):
             self.silenced += 1
             raise Unknowable(departures.IPA_32_BITS.name)
@@ -180,7 +180,7 @@ class Predictor:
 
     # -- guests -------------------------------------------------------------------------------------------
 
-    def _aborted(self, probe: Probe, fault: Fault) -> Expected:
+    def _aborted(self, probe: Probe, fault: Fault) -> Expected | None:
         if fault.type is FaultType.EXTERNAL_ON_WALK:
             return None  # who takes it is for SCR and HCR to say; AT shows the fault itself
         gadget = None if probe.access.fetch else self.program.gadgets[probe.gadget].instruction
