@@ -107,32 +107,24 @@ aborted:
     mov     x0, #ABORTED
     b       record
 
+    .macro  vector target
+    .balign 128
+    b       \target
+    .endm
+
     .balign 2048
 vectors:
-    .balign 128
-    b       aborted                     // current EL with SP_EL0: does not happen
-    .balign 128
-    b       .
-    .balign 128
-    b       .
-    .balign 128
-    b       .
-    .balign 128
-    b       aborted                     // an AT instruction met an external abort on its walk
-    .balign 128
-    b       .
-    .balign 128
-    b       .
-    .balign 128
-    b       .
-    .balign 128
-    b       trapped                     // the guest
-    .balign 128
-    b       .
-    .balign 128
-    b       .
-    .balign 128
-    b       .
+    .rept   4                           // current EL with SP_EL0: does not happen
+    vector  .
+    .endr
+    vector  aborted                     // an AT instruction met an external abort on its walk
+    .rept   3
+    vector  .
+    .endr
+    vector  trapped                     // the guest
+    .rept   3
+    vector  .
+    .endr
     .ltorg
 
     // The harness: a page of its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framework.model import regime
+from framework.model import regime, stage1
 from framework.model.faults import Access, Direction
 from framework.model.regime import SCTLR_M, Features, Regime
 from framework.model.stage1 import Stage1
@@ -98,6 +98,11 @@ class World:
     harness: int = 0
     harness_ipa: int = 0
     probes: tuple[Probe, ...] = ()
+
+    @property
+    def upper_table(self) -> int:
+        """The one entry of the upper range's table: a block that holds the harness, executable by all, read-only."""
+        return stage1.leaf(self.harness_ipa & -layout.UPPER_BLOCK, 2, ap=0b11)
 
     def stage2(self) -> Regime:
         """Raises ImpossibleRegime."""

@@ -10,8 +10,10 @@ RECORD = 64  #: bytes of a probe, and of a result
 
 #: The page that is mapped into every guest: EL1 vectors, access gadgets, the table of the upper VA range.
 HARNESS = 0x4120_0000
-GADGETS = 0x800  #: offset in the harness; eight bytes each
-UPPER_TABLE = 0xF00  #: offset of the upper range's table
+GADGETS = 0x800  #: offset in the harness
+GADGET_SIZE = 8
+UPPER_TABLE = 0xF00  #: offset of the upper range's table, which has one block:
+UPPER_BLOCK = 2 << 20
 
 #: Translation tables are made here.
 ARENA = 0x4200_0000

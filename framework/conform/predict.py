@@ -184,36 +184,31 @@ class Predictor:
         if fault.type is FaultType.EXTERNAL_ON_WALK:
             return None  # who takes it is for SCR and HCR to say; AT shows the fault itself
         gadget = None if probe.access.fetch else self.program.gadgets[probe.gadget].instruction
-        at_el0 = probe.user
         armv7 = self.world.silicon.armv7
-        taken = syndrome.abort(fault, probe.access, probe.va, at_el0=at_el0, armv7=armv7, instruction=gadget)
-        if taken.el == 2:
-            return self._to_el2(probe, taken)
-        return self._to_el1_armv7(probe, taken) if armv7 else self._to_el1(taken, at_el0)
+        taken = syndrome.abort(fault, probe.access, probe.va, at_el0=probe.user, armv7=armv7, instruction=gadget)
+        return self._to_el2(probe, taken) if taken.el == 2 else self._to_el1(probe, taken)
 
     def _to_el2(self, probe: Probe, taken: syndrome.Abort) -> Expected:
-        expected = [_field("R_KIND", layout.TRAPPED), _field("R_ESR", taken.esr)]
-        if self.world.silicon.armv7:
-            shift = 32 if probe.access.fetch else 0
-            expected.append(_field("R_FAR", taken.far << shift, _LOW << shift))
-        else:
-            expected.append(_field("R_FAR", taken.far))
+        far = self._paired("R_FAR", probe, taken.far)
+        expected = [_field("R_KIND", layout.TRAPPED), _field("R_ESR", taken.esr), far]
         if taken.hpfar is not None:
             expected.append(_field("R_HPFAR", taken.hpfar))
         return expected
 
-    def _to_el1(self, taken: syndrome.Abort, at_el0: bool) -> Expected:
-        vector = _A64_LOWER if at_el0 else _A64_SAME
-        return [*self._hvc(vector), _field("R_ESR1", taken.esr), _field("R_FAR1", taken.far)]
+    def _to_el1(self, probe: Probe, taken: syndrome.Abort) -> Expected:
+        if self.world.silicon.armv7:
+            vector = _A32_PREFETCH if probe.access.fetch else _A32_DATA
+        else:
+            vector = _A64_LOWER if probe.user else _A64_SAME
+        esr, far = self._paired("R_ESR1", probe, taken.esr), self._paired("R_FAR1", probe, taken.far)
+        return [*self._hvc(vector), esr, far]
 
-    def _to_el1_armv7(self, probe: Probe, taken: syndrome.Abort) -> Expected:
-        fetch = probe.access.fetch
-        shift = 32 if fetch else 0
-        return [
-            *self._hvc(_A32_PREFETCH if fetch else _A32_DATA),
-            _field("R_ESR1", taken.esr << shift, _LOW << shift),
-            _field("R_FAR1", taken.far << shift, _LOW << shift),
-        ]
+    def _paired(self, name: str, probe: Probe, value: int) -> tuple[str, int, int, int]:
+        """A register that Armv7 has twice: of data in the lower half of the field, of fetches in the upper."""
+        if not self.world.silicon.armv7:
+            return _field(name, value)
+        shift = 32 if probe.access.fetch else 0
+        return _field(name, value << shift, _LOW << shift)
 
     def _hvc(self, number: int) -> Expected:
         ec = _EC_HVC32 if self.world.silicon.armv7 else _EC_HVC64

@@ -16,19 +16,22 @@ from framework.config import HostConfig
 from framework.errors import ProgramSilent, QemuDied, SetupError
 from framework.machine.board import Boot
 from framework.machine.machine import Logs, Machine
-from framework.model.regime import Features
+from framework.model.regime import ARMV7
 
 from . import layout, program
 from .case import Probe, Silicon, World, frame_word
-from .worlds import upper_table
 
 _MEMORY = 1 << 30
 _PATIENCE = 5.0  #: seconds; a world takes milliseconds, a guest that runs wild never ends
 _SPINS = 1000
 _WORDS = layout.RECORD // 8
 _OWN_WORDS = 0x2000 // 8  #: the program is smaller
-_GADGET_SIZE = 8
 _POISON = (1 << 64) - 1  #: a result that no probe has written
+
+
+def _control(name: str) -> int:
+    """Physical address of a field of the control block."""
+    return layout.CONTROL + layout.CONTROL_FIELDS[name]
 
 
 class Lab:
@@ -39,12 +42,14 @@ class Lab:
 
     def __init__(self, config: HostConfig, logs: Path) -> None:
         self.program = program.build("A32" if config.linux_arch == "arm" else "A64")
-        self._armv7 = self.program.isa.pointer_bits == 32
+        self._architecture = config.architecture
         self._board = replace(config.board, cpus=1, memory=_MEMORY)
         self._logs = Logs(logs)
         self._start()
         end = self._board.ram_base + _MEMORY
-        self.silicon = Silicon(self._armv7, self._features(), end, self._board.qemu)
+        identity = self._slice(_control("MMFR0"), len(self._architecture.identity)).tolist()
+        features = self._architecture.features(*identity)
+        self.silicon = Silicon(self._architecture is ARMV7, features, end, self._board.qemu)
         self.restore()
 
     def __enter__(self) -> Lab:
@@ -74,19 +79,13 @@ class Lab:
                 raise
 
     def _not_started(self) -> SetupError:
-        level = int(self._slice(layout.CONTROL + layout.CONTROL_FIELDS["LEVEL"], 1)[0])
-        found = f"it was entered with {'CPSR' if self._armv7 else 'CurrentEL'} {level:#x}" if level else "it never ran"
+        level, register = self.peek(_control("LEVEL")), "CPSR" if self._architecture is ARMV7 else "CurrentEL"
+        found = f"it was entered with {register} {level:#x}" if level else "it never ran"
         return SetupError(
             f"the {self.program.isa.name} conformance program does not answer on this board: {found}",
             remedy="the board needs virtualization=on, no secure=on, and a CPU of the host's instruction set",
             evidence=self.machine.evidence(),
         )
-
-    def _features(self) -> Features:
-        if self._armv7:
-            return Features(pa_bits=40)
-        first = layout.CONTROL + layout.CONTROL_FIELDS["MMFR0"]
-        return Features.from_id_registers(*self._slice(first, 3).tolist())
 
     def close(self) -> None:
         """End the machine."""
@@ -115,8 +114,12 @@ class Lab:
         return text + self._slice(layout.HARNESS, layout.UPPER_TABLE // 8).tobytes()
 
     def _slice(self, pa: int, words: int) -> np.ndarray:
-        first = (pa - self._board.ram_base) >> 3
+        first = self._at(pa)
         return self._words[first : first + words]
+
+    def _at(self, pa: int) -> int:
+        """Index of the word at a physical address."""
+        return (pa - self._board.ram_base) >> 3
 
     # -- a world -----------------------------------------------------------------------------------------------
 
@@ -144,26 +147,24 @@ class Lab:
         for pa, word in world.words.items():
             self._poke(pa, word)
         self._written = list(world.words)
-        self._poke(layout.HARNESS + layout.UPPER_TABLE, upper_table(world))
+        self._poke(layout.HARNESS + layout.UPPER_TABLE, world.upper_table)
         r = world.registers
-        first = layout.CONTROL + layout.CONTROL_FIELDS["HCR"]
-        self._slice(first, 9)[:] = (r.hcr, r.vtcr, r.vttbr, r.sctlr, r.tcr, r.ttbr0, r.ttbr1, r.mair, r.vbar)
+        self._slice(_control("HCR"), 9)[:] = (r.hcr, r.vtcr, r.vttbr, r.sctlr, r.tcr, r.ttbr0, r.ttbr1, r.mair, r.vbar)
 
     def _record(self, world: World, probe: Probe) -> tuple[int, int, int, int, int]:
         """OP, ADDRESS, VALUE, PC, PSTATE."""
         if not probe.runs:
             return probe.op, probe.va, 0, 0, 0
-        if probe.access.fetch:
-            return probe.op, probe.va, 0, probe.va, self.program.modes[not probe.user]
-        pc = world.harness + layout.GADGETS + _GADGET_SIZE * probe.gadget
+        gadgets = world.harness + layout.GADGETS
+        pc = probe.va if probe.access.fetch else gadgets + layout.GADGET_SIZE * probe.gadget
         return probe.op, probe.va, probe.value, pc, self.program.modes[not probe.user]
 
     def _poke(self, pa: int, word: int) -> None:
-        self._words[(pa - self._board.ram_base) >> 3] = word
+        self._words[self._at(pa)] = word
 
     def peek(self, pa: int) -> int:
         """The word at a physical address."""
-        return int(self._words[(pa - self._board.ram_base) >> 3])
+        return int(self._words[self._at(pa)])
 
     def restore(self, pas: Sequence[int] | None = None) -> None:
         """Give these words of the frames, or all of them, their own content back."""
@@ -182,12 +183,12 @@ class Lab:
     def _request(self, count: int) -> None:
         self._sequence += 1
         self._asked = count
-        self._poke(layout.CONTROL + layout.CONTROL_FIELDS["COUNT"], count)
-        self._poke(layout.CONTROL + layout.CONTROL_FIELDS["REQUEST"], self._sequence)
+        self._poke(_control("COUNT"), count)
+        self._poke(_control("REQUEST"), self._sequence)
 
     def _answered(self) -> bool:
         """Wait for the answer to the last request, for a while."""
-        where = (layout.CONTROL + layout.CONTROL_FIELDS["ANSWER"] - self._board.ram_base) >> 3
+        where = self._at(_control("ANSWER"))
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
             for _ in range(_SPINS):

@@ -7,7 +7,7 @@ wrong. The harness and the guest's own tables get their paths first, so that the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from framework.model import descriptors as d
 from framework.model import regime, stage1
 from framework.model.faults import Access, Direction
-from framework.model.granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
+from framework.model.granule import KIB4, KIB64, LAST_LEVEL, Granule
 from framework.model.regime import Regime
 
 from . import layout
@@ -26,7 +26,6 @@ from .program import Program
 
 _SLOT = 0x1_0000  #: what the harness and the guest's tables are aligned to: the largest page
 _UPPER_VA = {True: 0xFE00_0000, False: 0xFFFF_FFFF_FE00_0000}  #: 25-bit upper ranges, by Armv7
-_UPPER_BLOCK = 2 << 20
 
 # -- shapes of tables ---------------------------------------------------------------------------------------
 
@@ -40,7 +39,7 @@ class Shape:
     input_bits: int
 
 
-_TG0 = {KIB4: 0, KIB64: 1, KIB16: 2}
+_TG0 = {granule: number for number, granule in regime.TG0.items()}
 
 
 def _edges(low: int, high: int) -> list[int]:
@@ -55,27 +54,31 @@ def stage2_shapes(silicon: Silicon) -> list[Shape]:
 
     KVM's own choice comes first: failures shrink to it.
     """
-    shapes = []
-    if silicon.armv7:
-        shapes = [
-            Shape(KIB4, sl0, bits) for sl0, low, high in ((1, 31, 40), (0, 25, 34)) for bits in range(low, high + 1)
-        ]
-    for granule, sl0 in product((g for g in silicon.features.granules if not silicon.armv7), range(4)):
-        for bits in range(16, 49):
-            try:
-                regime.stage2_armv8(0, vtcr(Shape(granule, sl0, bits), silicon, 0), 0, silicon.features)
-            except regime.ImpossibleRegime:
-                continue
-            shapes.append(Shape(granule, sl0, bits))
-    widths = {}
-    for shape in shapes:
-        widths.setdefault((shape.granule, shape.sl0), []).append(shape.input_bits)
-    chosen = [s for s in shapes if s.input_bits in _edges(*_ends(widths[s.granule, s.sl0]))]
+    widths: dict[tuple[Granule, int], list[int]] = {}
+    for shape, why in _all_shapes(silicon):
+        if why is None:
+            widths.setdefault((shape.granule, shape.sl0), []).append(shape.input_bits)
+    chosen = [Shape(*start, bits) for start, found in widths.items() for bits in _edges(min(found), max(found))]
     return sorted(chosen, key=lambda s: (s != Shape(KIB4, 1, 40), s.granule.shift, s.sl0, -s.input_bits))
 
 
-def _ends(values: list[int]) -> tuple[int, int]:
-    return min(values), max(values)
+@cache
+def _impossible_shapes(silicon: Silicon) -> list[Shape]:
+    """Values of VTCR_EL2 that contradict each other, and of which the architecture says what happens."""
+    return [shape for shape, why in _all_shapes(silicon) if why is not None and why.level0]
+
+
+def _all_shapes(silicon: Silicon) -> Iterator[tuple[Shape, regime.ImpossibleRegime | None]]:
+    """Every value of the fields that make a shape, and what the model has against it."""
+    granules = (KIB4,) if silicon.armv7 else silicon.features.granules
+    for granule, sl0, bits in product(granules, range(4), range(25, 41) if silicon.armv7 else range(16, 49)):
+        shape = Shape(granule, sl0, bits)
+        try:
+            World(silicon, Registers(0, vtcr(shape, silicon, 0), 0, 0)).stage2()
+        except regime.ImpossibleRegime as e:
+            yield shape, e
+        else:
+            yield shape, None
 
 
 def vtcr(shape: Shape, silicon: Silicon, extra: int) -> int:
@@ -302,10 +305,11 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     draft = _Draft(draw, silicon)
     shape = draw(st.sampled_from(stage2_shapes(silicon)))
     hcr, extra = _options(draw, silicon, shape)
-    root = _root(draft, shape)
     vmid = draw(_word) & (0xFFFF if silicon.features.vmid16 and not silicon.armv7 else 0xFF)
     cnp = 0 if silicon.armv7 else int(draw(_boolean))
-    registers = Registers(hcr, vtcr(shape, silicon, extra), root | vmid << 48 | cnp, _SCTLR[silicon.armv7])
+    registers = Registers(hcr, vtcr(shape, silicon, extra), 0, _SCTLR[silicon.armv7])
+    root = _root(draft, World(silicon, registers).stage2())
+    registers = replace(registers, vttbr=root | vmid << 48 | cnp)
     below = World(silicon, registers).stage2()
     table = _Table(below, root, {root: root})
     slots = _slots(shape.input_bits)
@@ -325,20 +329,6 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     registers = replace(registers, vbar=harness_va & _va_mask(silicon))
     probes = _probes(draw, silicon, program, bases, harness_va)
     return World(silicon, registers, draft.words, harness_va, harness, tuple(probes))
-
-
-@cache
-def _impossible_shapes(silicon: Silicon) -> list[Shape]:
-    """Values of VTCR_EL2 that contradict each other, and of which the architecture says what happens."""
-    shapes = []
-    for granule, sl0, bits in product(silicon.features.granules, range(4), range(16, 49)):
-        shape = Shape(granule, sl0, bits)
-        try:
-            regime.stage2_armv8(0, vtcr(shape, silicon, 0), 0, silicon.features)
-        except regime.ImpossibleRegime as e:
-            if e.level0:
-                shapes.append(shape)
-    return shapes
 
 
 def _impossible(draw, silicon: Silicon) -> World:
@@ -364,17 +354,12 @@ def _va_mask(silicon: Silicon) -> int:
     return (1 << 32) - 1 if silicon.armv7 else (1 << 64) - 1
 
 
-def _root(draft: _Draft, shape: Shape) -> int:
+def _root(draft: _Draft, below: Regime) -> int:
     """Where the stage-2 root is: anywhere in the first half of the arena that it is aligned."""
-    size = max(64, 8 << shape.input_bits - _start_shift(shape, draft.silicon))
+    size = max(64, below.root_size)
     places = max(1, min(16, layout.ARENA_SIZE // 2 // size))
     draft.next_page += draft.draw(st.integers(0, places - 1)) * size
     return draft.page(size)
-
-
-def _start_shift(shape: Shape, silicon: Silicon) -> int:
-    levels = {True: (2, 1), False: (2, 1, 0, 3) if shape.granule is KIB4 else (3, 2, 1)}[silicon.armv7]
-    return shape.granule.level_shift(levels[shape.sl0])
 
 
 def _interesting(draw, table: _Table) -> list[int]:
@@ -387,7 +372,7 @@ def _interesting(draw, table: _Table) -> list[int]:
 
 _HCR = {True: 1 << 13 | 1, False: 1 << 31 | 1 << 13 | 1}  #: TWI, VM; RW in AArch64
 _SCTLR = {True: 0x00C5_0078, False: 0x30D5_0800}  #: RES1 bits, nTWI and nTWE
-_PS = {2: 40, 5: 48, 4: 44, 3: 42, 1: 36, 0: 32}  #: VTCR_EL2.PS: bits
+_PS = {ps: regime.PHYSICAL_SIZES[ps] for ps in (2, 5, 4, 3, 1, 0)}  #: VTCR_EL2.PS, TCR_EL1.IPS: bits; KVM's own first
 
 
 def _physical_size(draw, shape: Shape) -> int:
@@ -423,8 +408,6 @@ def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: in
     granule = KIB4 if silicon.armv7 else draw(st.sampled_from(_stage1_granules(silicon)))
     va_bits = draw(st.sampled_from(_va_widths(silicon, granule)))
     first, *free = homes
-    root = first + _offset_of_root(draw, granule, va_bits)
-    homes[root] = homes[first] + root - first
     bits = regime.SCTLR_M | draw(st.sampled_from((0, 0, 0, regime.SCTLR_WXN)))
     if silicon.armv7:
         bits |= draw(st.sampled_from((0, 0, regime.SCTLR_UWXN)))
@@ -432,12 +415,15 @@ def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: in
         registers,
         sctlr=registers.sctlr | bits,
         tcr=_tcr(draw, silicon, granule, va_bits, harness),
-        ttbr0=root,
+        ttbr0=first,
         ttbr1=harness + layout.UPPER_TABLE,
         mair=draw(st.sampled_from(_MAIRS)),
     )
-    control = World(silicon, registers).stage1()
-    upper = _Table(control.regime, root, dict(homes))
+    size = max(64, World(silicon, registers).stage1().regime.root_size)
+    offset = draw(st.integers(0, 3)) * size if size < 0x1000 else 0  # a small root is anywhere it is aligned
+    registers = replace(registers, ttbr0=first + offset)
+    homes[first + offset] = homes[first] + offset
+    upper = _Table(World(silicon, registers).stage1().regime, first + offset, dict(homes))
     targets = _interesting(draw, table)
     top = min(1 << va_bits, _UPPER_VA[silicon.armv7])
     vas = [v & -_SLOT for v in (0, top - 1, draw(_word) % top)][: draw(st.integers(1, 3))]
@@ -445,16 +431,9 @@ def _with_stage1(draft: _Draft, table: _Table, registers: Registers, harness: in
         draft.path(upper, va, _s1_entry(draft, upper, free, targets))
     for ipa in targets:
         draft.path(table, ipa, _s2_entry(draft, table))
-    block = harness & -_UPPER_BLOCK
+    block = harness & -layout.UPPER_BLOCK
     harness_va = _UPPER_VA[silicon.armv7] + harness - block
     return registers, vas, harness_va
-
-
-def _offset_of_root(draw, granule: Granule, va_bits: int) -> int:
-    """Where in its page a small root is: anywhere it is aligned."""
-    levels = -(-(va_bits - granule.shift) // granule.stride)
-    size = max(64, 8 << va_bits - granule.level_shift(LAST_LEVEL + 1 - levels))
-    return draw(st.integers(0, 3)) * size if size < 0x1000 else 0
 
 
 def _va_widths(silicon: Silicon, granule: Granule) -> list[int]:
@@ -472,8 +451,8 @@ def _stage1_granules(silicon: Silicon) -> list[Granule]:
 def _tcr(draw, silicon: Silicon, granule: Granule, va_bits: int, harness: int) -> int:
     if silicon.armv7:
         return 1 << 31 | 32 - va_bits | 7 << 16
-    enough = [n for n, bits in enumerate((32, 36, 40, 42, 44, 48)) if not (harness + _SLOT - 1) >> bits]
-    ips = draw(st.sampled_from(enough[::-1]))
+    enough = sorted((ips for ips, bits in _PS.items() if not (harness + _SLOT - 1) >> bits), reverse=True)
+    ips = draw(st.sampled_from(enough))
     return 64 - va_bits | _TG0[granule] << 14 | 39 << 16 | 2 << 30 | ips << 32
 
 
@@ -543,8 +522,3 @@ def _questions(draw, program: Program, va: int) -> list[Probe]:
 def gadgets_of(program: Program, write: bool, el0: bool) -> list[int]:
     """Numbers of the gadgets that load or store with these rights."""
     return [n for n, g in enumerate(program.gadgets) if g.access.write == write and g.el0 == el0]
-
-
-def upper_table(world: World) -> int:
-    """The one entry of the upper range's table: a block that holds the harness, executable by all, read-only."""
-    return (world.harness_ipa & -_UPPER_BLOCK) | d.VALID.mask | d.AF.mask | d.AP.put(3) | d.SH.put(d.Shareability.INNER)

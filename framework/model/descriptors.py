@@ -244,12 +244,13 @@ _LEAF_FIELDS = {
 }
 _FLAGS = frozenset({"af", "contiguous", "dbm", "fnxs"})
 _TYPE_BITS = VALID.mask | TYPE.mask
+_XN_LOW = Field(XN.low)  #: XN[0]
 
 
 def _meaningful(fmt: Format) -> int:
     """The attribute bits of a leaf that mean something in this format."""
-    mask = sum(field.mask for field in _LEAF_FIELDS.values()) & ~(DBM.mask | FNXS.mask | Field(XN.low).mask)
-    return mask | fmt.dbm * DBM.mask | fmt.xs * FNXS.mask | fmt.xnx * Field(XN.low).mask
+    mask = sum(field.mask for field in _LEAF_FIELDS.values()) & ~(DBM.mask | FNXS.mask | _XN_LOW.mask)
+    return mask | fmt.dbm * DBM.mask | fmt.xs * FNXS.mask | fmt.xnx * _XN_LOW.mask
 
 
 def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
@@ -301,7 +302,7 @@ def reserved(word: int, level: int, fmt: Format) -> list[str]:
         case Reserved():
             return [reserved_type(word, level, fmt.granule)]
         case Leaf() as leaf:
-            return [*_leaf_reservations(leaf, level, fmt), *_zeros(leaf.res0, level, fmt)]
+            return [*_leaf_reservations(leaf, fmt), *_zeros(leaf.res0, level, fmt)]
         case Table(_, ignored):
             return _zeros(ignored & _table_zeros(fmt), LAST_LEVEL, fmt)
     return []
@@ -314,7 +315,7 @@ def reserved_type(word: int, level: int, granule: Granule) -> str | None:
     return "reserved encoding (0b01) at the last level" if level == LAST_LEVEL else f"a block at level {level}"
 
 
-def _leaf_reservations(leaf: Leaf, level: int, fmt: Format) -> list[str]:
+def _leaf_reservations(leaf: Leaf, fmt: Format) -> list[str]:
     found = []
     if leaf.sh == Shareability.RESERVED:
         found.append("reserved shareability (0b01)")
@@ -324,7 +325,7 @@ def _leaf_reservations(leaf: Leaf, level: int, fmt: Format) -> list[str]:
 
 
 #: Bits that are RES0 for want of a feature.
-_ABSENT = {Field(XN.low): "XN[0] without FEAT_XNX", DBM: "DBM without FEAT_HAFDBS", FNXS: "FnXS without FEAT_XS"}
+_ABSENT = {_XN_LOW: "XN[0] without FEAT_XNX", DBM: "DBM without FEAT_HAFDBS", FNXS: "FnXS without FEAT_XS"}
 
 
 def _zeros(bits: int, level: int, fmt: Format) -> list[str]:

@@ -125,7 +125,7 @@ class Memslots:
     """
 
     ipa_bits: int
-    slots: int = SLOTS_ARM64
+    limit: int = SLOTS_ARM64  #: slot numbers are below it
     hva_bits: int = 48
     manual: bool = False
     _slots: dict[int, Memslot] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Memslots:
             raise Refused(errno.EINVAL, f"flags {wanted.flags:#x}")
         if any(value % _PAGE for value in (wanted.ipa, wanted.size, wanted.hva)):
             raise Refused(errno.EINVAL, "address or size not aligned to a page")
-        if not 0 <= wanted.slot < self.slots or wanted.pages > _MAX_PAGES:
+        if not 0 <= wanted.slot < self.limit or wanted.pages > _MAX_PAGES:
             raise Refused(errno.EINVAL, f"slot {wanted.slot} or {wanted.pages} pages")
         if wanted.end >= 1 << 64:
             raise Refused(errno.EINVAL, "the range wraps around")
@@ -225,7 +225,7 @@ class Memslots:
         return Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in cleared))
 
     def _log(self, slot: int) -> set[int]:
-        if not 0 <= slot < self.slots:
+        if not 0 <= slot < self.limit:
             raise Refused(errno.EINVAL, f"there is no slot {slot}")
         if slot not in self._dirty:
             raise Refused(errno.ENOENT, f"slot {slot} has no dirty log")

@@ -31,7 +31,8 @@ SCTLR_WXN = 1 << 19
 SCTLR_UWXN = 1 << 20  #: Armv7 only
 
 MAX_CONCATENATED = 16
-_PARANGE_BITS = (32, 36, 40, 42, 44, 48, 52)
+#: Physical sizes in bits, as ID_AA64MMFR0_EL1.PARange, VTCR_EL2.PS and TCR_EL1.IPS number them.
+PHYSICAL_SIZES = (32, 36, 40, 42, 44, 48, 52)
 _WIDEST = 48  #: of an output address, without FEAT_LPA
 
 
@@ -48,7 +49,7 @@ class ImpossibleRegime(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """What an implementation has, as far as translation depends on it. The default has everything modelled."""
+    """What an implementation has, as far as translation depends on it. The default has all but FEAT_XS."""
 
     pa_bits: int = 48
     granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)  #: of stage 2
@@ -74,7 +75,7 @@ class Features:
         said = {g: nibble(mmfr0, low) for g, low in own.items()}
         stage2 = tuple(g for g in said if said[g] >= 2 or (said[g] == 0 and g in stage1))
         return cls(
-            pa_bits=_PARANGE_BITS[min(nibble(mmfr0, 0), len(_PARANGE_BITS) - 1)],
+            pa_bits=PHYSICAL_SIZES[min(nibble(mmfr0, 0), len(PHYSICAL_SIZES) - 1)],
             granules=stage2,
             stage1_granules=stage1,
             small_tables=nibble(mmfr2, 28) >= 1,
@@ -127,6 +128,11 @@ class Regime:
         return 1 if self.armv7 else 0
 
     @property
+    def root_size(self) -> int:
+        """Bytes of the root, to which it is aligned; VMSAv8-64 aligns to 64 at least."""
+        return self.entries * 8 if self.armv7 else max(64, self.entries * 8)
+
+    @property
     def root_pages(self) -> int:
         """Tables that the root consists of; more than one means concatenated tables."""
         return max(1, self.entries // self.granule.entries)
@@ -159,10 +165,10 @@ def _shape(
             f"{most // granule.entries} are allowed",
             level0=not fmt.armv7,
         )
-    size = entries * 8 if fmt.armv7 else max(64, entries * 8)
-    if root % size:
-        raise ImpossibleRegime(f"root {root:#x} is not aligned to the table's {size:#x} bytes")
-    return Regime(stage, root, start_level, entries, input_bits, output_bits, fmt, **more)
+    regime = Regime(stage, root, start_level, entries, input_bits, output_bits, fmt, **more)
+    if root % regime.root_size:
+        raise ImpossibleRegime(f"root {root:#x} is not aligned to the table's {regime.root_size:#x} bytes")
+    return regime
 
 
 def _root(ttbr: int) -> int:
@@ -207,7 +213,7 @@ def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Featu
     )
 
 
-_TG0 = {0: KIB4, 1: KIB64, 2: KIB16}
+TG0 = {0: KIB4, 1: KIB64, 2: KIB16}
 #: Start level by SL0 (DDI 0487, VTCR_EL2.SL0); with 4 KiB, 0b11 needs FEAT_TTST.
 _SL0 = {KIB4: (2, 1, 0, 3), KIB16: (3, 2, 1), KIB64: (3, 2, 1)}
 #: The least physical size, in bits, with which stage 2 may start at a level (AArch64.S2InvalidSL).
@@ -226,7 +232,7 @@ def _refuse_unknown(register: str, value: int, unknown: dict[int, str]) -> None:
 
 
 def _granule(tcr: int, granules: tuple[Granule, ...], pa_bits: int) -> Granule:
-    granule = _TG0.get(tcr >> 14 & 3)
+    granule = TG0.get(tcr >> 14 & 3)
     if granule not in granules:
         raise ImpossibleRegime(f"TG0 {tcr >> 14 & 3} is {granule or 'reserved'}: not implemented")
     if granule is KIB64 and pa_bits > _WIDEST:
@@ -243,9 +249,9 @@ def _input_bits(tcr: int, granule: Granule, features: Features) -> int:
 
 
 def _output_bits(ps: int, features: Features) -> int:
-    if ps >= len(_PARANGE_BITS):
+    if ps >= len(PHYSICAL_SIZES):
         raise ImpossibleRegime(f"PS {ps} is reserved")
-    return min(_PARANGE_BITS[ps], features.pa_bits, _WIDEST)
+    return min(PHYSICAL_SIZES[ps], features.pa_bits, _WIDEST)
 
 
 def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Features()) -> Regime:

@@ -108,11 +108,12 @@ class Stage2Tables:
 
     def relax(self, ipa: int, grant: d.Grant, execute: bool = False) -> list[Event]:
         """Add permissions to the leaf that maps ``ipa``, in place. ValueError when none does."""
-        more = d.S2AP.put(grant)
-        less = d.XN.mask if execute else 0
-        for slot in self._leaf_slots(ipa, ipa + 1):
-            return self._change(slot.ipa, self._size(slot.level), lambda word: (word | more) & ~less)
-        raise ValueError(f"nothing maps IPA {ipa:#x}")
+        slot = next(self._leaf_slots(ipa, ipa + 1), None)
+        if slot is None:
+            raise ValueError(f"nothing maps IPA {ipa:#x}")
+        more, less = d.S2AP.put(grant), d.XN.mask if execute else 0
+        written = self._change(ipa, 1, lambda word: (word | more) & ~less)
+        return [*written, Invalidated(slot.ipa, self._size(slot.level))] if written else []
 
     def unmap(self, ipa: int, size: int) -> list[Event]:
         """Remove all that maps any of ``[ipa, ipa + size)``; a block that reaches beyond goes as a whole."""
@@ -137,11 +138,11 @@ class Stage2Tables:
 
         ``ipa`` is the first of the range. ValueError when the leaves do not add up to a block.
         """
-        level, word = self.leaves().get(ipa, (LAST_LEVEL + 1, 0))
+        leaves = self.leaves()
+        level, word = leaves.get(ipa, (LAST_LEVEL + 1, 0))
         if not self.regime.start_level < level <= LAST_LEVEL:
             raise ValueError(f"no page at IPA {ipa:#x} begins a table")
         leaf, size = d.decode(word, level, self.regime.format), self._size(level)
-        leaves = self.leaves()
         for i in range(self.regime.granule.entries):
             part = d.encode(replace(leaf, address=leaf.address + i * size), level, self.regime.format)
             if leaves.get(ipa + i * size) != (level, part):
@@ -153,20 +154,19 @@ class Stage2Tables:
 
         One invalidation follows, of the whole VM. (5.4 invalidates also when nothing was writable.)
         """
-        events = self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Grant.WRITE))
-        return [e for e in events if isinstance(e, Written)] + [Invalidated(0, self.regime.input_size)] * bool(events)
+        written = self._change(ipa, size, lambda word: word & ~d.S2AP.put(d.Grant.WRITE))
+        return [*written, Invalidated(0, self.regime.input_size)] if written else []
 
     def make_old(self, ipa: int, size: int, *, first_only: bool = False) -> list[Event]:
         """Clear the access flag of the leaves in a range; ``first_only``: of the first alone, as kernels before 6.6 do.
 
         The caller of the notifier invalidates (clear_flush_young) or does not (clear_young).
         """
-        events = self._change(ipa, 1 if first_only else size, lambda word: word & ~d.AF.mask)
-        return [e for e in events if isinstance(e, Written)]
+        return self._change(ipa, 1 if first_only else size, lambda word: word & ~d.AF.mask)
 
     def make_young(self, ipa: int) -> list[Event]:
         """Set the access flag again, after an access flag fault: nothing is cached, so nothing is invalidated."""
-        return [e for e in self._change(ipa, 1, lambda word: word | d.AF.mask) if isinstance(e, Written)]
+        return self._change(ipa, 1, lambda word: word | d.AF.mask)
 
     def destroy(self) -> list[Event]:
         """Unmap everything and give the root back."""
@@ -199,12 +199,13 @@ class Stage2Tables:
         return events
 
     def _change(self, ipa: int, size: int, new: Callable[[int], int]) -> list[Event]:
+        """Rewrite the leaves of a range in place."""
         events: list[Event] = []
         for slot in list(self._leaf_slots(ipa, ipa + size)):
             if new(slot.word) != slot.word:
                 events.append(Written(slot.at, slot.ipa, slot.level, slot.word, new(slot.word)))
                 self._set(slot.at, new(slot.word))
-        return [*events, Invalidated(ipa, size)] if events else []
+        return events
 
     # -- the tree ------------------------------------------------------------------------------------------------
 
