@@ -35,7 +35,11 @@ class TestFolder:
                     self.write(path.name, f.read())
 
     def write(self, name: str, data: bytes | str) -> None:
+        self.path(name).write_bytes(data.encode() if isinstance(data, str) else data)
+
+    def path(self, name: str) -> Path:
+        """Where a file of this name goes; it counts as written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
         self.files.append(path)
+        return path

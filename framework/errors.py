@@ -31,6 +31,8 @@
      |    +-- HostOsError         ... a system call answered with an errno
      +-- NoLiveMachine       24  a command needs a running machine, and none runs
      +-- NonConformance      27  the reference model and the emulated CPU differ
+     +-- TraceError          28  a saved trace cannot be read
+     +-- ProtocolViolation   29  a trace breaks the rules of VMIDs and TLB maintenance
 
 Catch a meaning (``except KernelError``), not an enumeration of causes. The number is the
 exit code of ``arm-kvm``; pytest keeps its own.
@@ -184,3 +186,15 @@ class NoLiveMachine(LabError):
 
 class NonConformance(LabError):
     exit_code = 27
+
+
+class TraceError(LabError):
+    """A saved trace cannot be read: the message names the file and the line."""
+
+    exit_code = 28
+
+
+class ProtocolViolation(LabError):
+    """The hypervisor broke the rules of VMIDs and TLB maintenance, says a recorded trace."""
+
+    exit_code = 29

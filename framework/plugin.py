@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ import pytest
 from . import config as host_files
 from .artifacts import TestFolder
 from .errors import ConfigError, KernelError, LabError
+from .events.violations import ProtocolBroken
 from .host.host import Host
 from .host.vm import Vm
 from .machine import version
@@ -25,12 +26,18 @@ from .oracle import trace as trace_
 from .oracle.stage2 import Stage2
 from .oracle.verdicts import Finding
 from .pool import Broken, Pool
+from .recorder.breakpoints import Breakpoints
+from .recorder.probe import Probe
+from .recorder.recorder import Recorder
+from .recorder.recording import Recording
 
 _POOL = pytest.StashKey[Pool]()
 _SESSION = pytest.StashKey["_HostSession"]()
 _BLAMED = pytest.StashKey[Path]()  # the host file a skip is due to
 _TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
 _ORACLES: WeakKeyDictionary[Host, Oracle] = WeakKeyDictionary()
+_RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
+_DUMPED = 16  #: VMs of one test whose tables are written down; of more, only those with findings
 _DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
 
 
@@ -54,6 +61,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
+    )
+    group.addoption(
+        "--recorder",
+        choices=("probe", "breakpoints"),
+        default="probe",
+        help="how VTTBR and TLB events are recorded: a TCG plugin (QEMU up to 8), or the gdbstub (any QEMU, slow)",
     )
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
@@ -144,13 +157,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drop cases that no chosen host suits; run the rest host by host, so that each boots once."""
+    """Drop cases that no chosen host suits; run the rest host by host, so that each boots once.
+
+    Those that record come last on their host, which boots once more with the probe: the others do not pay for it.
+    """
     order = list(config.stash[_POOL].configs)
     nowhere = [i for i in items if "host" in getattr(i, "fixturenames", ()) and not isinstance(_host_name(i), str)]
     if nowhere:
         config.hook.pytest_deselected(items=nowhere)
     items[:] = [i for i in items if i not in nowhere]
-    items.sort(key=lambda i: order.index(_host_name(i)) if _needs_host(i) else -1)
+    items.sort(key=lambda i: (order.index(_host_name(i)) if _needs_host(i) else -1, _records(i)))
+
+
+def _records(item: pytest.Item) -> bool:
+    return "record" in getattr(item, "fixturenames", ())
 
 
 def _host_name(item: pytest.Item) -> object:
@@ -173,11 +193,11 @@ class _HostSession:
     def judge(self) -> list[Finding]:
         """Every VM of the test that has run, and the kernel's log."""
         findings = []
-        for vm in self.host.vms:
-            if vm.alive and any(guest.entered for guest in vm.guests):
-                stage2, found = self.oracle.examine(vm)
+        vms = [vm for vm in self.host.vms if vm.alive and any(guest.entered for guest in vm.guests)]
+        for vm, (stage2, found) in zip(vms, self.oracle.examine(*vms) if vms else [], strict=True):
+            if found or len(vms) <= _DUMPED:
                 self.folder.write(f"stage2-{vm.id}.txt", stage2.dump())
-                findings += found
+            findings += found
         return findings + self.oracle.splats()
 
 
@@ -260,7 +280,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
     """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
     try:
-        return pool.host(name)
+        return pool.host(name, Probe if _records(item) and _with_probe(item.config) else None)
     except Broken as e:
         cause = e.cause
     config = item.config
@@ -309,6 +329,16 @@ def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
 
 
 @pytest.fixture
+def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
+    """Create many VMs at once: ``make_vms(300)``."""
+
+    def make(count: int, **kind) -> list[Vm]:
+        return host.create_vms(isa, count, **kind)
+
+    return make
+
+
+@pytest.fixture
 def vm(make_vm: Callable[..., Vm]) -> Vm:
     """A VM with one vCPU, and no memory but the payload's own. See ``make_vm``."""
     return make_vm()
@@ -328,6 +358,49 @@ def stage2(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], Stage2]
 def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
     """The judge itself, for tests that want its findings and not its failure: ``oracle.examine(vm)``."""
     return request.node.stash[_SESSION].oracle
+
+
+def _with_probe(config: pytest.Config) -> bool:
+    return config.getoption("--recorder") == "probe"
+
+
+def _recorder(config: pytest.Config, session: _HostSession) -> Recorder:
+    host = session.host
+    if host not in _RECORDERS:
+        mechanism = host.machine.plugin if _with_probe(config) else Breakpoints(host)
+        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.sight)
+    return _RECORDERS[host]
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, host: Host) -> Callable[..., AbstractContextManager[Recording]]:
+    """``with record() as run:`` records every VTTBR write, invalidation, guest entry and table change.
+
+    When the block ends the trace is checked, and a broken rule fails the test; ``record(judge=False)`` leaves that
+    to the test. Then ``run.trace``, ``run.violations``, ``run.vmids(vm)``, ``run.rollovers`` ... say what happened.
+    The trace is kept among the test's artifacts: ``arm-kvm trace check FILE``, ``arm-kvm trace draw FILE``.
+    """
+    session = request.node.stash[_SESSION]
+
+    @contextmanager
+    def recording(judge: bool = True) -> Iterator[Recording]:
+        run = Recording(_recorder(request.config, session))
+        try:
+            with run.running():
+                yield run
+        finally:
+            path = session.folder.path(f"events-{len(session.folder.files)}.trace")
+            run.trace.save(path)
+        if judge and run.violations:
+            raise ProtocolBroken(run.trace, run.violations)
+
+    return recording
+
+
+@pytest.fixture
+def vmid(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], int]:
+    """``vmid(vm)``: the VMID in VTTBR, sampled from a CPU's registers while the VM's guest spins."""
+    return request.node.stash[_SESSION].oracle.vmid
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from .config import HostConfig
 from .errors import LabError
 from .host.host import Host
 from .host.kernel import Kernel, obtain
+from .machine.machine import Plugin
 
 
 class Broken(Exception):
@@ -39,19 +41,23 @@ class Pool:
             self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], override))
         return self._kernels[name]
 
-    def host(self, name: str) -> Host:
-        """The live host of this name. Raises Broken."""
+    def host(self, name: str, make_plugin: Callable[[str], Plugin] | None = None) -> Host:
+        """The live host of this name; with a plugin made for its QEMU, if one is asked for. Raises Broken.
+
+        A host that runs without the plugin is replaced by one with it; one with it serves those that want none, too.
+        """
         if name in self._broken:
             raise Broken(self._broken[name])
         host = self._live.get(name)
-        if host is not None and not (host.machine.alive and host.agent.usable):
+        lacks = host is not None and make_plugin is not None and host.machine.plugin is None
+        if host is not None and (lacks or not (host.machine.alive and host.agent.usable)):
             self.discard(name)
             host = None
         if host is None:
             kernel = self.kernel(name)
             self._boots += 1
             logs = self.artifacts / "hosts" / f"{self._boots:02}-{name}"
-            host = self._live[name] = self._once(name, lambda: Host.boot(self.configs[name], kernel, logs))
+            host = self._live[name] = self._once(name, lambda: self._boot(name, kernel, logs, make_plugin))
             if self.configs[name].has_kvm:
                 try:
                     self._once(name, host.require_kvm)
@@ -59,6 +65,11 @@ class Pool:
                     self.discard(name)
                     raise
         return host
+
+    def _boot(self, name: str, kernel: Kernel, logs: Path, make_plugin: Callable[[str], Plugin] | None) -> Host:
+        config = self.configs[name]
+        plugin = make_plugin(config.board.qemu) if make_plugin else None
+        return Host.boot(config, kernel, logs, plugin=plugin)
 
     def _once(self, name: str, action):
         """Do it, unless something failed for this host before; keep the first error."""

@@ -31,7 +31,7 @@ def entry_of(host, oracle):
     """``entry_of(vm, ipa)``: physical address and value of the entry that maps ``ipa``."""
 
     def find(vm, ipa):
-        stage2, _ = oracle.examine(vm)
+        stage2, _ = oracle.examine(vm)[0]
         desc = stage2.leaf(ipa).desc
         for page in stage2.tables.pages:
             words = host.machine.ram.fetch(page + np.arange(512, dtype=np.uint64) * np.uint64(8))
@@ -76,14 +76,14 @@ def test_a_corrupted_leaf_is_caught_under_its_name(vm, memory, oracle, entry_of,
             oracle.stage2(vm)
         assert caught.value.kinds == {kind}
         assert caught.value.findings[0].ipa == IPA + 3 * PAGE
-    assert oracle.examine(vm)[1] == []
+    assert oracle.examine(vm)[0][1] == []
 
 
 def made_writable(vm, oracle, entry_of, stored, ipa):
     pa, desc = entry_of(vm, ipa)
     assert not d.s2_writable(desc)
     with stored(pa, desc | 1 << 7, then=desc):
-        _, findings = oracle.examine(vm)
+        _, findings = oracle.examine(vm)[0]
     return [(f.kind, f.ipa, f.expected.partition(" (")[0]) for f in findings]
 
 
@@ -113,7 +113,7 @@ def test_a_memslot_that_is_denied(vm, memory, oracle):
     """The lab is told that the VM has no such memslot: its leaves are then outside every memslot."""
     truth = vm.slots.copy()
     del vm.slots[vm.slot_at(IPA).slot]
-    _, findings = oracle.examine(vm)
+    _, findings = oracle.examine(vm)[0]
     vm.slots = truth
     assert [(f.kind, f.ipa, f.size) for f in findings] == [(Kind.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
 
@@ -123,7 +123,7 @@ def test_a_memslot_that_is_lied_about(vm, memory, oracle):
     truth = vm.slots.copy()
     slot = vm.slot_at(IPA)
     vm.slots[slot.slot] = replace(slot, hva=slot.hva + PAGE)
-    _, findings = oracle.examine(vm)
+    _, findings = oracle.examine(vm)[0]
     vm.slots = truth
     assert {f.kind for f in findings} == {Kind.WRONG_FRAME}
     assert sum(f.size for f in findings) == 8 * PAGE
@@ -133,7 +133,7 @@ def test_a_leaf_that_reaches_a_table(vm, memory, oracle, entry_of, stored):
     pa, desc = entry_of(vm, IPA)
     table = pa & ~(PAGE - 1)
     with stored(pa, desc & ~d.Format().address_field() | table, then=desc):
-        _, findings = oracle.examine(vm)
+        _, findings = oracle.examine(vm)[0]
     assert {f.kind for f in findings} == {Kind.SHARED_TABLE, Kind.WRONG_FRAME}
 
 
@@ -142,12 +142,12 @@ def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
     for vm in (one, two):
         vm.add_memory(IPA, PAGE)
         vm.guest.write(IPA, 1)
-        oracle.examine(vm)
+        oracle.examine(vm)[0]
     slots = [vm.regime.root + (IPA >> 30) * 8 for vm in (one, two)]
     entries = [int(host.machine.ram.fetch(np.array([slot], dtype=np.uint64))[0]) for slot in slots]
     with stored(slots[1], entries[0], then=entries[1]):
-        assert Kind.SHARED_TABLE in {f.kind for f in oracle.examine(two)[1]}
-    assert oracle.examine(two)[1] == []
+        assert Kind.SHARED_TABLE in {f.kind for f in oracle.examine(two)[0][1]}
+    assert oracle.examine(two)[0][1] == []
 
 
 def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):

@@ -14,6 +14,7 @@ class Agent:
     def __init__(self):
         self._vms = {}
         self._next_vm = 0
+        self._runners = {}
         self._kvm = os.open("/dev/kvm", os.O_RDWR) if os.path.exists("/dev/kvm") else None
         self._tracer = None
         self._log = trace.KernelLog()
@@ -26,6 +27,10 @@ class Agent:
             "pid": os.getpid(),
             "cpus": os.cpu_count(),
         }
+
+    def batch(self, requests):
+        """Several requests whose results are no blobs, in one: [[op, args], ...]. The first that fails ends it."""
+        return [getattr(self, op)(**args) for op, args in requests]
 
     # -- VMs -------------------------------------------------------------------------------------
 
@@ -72,6 +77,20 @@ class Agent:
 
     def vcpu_kick(self, vm, vcpu):
         self._vms[vm].vcpus[vcpu].kick()
+
+    def turns_start(self, cpu, vcpus, mailboxes, doorbell, blob):
+        """Run ``vcpus``, [[vm, vcpu], ...], one after another on ``cpu``, each until it rings its doorbell.
+
+        ``blob`` is cut evenly into what each finds in its mailbox. :meth:`turns_wait` takes the result.
+        """
+        if cpu not in self._runners:
+            self._runners[cpu] = kvm.Runner(cpu)
+        targets = [self._vms[vm].vcpus[vcpu] for vm, vcpu in vcpus]
+        self._runners[cpu].start(targets, mailboxes, doorbell, blob)
+
+    def turns_wait(self, cpu, seconds):
+        """[exits that were no doorbell, as [index, exit]] and the mailboxes' content; None while vCPUs still run."""
+        return self._runners[cpu].wait(seconds)
 
     def vcpu_measure_mmio(self, vm, vcpu, exits):
         target = self._vms[vm].vcpus[vcpu]

@@ -1,4 +1,4 @@
-"""KVM through its ioctls: VMs, memslots, vCPUs (each running in a thread of its own).
+"""KVM through its ioctls: VMs, memslots, vCPUs (each in a thread of its own, or many in turn in one).
 
 Structures are packed by hand: modern headers have no asm/kvm.h for 32-bit Arm. Source:
 Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h; numbers are common to both widths.
@@ -65,8 +65,52 @@ def _ioctl(call, fd, request, argument=0):
         raise OSError(e.errno, e.strerror, call) from None
 
 
+class Worker:
+    """A thread that waits for work; what comes of it waits for a taker. It begins with its first work."""
+
+    def __init__(self, name, setup=lambda: None):
+        self._name, self._setup = name, setup
+        self._orders = queue.SimpleQueue()
+        self._results = queue.SimpleQueue()
+        self._thread = None
+        self.busy = False
+
+    def _work(self):
+        self._setup()
+        while (order := self._orders.get()) is not None:
+            self._results.put(order())
+
+    @property
+    def thread(self):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        return self._thread
+
+    def start(self, order):
+        if self.busy:
+            raise OSError(16, "Device or resource busy", "KVM_RUN")
+        self.busy = True
+        self.thread  # noqa: B018
+        self._orders.put(order)
+
+    def wait(self, seconds):
+        """The result of the work under way, or None when it has not come in time."""
+        try:
+            result = self._results.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        self.busy = False
+        return result
+
+    def close(self):
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join(1.0)
+
+
 class Vcpu:
-    """One vCPU and the thread that runs it. The thread waits for work; an exit waits for a taker."""
+    """One vCPU, and the thread that runs it if it runs alone."""
 
     def __init__(self, vm_fd, index, features, run_size):
         self.fd = _ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
@@ -79,15 +123,7 @@ class Vcpu:
         except OSError:
             os.close(self.fd)  # or it would keep the whole VM alive
             raise
-        self.busy = False
-        self._orders = queue.SimpleQueue()
-        self._exits = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"vcpu{index}", daemon=True)
-        self._thread.start()
-
-    def _work(self):
-        while (order := self._orders.get()) is not None:
-            self._exits.put(order())
+        self._worker = Worker(f"vcpu{index}")
 
     def run_once(self):
         """KVM_RUN until one exit, decoded."""
@@ -108,19 +144,11 @@ class Vcpu:
         return {"exit": name, "data": [first, second]}
 
     def start(self, order=None):
-        if self.busy:
-            raise OSError(16, "Device or resource busy", "KVM_RUN")
-        self.busy = True
-        self._orders.put(order or self.run_once)
+        self._worker.start(order or self.run_once)
 
     def wait(self, seconds):
         """The exit of the order under way, or None when it has not come in time."""
-        try:
-            exit_ = self._exits.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        self.busy = False
-        return exit_
+        return self._worker.wait(seconds)
 
     def answer_mmio(self, value):
         """Put the data of an MMIO read where KVM takes it from at the next run."""
@@ -129,10 +157,10 @@ class Vcpu:
     def kick(self):
         """Make a running vCPU return to user space with exit "interrupted"."""
         self.run[_IMMEDIATE_EXIT] = 1
-        signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
+        signal.pthread_kill(self._worker.thread.ident, signal.SIGUSR1)
 
     def pin(self, cpu):
-        os.sched_setaffinity(self._thread.native_id, {cpu})
+        os.sched_setaffinity(self._worker.thread.native_id, {cpu})
 
     def register(self, reg, value=None):
         """Get (value None) or set the ONE_REG register with this id."""
@@ -147,13 +175,37 @@ class Vcpu:
         return value
 
     def close(self):
-        if self.busy:
+        if self._worker.busy:
             self.kick()
             self.wait(1.0)
-        self._orders.put(None)
-        self._thread.join(1.0)
+        self._worker.close()
         self.run.close()
         os.close(self.fd)
+
+
+class Runner:
+    """A thread bound to one CPU that runs vCPUs in turn, each until it rings its doorbell."""
+
+    def __init__(self, cpu):
+        self._worker = Worker(f"cpu{cpu}", lambda: os.sched_setaffinity(0, {cpu}))
+
+    def start(self, vcpus, mailboxes, doorbell, blob):
+        size = len(blob) // len(vcpus)
+
+        def in_turn():
+            odd, out = [], []
+            for index, (vcpu, mailbox) in enumerate(zip(vcpus, mailboxes)):  # noqa: B905 (Python 3.9 inside old hosts)
+                ctypes.memmove(mailbox, blob[index * size : (index + 1) * size], size)
+                exit_ = vcpu.run_once()
+                if exit_.get("ipa") != doorbell:
+                    odd.append([index, exit_])
+                out.append(ctypes.string_at(mailbox, size))
+            return odd, b"".join(out)
+
+        self._worker.start(in_turn)
+
+    def wait(self, seconds):
+        return self._worker.wait(seconds)
 
 
 class Vm:

@@ -168,13 +168,17 @@ class Guest:
     def _begin(self, orders: list[Order], wait: float = 0.25) -> None:
         if not 0 < len(orders) <= p.MAX_ORDERS:
             raise ValueError(f"a batch has 1 to {p.MAX_ORDERS} orders, not {len(orders)}")
+        box = self.mailbox(orders)
+        self._first_exit = self._vcpu.start(orders=box, seconds=wait)
+
+    def mailbox(self, orders: list[Order]) -> bytes:
+        """What the mailbox holds when the vCPU is about to run with these orders, which it now is."""
         for order in orders:
             if order.wrote:
                 self._vm.written.add(*order.wrote)
         self.entered = self.running = True
         header = _HEADER.pack(len(orders), 0, 0, 0).ljust(p.ORDERS, b"\0")
-        box = header + b"".join(order.encode() for order in orders)
-        self._first_exit = self._vcpu.start(orders=box, seconds=wait)
+        return header + b"".join(order.encode() for order in orders)
 
     def _end(self, count: int) -> list[Result]:
         try:
@@ -184,7 +188,11 @@ class Guest:
         if getattr(exit_, "ipa", None) != p.DOORBELL:
             self._vcpu.restart()  # the failed instruction would only fail again
             raise RunFailed(exit_)
-        raw = self._vm.mailboxes.read(self._box + p.ORDERS, count * p.ORDER_SIZE)
+        return self.results(self._vm.mailboxes.read(self._box + p.ORDERS, count * p.ORDER_SIZE))
+
+    @staticmethod
+    def results(raw: bytes) -> list[Result]:
+        """The orders of a mailbox, carried out."""
         return [Result(raw[i : i + p.ORDER_SIZE]) for i in range(0, len(raw), p.ORDER_SIZE)]
 
     def _do(self, order: Order) -> Result:

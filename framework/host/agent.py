@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import paramiko
 
@@ -17,6 +18,14 @@ from framework.errors import AgentError, AgentFault, AgentTimeout, HostOsError
 _SLICE = 0.2
 _DEFAULT_DEADLINE = 20.0
 _LOG_WIDTH = 300
+
+
+class Listener(Protocol):
+    """Whoever wants to know what the agent is asked. ``after`` is called when the answer came, not when it is an error."""
+
+    def before(self, op: str, args: dict) -> None: ...
+
+    def after(self, op: str, args: dict, result: object) -> None: ...
 
 
 class Agent:
@@ -34,12 +43,29 @@ class Agent:
         self._buffer = bytearray()
         self._next = 0
         self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
+        self.listener: Listener | None = None  #: is told of every request and its answer
         self._broken: AgentError | None = None
         self.hello = self("hello", deadline=timeout)
 
     def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
         """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
-        return self.receive(self.send(op, blob, **args), deadline)
+        if self.listener is None:
+            return self.receive(self.send(op, blob, **args), deadline)
+        self.listener.before(op, args)
+        result = self.receive(self.send(op, blob, **args), deadline)
+        self.listener.after(op, args, result)
+        return result
+
+    def batch(self, requests: list[tuple[str, dict]], deadline: float = _DEFAULT_DEADLINE) -> list:
+        """Several requests in one exchange; their results. Raises what the first that fails raises alone."""
+        if self.listener is None:
+            return self.receive(self.send("batch", requests=requests), deadline)
+        for op, args in requests:
+            self.listener.before(op, args)
+        results = self.receive(self.send("batch", requests=requests), deadline)
+        for (op, args), result in zip(requests, results, strict=True):
+            self.listener.after(op, args, result)
+        return results
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
         """Send a request without waiting; :meth:`receive` takes its answer. Returns the request's id."""

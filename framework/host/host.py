@@ -12,7 +12,7 @@ from framework.config import HostConfig
 from framework.errors import LabError, NoKvm
 from framework.guest.isa import ISAS
 from framework.machine.board import Boot
-from framework.machine.machine import Logs, Machine
+from framework.machine.machine import Logs, Machine, Plugin
 from framework.machine.rundir import Card, run_directory
 
 from . import rootfs as rootfs_
@@ -35,8 +35,18 @@ class Host:
         self.ssh, self.agent = bring_up(machine, rootfs, config.timeouts, self.boot_states)
 
     @classmethod
-    def boot(cls, config: HostConfig, kernel: Kernel, logs: Path, *, extra: str = "", ssh_port: int = 0) -> Host:
-        """Start the board and wait until its agent answers; ``extra`` is appended to the command line.
+    def boot(
+        cls,
+        config: HostConfig,
+        kernel: Kernel,
+        logs: Path,
+        *,
+        extra: str = "",
+        ssh_port: int = 0,
+        plugin: Plugin | None = None,
+    ) -> Host:
+        """Start the board and wait until its agent answers; ``extra`` is appended to the command line,
+        ``plugin`` loaded into QEMU.
 
         Raises SetupError, QemuRefused, PortBusy, HostPanic, HostSilent, SshUnreachable, ... and leaves
         no process behind.
@@ -47,7 +57,7 @@ class Host:
             with disk_errors(run_directory()):
                 rootfs.initramfs(initramfs, kernel.modules)
             boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
-            machine = Machine.start(config.board, boot, Logs(logs), ssh_port)
+            machine = Machine.start(config.board, boot, Logs(logs), ssh_port, plugin)
         finally:
             initramfs.unlink(missing_ok=True)
         try:
@@ -99,10 +109,14 @@ class Host:
             )
 
     def create_vm(self, isa: str, **kind) -> Vm:
-        """A VM with the payload of this guest ISA; see :class:`framework.host.vm.Vm` for ``kind``."""
-        vm = Vm(self.agent, ISAS[isa], **kind)
-        self.vms.append(vm)
-        return vm
+        """A VM with the payload of this guest ISA; see :meth:`framework.host.vm.Vm.create` for ``kind``."""
+        return self.create_vms(isa, 1, **kind)[0]
+
+    def create_vms(self, isa: str, count: int, **kind) -> list[Vm]:
+        """Several at once."""
+        vms = Vm.create(self.agent, ISAS[isa], count, **kind)
+        self.vms += vms
+        return vms
 
     def reset(self) -> None:
         """Destroy all VMs. When the agent cannot, a new agent replaces it: its death frees everything."""

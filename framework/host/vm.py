@@ -20,12 +20,19 @@ from framework.model.regime import Regime
 
 from .agent import Agent
 
+Request = tuple[str, dict]  #: an operation of the agent, and its arguments
+
 PAGE = 0x1000
 BLOCK = 0x20_0000
 _WAIT_SLICE = 0.25
 _RUN_DEADLINE = 20.0
 _CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
 _EL1_32BIT = 1 << 1
+_CREATION, _CREATION_EACH = 20.0, 0.5  #: seconds of patience for VMs to be made
+
+
+def _map(size: int) -> Request:
+    return "memory_map", {"size": size}
 
 
 class Advice(IntEnum):
@@ -69,7 +76,8 @@ class Mmio(Exit):
     value: int = 0
 
 
-def _decode(raw: dict) -> Exit:
+def decode_exit(raw: dict) -> Exit:
+    """The agent's words for an exit."""
     if raw["exit"] == "mmio":
         value = raw["value"] if raw["write"] else 0  # of a read, KVM leaves what was there before
         return Mmio(ipa=raw["ipa"], size=raw["size"], write=raw["write"], value=value)
@@ -118,6 +126,19 @@ class Memory:
         return int(self.frames(offset, PAGE)[0])
 
 
+class SharedMemory(Memory):
+    """Memory that several VMs have in common, and that goes with the last of them."""
+
+    def __init__(self, agent: Agent, hva: int, size: int, users: int) -> None:
+        super().__init__(agent, hva, size)
+        self._users = users
+
+    def unmap(self, offset: int = 0, size: int | None = None) -> None:
+        self._users -= 1
+        if not self._users:
+            super().unmap(offset, size)
+
+
 class Vcpu:
     """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
 
@@ -127,18 +148,26 @@ class Vcpu:
         self.isa = isa
         self._agent = vm.agent
         self._id = {"vm": vm.id, "vcpu": index}
-        features = _EL1_32BIT if isa is A32 and vm.host_bits == 64 else 0
-        self._agent("vcpu_create", features=features, **self._id)
         self.mailbox = MAILBOX + index * MAILBOX_SIZE
-        self.restart()
+
+    def creation(self) -> list[Request]:
+        """The requests that make it."""
+        features = _EL1_32BIT if self.isa is A32 and self.vm.host_bits == 64 else 0
+        return [("vcpu_create", {"features": features, **self._id}), *self._to_entry()]
+
+    def _to_entry(self) -> list[Request]:
+        base, word = (0x4020_0000_0010_0000, 1) if self.vm.host_bits == 32 else (0x6030_0000_0010_0000, 2)
+        pc, pstate = (15, 16) if self.vm.host_bits == 32 else (64, 66)
+        values = {
+            base + 0 * word: self.mailbox,
+            base + pc: CODE,
+            base + pstate: 0x1D3 if self.isa is A32 else 0x3C5,
+        }
+        return [("vcpu_register", {"reg": reg, "value": value, **self._id}) for reg, value in values.items()]
 
     def restart(self) -> None:
         """To the payload's entry: pc there, first argument the mailbox, exceptions masked. System registers stay."""
-        base, word = (0x4020_0000_0010_0000, 1) if self.vm.host_bits == 32 else (0x6030_0000_0010_0000, 2)
-        pc, pstate = (15, 16) if self.vm.host_bits == 32 else (64, 66)
-        self.set_register(base + 0 * word, self.mailbox)
-        self.set_register(base + pc, CODE)
-        self.set_register(base + pstate, 0x1D3 if self.isa is A32 else 0x3C5)
+        self._agent.batch(self._to_entry())
 
     def get_register(self, reg: int) -> int:
         """KVM_GET_ONE_REG; ``reg`` is the full 64-bit id."""
@@ -165,13 +194,13 @@ class Vcpu:
         if orders:
             args["orders"] = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
         raw = self._agent("vcpu_run", blob=orders, **args)
-        return raw and _decode(raw)
+        return raw and decode_exit(raw)
 
     def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
         """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
         for _ in range(max(1, round(deadline / _WAIT_SLICE))):
             if raw := self._agent("vcpu_wait", seconds=_WAIT_SLICE, **self._id):
-                return _decode(raw)
+                return decode_exit(raw)
         self.kick()
         self._agent("vcpu_wait", seconds=1.0, **self._id)
         raise AgentTimeout(f"vCPU {self.index} did not exit within {deadline:.0f} s", remedy="does the guest loop?")
@@ -209,29 +238,60 @@ class Vm:
     writes store into it. ``exits`` lists every MMIO exit of the guests, in order, without the doorbell.
     """
 
-    def __init__(self, agent: Agent, isa: Isa, *, vcpus: int = 1, ipa_bits: int = 0) -> None:
+    def __init__(
+        self, agent: Agent, isa: Isa, number: int, vcpus: int, code: Memory, mailboxes: Memory, ipa_bits: int
+    ) -> None:
+        """Of a VM that was created; :meth:`create` does that."""
         self.agent = agent
         self.isa = isa
         self.host_bits = 64 if agent.hello["machine"] == "aarch64" else 32
-        if not agent.hello["kvm"]:
-            raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
-        self.id = agent("vm_create", ipa_bits=ipa_bits)
+        self.id = number
+        self.ipa_bits = ipa_bits  #: 0: KVM's default, 40
+        self.mailboxes = mailboxes
         self.slots: dict[int, Memslot] = {}
-        self.memories: list[Memory] = []
+        self.memories: list[Memory] = [code, mailboxes]
         self.written = Written()
         self.device: dict[int, int] = {}
         self.exits: list[Mmio] = []
         self.regime: Regime | None = None  #: stage 2 as the oracle found it; a VM's root never changes
         self.alive = True
-        try:
-            code = self.add_memory(CODE, CODE_SIZE, slot=_CODE_SLOT)
-            code.write(0, assemble(isa.name))
-            self.mailboxes = self.add_memory(MAILBOX, vcpus * MAILBOX_SIZE, slot=_MAILBOX_SLOT)
-            self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
-        except BaseException:
-            self.destroy()
-            raise
+        self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
         self.guests = [Guest(vcpu) for vcpu in self.vcpus]
+
+    @classmethod
+    def create(cls, agent: Agent, isa: Isa, count: int = 1, *, vcpus: int = 1, ipa_bits: int = 0) -> list[Vm]:
+        """``count`` VMs with the payload in them. Its code is one piece of host memory for all of them.
+
+        Raises HostOsError when KVM refuses one; then there is none.
+        """
+        if not agent.hello["kvm"]:
+            raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
+        patience = _CREATION + count * _CREATION_EACH
+        numbers = agent.batch([("vm_create", {"ipa_bits": ipa_bits})] * count, patience)
+        size = vcpus * MAILBOX_SIZE
+        code, boxes = (where["hva"] for where in agent.batch([_map(CODE_SIZE), _map(count * size)]))
+        agent("memory_write", hva=code, blob=assemble(isa.name))
+        shared = SharedMemory(agent, code, CODE_SIZE, users=count)
+        mailboxes = [Memory(agent, boxes + index * size, size) for index in range(count)]
+        vms = [cls(agent, isa, n, vcpus, shared, box, ipa_bits) for n, box in zip(numbers, mailboxes, strict=True)]
+        try:
+            agent.batch([request for vm in vms for request in vm._furnish()], patience)
+        except BaseException:
+            for vm in vms:
+                vm.destroy()
+            raise
+        return vms
+
+    def _furnish(self) -> list[Request]:
+        """The requests that give a new VM its payload and its vCPUs."""
+        code, mailboxes = self.memories
+        slots = (
+            Memslot(_CODE_SLOT, CODE, code.size, code.hva),
+            Memslot(_MAILBOX_SLOT, MAILBOX, mailboxes.size, mailboxes.hva),
+        )
+        for slot in slots:
+            self._note(slot)
+        return [self._memslot(slot) for slot in slots] + [r for vcpu in self.vcpus for r in vcpu.creation()]
 
     @property
     def name(self) -> str:
@@ -273,9 +333,16 @@ class Vm:
 
     def set_memslot(self, slot: Memslot) -> None:
         """KVM_SET_USER_MEMORY_REGION: create, move, change flags, or (size 0) delete."""
-        self.agent(
-            "vm_memslot", vm=self.id, slot=slot.slot, ipa=slot.ipa, size=slot.size, hva=slot.hva, flags=int(slot.flags)
-        )
+        op, args = self._memslot(slot)
+        self.agent(op, **args)
+        self._note(slot)
+
+    def _memslot(self, slot: Memslot) -> Request:
+        where = {"ipa": slot.ipa, "size": slot.size, "hva": slot.hva, "flags": int(slot.flags)}
+        return "vm_memslot", {"vm": self.id, "slot": slot.slot, **where}
+
+    def _note(self, slot: Memslot) -> None:
+        """Remember a memslot that KVM took."""
         old = self.slots.pop(slot.slot, None)
         if slot.size:
             self.slots[slot.slot] = slot

@@ -31,11 +31,11 @@ class Boot:
 
 
 def command_line(
-    board: Board, boot: Boot, *, ram_fd: int, console_fd: int, qmp_fd: int, gdb: Path, ssh_port: int
+    board: Board, boot: Boot, *, ram_fd: int, console_fd: int, qmp_fd: int, gdb: Path, ssh_port: int, plugin: str = ""
 ) -> list[str]:
     """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
 
-    The user network is restricted: the host reaches nobody, only its ssh port is reached.
+    ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches nobody, only its ssh port is reached.
     """
     return [
         board.qemu,
@@ -44,6 +44,7 @@ def command_line(
         *("-object", f"memory-backend-file,id=ram,size={board.memory},mem-path=/proc/self/fd/{ram_fd},share=on"),
         *("-m", str(board.memory >> 20), "-cpu", board.cpu, "-smp", str(board.cpus)),
         *("-accel", "tcg,thread=multi"),
+        *(("-plugin", plugin) if plugin else ()),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),

@@ -1,6 +1,6 @@
 """The lab's window on the CPUs: QEMU's gdbstub, as far as a judge needs it.
 
-Interrupt, read registers by name, write physical memory, continue. Interrupt and continue go
+Interrupt, read and write registers by name, write physical memory, break at instructions, step, continue. Interrupt and continue go
 through this one connection and never through QMP: every stop that gdbstub did not ask for sends an
 unsolicited packet, and one packet left in the stream shifts every later answer.
 
@@ -10,7 +10,9 @@ Protocol: GDB manual, appendix E (remote serial protocol); QEMU 7.2 gdbstub.c.
 from __future__ import annotations
 
 import re
+import select
 import socket
+import threading
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 
@@ -29,6 +31,7 @@ class Gdb:
         self._stream = b""
         self._thread = ""
         self._registers: dict[str, tuple[int, int]] = {}
+        self._lock = threading.RLock()  # a thread that serves breakpoints, beside the one that pauses
         self.stopped = True  # QEMU stops the machine when a debugger connects
         self._send("qSupported:multiprocess+;vContSupported+")
         while not self._receive().startswith("PacketSize"):
@@ -102,13 +105,67 @@ class Gdb:
     @contextmanager
     def pause(self):
         """The machine is stopped within the block, and runs after it if it ran before."""
-        ran = not self.stopped
-        self.interrupt()
-        try:
-            yield self
-        finally:
-            if ran:
-                self.resume()
+        with self._lock:
+            ran = not self.stopped
+            self.interrupt()
+            try:
+                yield self
+            finally:
+                if ran:
+                    self.resume()
+
+    # -- breakpoints -----------------------------------------------------------------------------------
+
+    def insert_breakpoint(self, va: int) -> None:
+        """Stop any CPU that is about to execute the instruction at ``va``. The machine must be stopped."""
+        self._breakpoint("Z0", va)
+
+    def remove_breakpoint(self, va: int) -> None:
+        """The reverse of :meth:`insert_breakpoint`."""
+        self._breakpoint("z0", va)
+
+    def _breakpoint(self, packet: str, va: int) -> None:
+        answer = self._ask(f"{packet},{va:x},4")
+        if answer != "OK":
+            raise MachineError(f"gdbstub does not take a breakpoint at {va:#x}: {answer or 'refused'}")
+
+    @contextmanager
+    def stopped_at_breakpoint(self, timeout: float):
+        """Within the block the machine stands at a breakpoint, on the CPU given; after it, it runs.
+
+        None when no CPU came to one within ``timeout`` seconds: then it runs all the time. An interrupt may have
+        been faster: the CPU then stops again as soon as the machine goes on.
+        """
+        ready, _, _ = select.select([self._sock], [], [], timeout)
+        with self._lock:
+            cpu = self._stop_reported() if ready and not self.stopped else None
+            self.stopped |= cpu is not None
+            try:
+                yield cpu
+            finally:
+                if cpu is not None:
+                    self.resume()
+
+    def _stop_reported(self) -> int | None:
+        """The CPU whose stop packet is in the stream; acknowledgements alone are none."""
+        while select.select([self._sock], [], [], 0)[0]:
+            more = self._sock.recv(65536)
+            if not more:
+                raise QemuDied("gdbstub closed the connection")
+            self._stream += more
+            if _PACKET.search(self._stream):
+                return self._cpu_of(self._receive())
+        self._stream = b""
+        return None
+
+    def _cpu_of(self, stop: str) -> int:
+        found = re.search(r"thread:([^;]+)", stop)
+        return self.threads.index(found[1]) if found and found[1] in self.threads else 0
+
+    def step(self, cpu: int) -> None:
+        """Execute one instruction on ``cpu``, the others standing still. The machine must be stopped."""
+        self._ask(f"vCont;s:{self.threads[cpu]}")
+        self._thread = ""  # QEMU has chosen the thread that stopped
 
     # -- registers and memory; the machine must be stopped ------------------------------------------
 
@@ -139,6 +196,14 @@ class Gdb:
                 raise MachineError(f"gdbstub does not read {name}: {answer}")
             values.append(int.from_bytes(bytes.fromhex(answer), "little"))
         return values
+
+    def write(self, cpu: int, register: str, value: int) -> None:
+        """Write a general register. KeyError for a name QEMU does not have."""
+        self.read(cpu, register)  # selects the CPU
+        number, bits = self._numbers()[register]
+        answer = self._ask(f"P{number:x}={value.to_bytes(bits // 8, 'little').hex()}")
+        if answer != "OK":
+            raise MachineError(f"gdbstub does not write {register}: {answer or 'refused'}")
 
     def write_memory(self, pa: int, data: bytes) -> None:
         """Write guest-visible physical memory. Translated code at that place is thrown away by QEMU."""

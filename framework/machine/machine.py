@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
@@ -67,12 +68,25 @@ class Logs:
         return (self.console, self.qmp, self.agent, self.stderr)
 
 
+class Plugin(Protocol):
+    """A TCG plugin for one machine: what QEMU is told of it, and the file it shares with the lab."""
+
+    fd: int
+
+    def argument(self, ram_fd: int) -> str: ...
+
+    def attach(self, machine: Machine) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Machine:
     """QEMU with its RAM, console, QMP and gdbstub. Make one with :meth:`start`, end it with :meth:`kill`."""
 
-    def __init__(self, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> None:
+    def __init__(self, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> None:
         self.board = board
         self.logs = logs
+        self.plugin = plugin
         self._gdb: Gdb | None = None
         self._qmp: QEMUMonitorProtocol | None = None
         self._ended = False
@@ -81,9 +95,12 @@ class Machine:
         console, console_end = socket.socketpair()
         qmp, qmp_end = socket.socketpair()
         fds = {"ram_fd": self.ram.fd, "console_fd": console_end.fileno(), "qmp_fd": qmp_end.fileno()}
-        self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port)
+        argument = plugin.argument(self.ram.fd) if plugin else ""
+        self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port, plugin=argument)
         self.console = Console(console, logs.console)
-        self.process, self._guardian = self._spawn(list(fds.values()))
+        self.process, self._guardian = self._spawn([*fds.values(), *([plugin.fd] if plugin else [])])
+        if plugin:
+            plugin.attach(self)
         try:
             console_end.close()
             qmp_end.close()
@@ -95,14 +112,14 @@ class Machine:
             raise
 
     @classmethod
-    def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0) -> Machine:
+    def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> Machine:
         """Start QEMU and the board in it.
 
         Raises SetupError (no such QEMU), QemuRefused (it does not make this board), PortBusy.
         """
         if shutil.which(board.qemu) is None:
             raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
-        return cls(board, boot, logs, ssh_port)
+        return cls(board, boot, logs, ssh_port, plugin)
 
     def _spawn(self, fds: list[int]) -> tuple[subprocess.Popen, Guardian]:
         with self.logs.stderr.open("wb") as stderr:
@@ -217,6 +234,8 @@ class Machine:
             self._gdb = None
         self._close_qmp()
         self.ram.close()
+        if self.plugin:
+            self.plugin.close()
 
     def _close_qmp(self) -> None:
         if self._qmp is not None:

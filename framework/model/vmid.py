@@ -9,7 +9,7 @@ arch/arm64/kvm/arm.c); Linux 6.1 and 6.12 arch/arm64/kvm/vmid.c (since 5.18). VM
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -48,21 +48,34 @@ class Consecutive:
     2, with the full invalidation of every new generation; all guests are first forced out of all CPUs (force_vm_exit).
     """
 
-    def __init__(self, bits: int = 8) -> None:
+    def __init__(self, bits: int = 8, first: int = 0) -> None:
+        """``first``: the next number of an allocator that is in use already; 0, as booted: a new generation."""
         _check_bits(bits)
         self._bits = bits
         self._generation = 1
-        self._next = 0
+        self._next = first
         self._held: dict[Hashable, Entry] = {}
 
     @property
     def generation(self) -> int:
         return self._generation
 
+    def _current(self, vm: Hashable) -> Entry | None:
+        held = self._held.get(vm)
+        return held if held is not None and held.generation == self._generation else None
+
+    def rolls_over(self, vm: Hashable) -> bool:
+        """Whether a new generation begins when ``vm`` enters next."""
+        return self._current(vm) is None and self._next == 0
+
+    def peek(self, vm: Hashable) -> int:
+        """The VMID ``vm`` gets when it enters next, where no new generation begins."""
+        held = self._current(vm)
+        return held.vmid if held else self._next
+
     def enter(self, vm: Hashable, cpu: int) -> Entry:
         """A vCPU of ``vm`` enters the guest on ``cpu``."""
-        held = self._held.get(vm)
-        if held is not None and held.generation == self._generation:
+        if (held := self._current(vm)) is not None:
             return held
         invalidations: tuple[Invalidation, ...] = ()
         if self._next == 0:
@@ -91,14 +104,15 @@ class Bitmap:
 
     _IDLE = -1  #: VMID_ACTIVE_INVALID: no guest on this CPU, and no rollover since
 
-    def __init__(self, bits: int, cpus: int) -> None:
+    def __init__(self, bits: int, cpus: int, first: int = 1, taken: Collection[int] = ()) -> None:
+        """``first`` and ``taken``: the next number, and the numbers in use, of an allocator that is in use already."""
         _check_bits(bits)
         if not 0 < cpus < (1 << bits) - 1:
             raise ValueError(f"{cpus} CPUs need more VMIDs than {bits} bits give")
         self._size = 1 << bits
         self._generation = 1
-        self._taken: set[int] = set()
-        self._cursor = 1
+        self._taken: set[int] = set(taken) - {first}
+        self._cursor = first
         self._held: dict[Hashable, tuple[int, int]] = {}  # (generation, VMID)
         self._active: list[tuple[int, int] | int] = [0] * cpus  # 0: rolled over since the last entry
         self._reserved: list[tuple[int, int] | int] = [0] * cpus
@@ -106,6 +120,22 @@ class Bitmap:
     @property
     def generation(self) -> int:
         return self._generation
+
+    def rolls_over(self, vm: Hashable) -> bool:
+        """Whether a new generation begins when ``vm`` enters next."""
+        return self._kept(vm) is None and self._free(self._cursor) is None
+
+    def peek(self, vm: Hashable) -> int:
+        """The VMID ``vm`` gets when it enters next, where no new generation begins."""
+        kept = self._kept(vm)
+        return self._free(self._cursor) if kept is None else kept
+
+    def _kept(self, vm: Hashable) -> int | None:
+        """The number that ``vm`` has, or has had and gets again."""
+        held = self._held.get(vm)
+        if held is None or held[0] == self._generation or held in self._reserved or held[1] not in self._taken:
+            return held and held[1]
+        return None
 
     def enter(self, vm: Hashable, cpu: int) -> Entry:
         """A vCPU of ``vm`` enters the guest on ``cpu``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,39 +28,52 @@ class Oracle:
     def __init__(self, host: Host) -> None:
         self._host = weakref.proxy(host)  # an oracle lives as long as its host
         self._ram = host.machine.ram
-        self._sight = Sight(self._host)
+        self.sight = Sight(self._host)  #: finds roots and address spaces
         self._writable = host.config.architecture.linux_writable
 
     def stage2(self, vm: Vm) -> Stage2:
         """The VM's tables now, after safety was checked. Raises Violation with the diff."""
-        stage2, findings = self.examine(vm)
+        stage2, findings = self.examine(vm)[0]
         if findings:
             raise Violation(f"stage 2 of VM {vm.id}: {stage2.regime}", findings, self._context())
         return stage2
 
-    def examine(self, vm: Vm) -> tuple[Stage2, list[Finding]]:
-        """The VM's tables now, and all that is wrong with them.
+    def vmid(self, vm: Vm) -> int:
+        """The VMID in VTTBR, as sampled from a CPU's registers while the VM's guest is inside."""
+        return self.sight.sample(vm).vmid
+
+    def examine(self, *vms: Vm) -> list[tuple[Stage2, list[Finding]]]:
+        """Each VM's tables now, all at one moment, and all that is wrong with them.
 
         Kernels before 6.10 put a changed page into stage 2 (change_pte) an instant before the host's own
         entry, which is then empty: such a leaf is looked at again.
         """
         for _ in range(_LOOKS):
-            stage2, findings = self._look(vm)
-            if not any(f.kind is Kind.WRONG_FRAME and judge.NO_PAGE in f.expected for f in findings):
+            seen = self._look(vms)
+            odd = [f for _, found in seen for f in found]
+            if not any(f.kind is Kind.WRONG_FRAME and judge.NO_PAGE in f.expected for f in odd):
                 break
             time.sleep(_BETWEEN_LOOKS)
-        return stage2, findings
+        return seen
 
-    def _look(self, vm: Vm) -> tuple[Stage2, list[Finding]]:
-        self._sight.stage2_regime(vm)
-        space = self._sight.vmm_space()
-        slots = tuple(vm.slots.values())
-        with self._sight.gdb.pause():
+    def _look(self, vms: Sequence[Vm]) -> list[tuple[Stage2, list[Finding]]]:
+        for vm in vms:
+            self.sight.stage2_regime(vm)
+        space = self.sight.vmm_space()
+        slots = {vm.name: tuple(vm.slots.values()) for vm in vms}
+        with self.sight.gdb.pause():
             tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
+            views = {
+                name: judge.look(tables[name].leaves, own, lambda hvas: sweep.translate(space, self._ram, hvas))
+                for name, own in slots.items()
+            }
+        shared = judge.shared_tables(tables)
+        out = []
+        for vm in vms:
             own = tables[vm.name]
-            view = judge.look(own.leaves, slots, lambda hvas: sweep.translate(space, self._ram, hvas))
-        findings = self._case(vm, own, slots, view).findings() + judge.shared_tables(tables)[vm.name]
-        return Stage2(own), findings
+            findings = self._case(vm, own, slots[vm.name], views[vm.name]).findings() + shared[vm.name]
+            out.append((Stage2(own), findings))
+        return out
 
     def _case(self, vm: Vm, own: Tables, slots: tuple, view: judge.HostView) -> judge.Case:
         page = np.uint64(0x1000)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ class Sight:
         self._arch = host.config.architecture
         self._ram = host.machine.ram
         self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
+        self._usual: Regime | None = None  # of a VM with the default IPA space
 
     @property
     def gdb(self) -> Gdb:
@@ -113,26 +115,36 @@ class Sight:
         return bool(self._ram.backed(pa)[0]) and self._ram.read(int(pa[0]), len(content)) == content
 
     def stage2_regime(self, vm: Vm) -> Regime:
-        """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime."""
+        """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime. (Its VMID does.)"""
         if vm.regime is None:
-            space = self.vmm_space()
-            hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
-
-            def look() -> Regime | None:
-                with self.gdb.pause():
-                    _, mailbox = sweep.translate(space, self._ram, hva)
-                    for regime in guests_on_cpus(self.gdb, self._arch):
-                        _, pa = sweep.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
-                        if pa[0] and pa[0] == mailbox[0]:
-                            return regime
-                return None
-
-            if any(guest.running for guest in vm.guests):
-                vm.regime = _until_found(look, f"VM {vm.id}")
-            else:
-                with vm.guest.spinning():
-                    vm.regime = _until_found(look, f"VM {vm.id}")
+            vm.regime = self.sample(vm)
+            if vm.ipa_bits == 0:
+                self._usual = vm.regime
         return vm.regime
+
+    def adopt(self, vm: Vm, root: int) -> None:
+        """The VM's root is known; the rest is as of any VM with as wide an IPA space, once one was seen."""
+        if vm.regime is None and self._usual is not None and vm.ipa_bits == 0:
+            vm.regime = replace(self._usual, root=root)
+
+    def sample(self, vm: Vm) -> Regime:
+        """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
+        space = self.vmm_space()
+        hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
+
+        def look() -> Regime | None:
+            with self.gdb.pause():
+                _, mailbox = sweep.translate(space, self._ram, hva)
+                for regime in guests_on_cpus(self.gdb, self._arch):
+                    _, pa = sweep.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
+                    if pa[0] and pa[0] == mailbox[0]:
+                        return regime
+            return None
+
+        if any(guest.running for guest in vm.guests):
+            return _until_found(look, f"VM {vm.id}")
+        with vm.guest.spinning():
+            return _until_found(look, f"VM {vm.id}")
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:

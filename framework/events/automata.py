@@ -1,0 +1,270 @@
+"""The rules, one small automaton each. They see the events in order, and the world before each event.
+
+Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance, B3.10.1: changing an entry) and ARM DDI 0487, D8.17 (break-before-make);
+Linux 5.4 virt/kvm/arm/{arm,mmu}.c, 6.1 and 6.12 arch/arm64/kvm/{arm,mmu,vmid}.c, hyp/pgtable.c.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from framework.model import descriptors as d
+from framework.model.granule import KIB4, LAST_LEVEL
+
+from .operations import OPERATIONS, Operation, Reach, span
+from .trace import Created, Destroyed, Enter, Entry, Event, Invalidate, Mark, Vttbr, root_of, vmid_of
+from .violations import Kind
+from .world import World, full
+
+Finding = tuple[Kind, str]
+
+
+class Automaton(Protocol):
+    """``see`` yields what is wrong with the event."""
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]: ...
+
+
+# -- the tables ---------------------------------------------------------------------------------------------
+
+#: What may change in a valid entry in place: access rights, access flag, dirty state, what is left to software.
+_LOOSE = sum(field.mask for field in (d.S2AP, d.AF, d.DBM, d.XN, d.SOFTWARE))
+
+
+def _is_table(desc: int, level: int) -> bool:
+    return level < LAST_LEVEL and desc & 3 == 3
+
+
+def _makes_without_break(entry: Entry) -> bool:
+    return bool(entry.old & entry.new & 1) and bool((entry.old ^ entry.new) & ~_LOOSE)
+
+
+def _takes_away(entry: Entry) -> str:
+    """What the change takes from the guest: words, or "" for nothing.
+
+    An entry whose access flag is clear is in no TLB (DDI 0487, D8.5.2), unless hardware sets the flag.
+    """
+    old, new = entry.old, entry.new
+    if not old & 1 or (not _is_table(old, entry.level) and not d.AF.of(old)):
+        return ""
+    if not new & 1:
+        return "unmapped"
+    if _is_table(old, entry.level):
+        return ""
+    if d.S2AP.of(old) & ~d.S2AP.of(new):
+        return "made less accessible"
+    return "made less executable" if d.XN.of(new) not in (0, d.XN.of(old)) else ""
+
+
+@dataclass
+class _Debt:
+    """One entry that TLBs may still hold: what the kernel owes for it."""
+
+    entry: Entry
+    words: str
+    stage1_only: bool = False  #: stage 2 is done, what combines it with stage 1 is not
+    complete: int = 0  #: operations of the lab that were completed since
+
+    @property
+    def size(self) -> int:
+        return 1 << KIB4.level_shift(self.entry.level)
+
+    def pay(self, op: Operation, event: Invalidate) -> bool:
+        """Whether this operation, under the right VMID, is the last that was owed."""
+        if op.reach in (Reach.ALL_VMS, Reach.VM):
+            return True
+        if op.reach is Reach.STAGE1:
+            return self.stage1_only
+        if op.has_operand and not (op.last_level and self._table):
+            self.stage1_only |= span(event.op, event.operand).reaches(
+                self.entry.ipa, self.size, self.entry.level, self._table
+            )
+        return False
+
+    @property
+    def _table(self) -> bool:
+        return _is_table(self.entry.old, self.entry.level)
+
+    def __str__(self) -> str:
+        still = "stage 1 still combines it: no VMALLE1IS" if self.stage1_only else "no operation that reaches it"
+        where = f"IPA {self.entry.ipa:#x} (level {self.entry.level}, was {self.entry.old:#x})"
+        return f"{where} was {self.words}; {still}, on all CPUs and under the VM's VMID, since"
+
+
+class Invalidations:
+    """What is taken from a guest is invalidated: under its VMID, for its IPA or all, on all CPUs, before the kernel's
+    operation returns and the page can be used for something else.
+
+    The first Mark after the change may be of an operation that ran beside it; the second may not.
+    """
+
+    _GRACE = 2
+
+    def __init__(self) -> None:
+        self._debts: dict[int, list[_Debt]] = defaultdict(list)
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        match event:
+            case Entry(root=root):
+                yield from self._change(event, world.cached[root] != set())
+            case Invalidate(op=op, cpu=cpu) if OPERATIONS[op].broadcast:
+                self._invalidated(event, world.vttbr[cpu], world)
+            case Mark():
+                yield from self._due()
+            case Destroyed(root=root) | Created(root=root):
+                self._debts.pop(root, None)
+
+    def _change(self, entry: Entry, cached: bool) -> Iterator[Finding]:
+        if _makes_without_break(entry):
+            yield Kind.BREAK_BEFORE_MAKE, f"valid {entry.old:#x} became valid {entry.new:#x} in one step"
+        elif not entry.old & 1 and (debt := self._debt_at(entry)):
+            yield Kind.BREAK_BEFORE_MAKE, f"valid again, but {debt}"
+        elif cached and (words := _takes_away(entry)):
+            self._debts[entry.root].append(_Debt(entry, words))
+
+    def _debt_at(self, entry: Entry) -> _Debt | None:
+        """A debt for memory that the new entry maps."""
+        end = entry.ipa + (1 << KIB4.level_shift(entry.level))
+        for debt in self._debts[entry.root]:
+            if debt.entry.ipa < end and entry.ipa < debt.entry.ipa + debt.size and debt.words == "unmapped":
+                return debt
+        return None
+
+    def _invalidated(self, event: Invalidate, vttbr: int, world: World) -> None:
+        operation = OPERATIONS[event.op]
+        roots = list(self._debts) if operation.reach is Reach.ALL_VMS else [root_of(vttbr)]
+        for root in roots:
+            if operation.reach is Reach.ALL_VMS or world.cached[root] <= {vmid_of(vttbr)}:
+                self._debts[root] = [debt for debt in self._debts[root] if not debt.pay(operation, event)]
+
+    def _due(self) -> Iterator[Finding]:
+        for root, debts in self._debts.items():
+            for debt in debts:
+                debt.complete += 1
+            for debt in debts:
+                if debt.complete == self._GRACE:
+                    yield Kind.NOT_INVALIDATED, str(debt)
+            self._debts[root] = [debt for debt in debts if debt.complete < self._GRACE]
+
+
+# -- VMIDs ---------------------------------------------------------------------------------------------------
+
+
+class Zero:
+    """VMID 0 is the host's: no guest is entered with it. (Maintenance for a VM that never ran may use it.)"""
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        if isinstance(event, Enter) and vmid_of(value := world.vttbr[event.cpu]) == 0:
+            yield Kind.VMID_ZERO, f"{world.name(root_of(value))} is entered under VTTBR {value:#x}"
+
+
+class Owners:
+    """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
+
+    def __init__(self) -> None:
+        self._owner: dict[int, int] = {}
+        self._newest = 0
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        if isinstance(event, Invalidate) and full(event.op):
+            self._owner = {vmid_of(v): root_of(v) for v in world.inside.values()}
+            self._newest = 0
+        elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
+            self._owner = {vmid: -root if root == event.root else root for vmid, root in self._owner.items()}
+        elif isinstance(event, Enter):
+            value = world.vttbr[event.cpu]
+            yield from self._enter(vmid_of(value), root_of(value), world)
+
+    def _enter(self, vmid: int, root: int, world: World) -> Iterator[Finding]:
+        owner = self._owner.get(vmid)
+        if owner != root:
+            if owner is not None and vmid:
+                yield self._clash(vmid, owner, root, world)
+            self._owner[vmid] = root
+            self._newest = vmid
+
+    def _clash(self, vmid: int, owner: int, root: int, world: World) -> Finding:
+        words = f"VMID {vmid} of {world.name(abs(owner))} is given to {world.name(root)}"
+        if vmid < self._newest:
+            return Kind.ROLLOVER_NOT_INVALIDATED, f"{words} after {self._newest}, and nothing was invalidated between"
+        gone = owner < 0 or owner in world.destroyed
+        return (Kind.VMID_REUSED if gone else Kind.VMID_SHARED), f"{words} in the same generation"
+
+
+class OneVmidPerVm:
+    """All vCPUs of a VM run under one number; it changes with a full invalidation only, and for all of them."""
+
+    def __init__(self) -> None:
+        self._number: dict[int, tuple[int, int]] = {}  # root -> (VMID, full invalidations when it was seen)
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        if isinstance(event, Created):
+            self._number.pop(event.root, None)
+        if not isinstance(event, Enter):
+            return
+        value = world.vttbr[event.cpu]
+        root, vmid = root_of(value), vmid_of(value)
+        before, flushes = self._number.get(root, (vmid, world.flushes))
+        for cpu, other in world.others_inside(event.cpu, root):
+            if vmid_of(other) != vmid:
+                yield (
+                    Kind.VMID_SPLIT,
+                    f"{world.name(root)} is entered under VMID {vmid}, and runs under {vmid_of(other)} on CPU {cpu}",
+                )
+                break
+        else:
+            if before != vmid and flushes == world.flushes:
+                yield (
+                    Kind.VMID_SPLIT,
+                    f"{world.name(root)} is entered under VMID {vmid}, and was under {before} in this generation",
+                )
+        self._number[root] = vmid, world.flushes
+
+
+class Stale:
+    """Once a VM is destroyed its root is free memory: VTTBR is not loaded with it again."""
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        if isinstance(event, Vttbr) and (root := root_of(event.value)) in world.destroyed:
+            yield Kind.STALE_VTTBR, f"VTTBR is loaded with the root of {world.name(root)}"
+        if isinstance(event, Enter) and (root := root_of(world.vttbr[event.cpu])) in world.destroyed:
+            yield Kind.STALE_VTTBR, f"{world.name(root)} is entered"
+
+
+class LocalFlush:
+    """A CPU's TLB is private to one vCPU of each VM: before another enters there, the CPU forgets the VM.
+
+    vCPUs of one VM may map one virtual address differently under one ASID (Linux commit 94d0e5980d67).
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int], int] = {}  # (CPU, root) -> vCPU whose translations the TLB may hold
+
+    def see(self, event: Event, world: World) -> Iterator[Finding]:
+        match event:
+            case Invalidate(cpu=cpu, op=op):
+                self._forget(cpu, OPERATIONS[op], root_of(world.vttbr[cpu]))
+            case Created(root=root):
+                self._last = {key: vcpu for key, vcpu in self._last.items() if key[1] != root}
+            case Enter(cpu=cpu, vcpu=vcpu):
+                root = root_of(world.vttbr[cpu])
+                last = self._last.get((cpu, root), vcpu)
+                if last != vcpu:
+                    yield (
+                        Kind.NO_LOCAL_FLUSH,
+                        f"vCPU {vcpu:#x} of {world.name(root)} is entered where vCPU {last:#x} ran last",
+                    )
+                self._last[cpu, root] = vcpu
+
+    def _forget(self, cpu: int, operation: Operation, root: int) -> None:
+        if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
+            return
+        everywhere, everyone = operation.broadcast, operation.reach is Reach.ALL_VMS
+        self._last = {
+            key: vcpu
+            for key, vcpu in self._last.items()
+            if not ((everywhere or key[0] == cpu) and (everyone or key[1] == root))
+        }
