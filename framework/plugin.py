@@ -62,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
     )
+    group.addoption("--slow", action="store_true", help="run the cases marked slow, too: minutes each")
     group.addoption(
         "--recorder",
         choices=("probe", "breakpoints"),
@@ -162,6 +163,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Those that record come last on their host, which boots once more with the probe: the others do not pay for it.
     """
     order = list(config.stash[_POOL].configs)
+    if not config.getoption("--slow"):
+        slow = [i for i in items if i.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if i not in slow]
     nowhere = [i for i in items if "host" in getattr(i, "fixturenames", ()) and not isinstance(_host_name(i), str)]
     if nowhere:
         config.hook.pytest_deselected(items=nowhere)

@@ -1,11 +1,16 @@
 """The agent's request server: one request at a time, an answer for every one."""
 
 import os
+import resource
 import signal
 import sys
 import time
 
 from . import kvm, memory, trace, wire
+
+
+#: A VM with one vCPU is two open files, and a test may want a thousand.
+_FILES = 65536
 
 
 class Agent:
@@ -166,6 +171,7 @@ def answer(agent, request, blob):
 
 
 def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
     signal.signal(signal.SIGUSR1, lambda *_: None)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
 

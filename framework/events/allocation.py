@@ -2,15 +2,18 @@
 
 Two things about the host cannot be read from a trace, and the model is asked in every way they can be. When a vCPU is
 scheduled out (the bitmap allocator keeps the numbers of VMs that are on a CPU): every CPU may have been left or not.
-And a number is taken a moment before the guest is entered: of two CPUs, the one with the later number may enter first.
+And a number is taken some time before the guest is entered: other CPUs may enter with later numbers first.
 
-A trace begins in the middle of the host's life: the first number seen is where the model begins.
+A trace begins in the middle of the host's life: the first number seen is where the model begins. With the bitmap
+allocator VMs from before may hold numbers above it, so until the first new generation a number may be larger than the
+model's, and the generation may end early.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from itertools import product
 
 from framework.model.vmid import Bitmap, Consecutive
@@ -25,21 +28,47 @@ Allocator = Consecutive | Bitmap
 Begin = Callable[[int], Allocator]
 
 
-def _numbers(text: str) -> set[int]:
-    """``1-3,7`` -> {1, 2, 3, 7}."""
-    ends = [part.partition("-") for part in text.split(",") if part]
-    return {number for low, _, high in ends for number in range(int(low), int(high or low) + 1)}
-
-
 def begin_of(trace: Trace) -> Begin | None:
-    """The allocator by the trace's facts ``allocator``, ``vmid-bits`` and ``taken``; None when they do not say."""
+    """The allocator by the trace's facts ``allocator`` and ``vmid-bits``; None when they do not say."""
     bits = int(trace.facts.get("vmid-bits", "8"))
-    taken = _numbers(trace.facts.get("taken", ""))
     makers: dict[str, Begin] = {
         "consecutive": lambda first: Consecutive(bits, first),
-        "bitmap": lambda first: Bitmap(bits, trace.cpus, first, taken | set(range(1, first))),
+        "bitmap": lambda first: Bitmap(bits, trace.cpus, first),
     }
     return makers.get(trace.facts.get("allocator", ""))
+
+
+@dataclass
+class _Guess:
+    """One state that the host's allocator can be in. ``gaps``: numbers taken by CPUs that have yet to enter."""
+
+    allocator: Allocator
+    gaps: set[int] = field(default_factory=set)
+
+    def holds(self, root: int, vmid: int) -> bool:
+        """Whether this entry changes nothing that matters."""
+        return not self.allocator.rolls_over(root) and self.allocator.peek(root) == vmid
+
+    def fill_gap(self, root: int, vmid: int) -> None:
+        self.gaps.discard(vmid)
+        self.allocator.rename(_Gap(vmid), root)
+
+    def take(self, vm: Hashable, cpu: int, flushed: bool, left: list[int]) -> tuple[_Guess, int, bool] | None:
+        """The state after ``vm`` took its number, the number, whether that began a generation; None if it may not."""
+        rolls = self.allocator.rolls_over(vm)
+        if rolls and not flushed:
+            return None
+        after = copy.deepcopy(self)
+        for other in left if rolls else ():
+            after.allocator.leave(other)
+        return after, after.allocator.enter(vm, cpu).vmid, rolls
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """Stands for the VM whose number this is, until it is seen."""
+
+    vmid: int
 
 
 class Allocation:
@@ -48,10 +77,10 @@ class Allocation:
     def __init__(self, begin: Begin, cpus: int) -> None:
         self._begin = begin
         self._cpus = cpus
-        self._states: list[Allocator] = []  #: every state the host's allocator can be in; [] until a number is seen
+        self._guesses: list[_Guess] = []  #: [] until a number is seen
         self._last: dict[int, int] = {}  #: CPU -> root of the VM that was entered there last
-        self._early: list[tuple[int, int, int]] = []  #: (root, CPU, VMID) that entered before a smaller number
         self._held: dict[int, int] = {}
+        self._young = False  #: no new generation was seen yet
         self._flushed = False  #: a full invalidation was seen that no new generation has taken yet
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
@@ -60,54 +89,74 @@ class Allocation:
                 self._flushed = True
             case Created(root=root):
                 self._held.pop(root, None)
-                for state in self._states:
-                    state.forget(root)
+                for guess in self._guesses:
+                    guess.allocator.forget(root)
             case Enter(cpu=cpu):
                 value = world.vttbr[cpu]
                 if vmid_of(value):
                     yield from self._enter(root_of(value), cpu, vmid_of(value), world)
 
     def _enter(self, root: int, cpu: int, vmid: int, world: World) -> Iterator[Finding]:
-        if not self._states:
-            self._states, self._flushed = [self._begin(vmid)], False
-        if self._advance(root, cpu, vmid):
-            self._early = [entry for entry in self._early if not self._advance(*entry)]
-        elif self._may_be_early(root, cpu, vmid):
-            self._early.append((root, cpu, vmid))
-        else:
+        if not self._guesses:
+            self._guesses, self._flushed = [_Guess(self._begin(vmid))], False
+            self._young = isinstance(self._guesses[0].allocator, Bitmap)
+        if self._young:
+            self._learn(root, vmid)
+        if not self._advance(root, cpu, vmid):
             yield self._why(root, vmid, world)
-            self._states, self._early = [], []
+            self._guesses = []
         self._held[root] = vmid
         self._last[cpu] = root
 
-    def _may_be_early(self, root: int, cpu: int, vmid: int) -> bool:
-        """Another CPU has taken a smaller number, and will enter next."""
-        waiting = (root, cpu, vmid) in self._early or cpu not in (entry[1] for entry in self._early)
-        return waiting and len(self._early) < self._cpus - 1
+    def _learn(self, root: int, vmid: int) -> None:
+        """Numbers that are skipped before the first new generation are taken."""
+        for guess in self._guesses:
+            allocator = guess.allocator
+            if vmid not in guess.gaps and not guess.holds(root, vmid) and not allocator.rolls_over(root):
+                allocator.skip(allocator.size if self._flushed else vmid)
 
     def _advance(self, root: int, cpu: int, vmid: int) -> bool:
-        """Keep the states in which this VM gets this number now; False, and nothing has changed, when there is none."""
-        stay = [s for s in self._states if not s.rolls_over(root) and s.peek(root) == vmid]
-        rolled = self._roll_over(root, cpu, vmid) if self._flushed else []
-        if not stay and not rolled:
+        """Keep the guesses in which this VM has this number now; False, and nothing changed, when there are none."""
+        stay = [guess for guess in self._guesses if guess.holds(root, vmid)]
+        if stay:
+            for guess in stay:
+                guess.allocator.enter(root, cpu)
+            self._guesses = stay
+            return True
+        after = [new for guess in self._guesses for new in self._outcomes(guess, root, cpu, vmid)]
+        if not after:
             return False
-        for state in stay:
-            state.enter(root, cpu)
-        self._flushed &= not rolled
-        self._states = _distinct(stay + rolled)
+        if any(rolled for _, rolled in after):
+            self._flushed = self._young = False
+        self._guesses = _distinct([guess for guess, _ in after])
         return True
 
-    def _roll_over(self, root: int, cpu: int, vmid: int) -> list[Allocator]:
-        out = []
-        for state in self._states:
-            if state.rolls_over(root):
-                for left in self._schedules(root, cpu):
-                    new = copy.deepcopy(state)
-                    for other in left:
-                        new.leave(other)
-                    if new.enter(root, cpu).vmid == vmid:
-                        out.append(new)
-        return out
+    def _outcomes(self, guess: _Guess, root: int, cpu: int, vmid: int) -> Iterator[tuple[_Guess, bool]]:
+        """Every way in which the VM can have got this number, and whether a generation began on it."""
+        if vmid in guess.gaps:
+            new = copy.deepcopy(guess)
+            new.fill_gap(root, vmid)
+            yield new, False
+            return
+        for left in self._schedules(root, cpu):
+            if (taken := guess.take(root, cpu, self._flushed, left)) and taken[1] == vmid:
+                yield taken[0], taken[2]
+            yield from self._after_another(guess, root, cpu, vmid, left)
+
+    def _after_another(
+        self, guess: _Guess, root: int, cpu: int, vmid: int, left: list[int]
+    ) -> Iterator[tuple[_Guess, bool]]:
+        """Another CPU took a number just before, and has not entered with it yet."""
+        if len(guess.gaps) >= self._cpus - 1 or (guess.allocator.rolls_over(root) and not self._flushed):
+            return
+        gap = 1 if guess.allocator.rolls_over(_Gap(0)) else guess.allocator.peek(_Gap(0))
+        other = next(c for c in range(self._cpus) if c != cpu)
+        if (first := guess.take(_Gap(gap), other, self._flushed, left)) is None or first[1] != gap:
+            return
+        second = first[0].take(root, cpu, self._flushed and not first[2], left)
+        if second and second[1] == vmid:
+            second[0].gaps.add(gap)
+            yield second[0], first[2] or second[2]
 
     def _schedules(self, root: int, cpu: int) -> Iterator[list[int]]:
         """Every set of CPUs whose last vCPU may have been scheduled out by now. Another VM's on this CPU has been."""
@@ -118,7 +167,8 @@ class Allocation:
 
     def _why(self, root: int, vmid: int, world: World) -> Finding:
         """The most telling name for a number the model does not give."""
-        expected = sorted({state.peek(root) for state in self._states if not state.rolls_over(root)})
+        allocators = [guess.allocator for guess in self._guesses]
+        expected = sorted({a.peek(root) for a in allocators if not a.rolls_over(root)})
         name = world.name(root)
         if not expected and not self._flushed:
             return (
@@ -132,10 +182,10 @@ class Allocation:
         return Kind.WRONG_VMID, words
 
 
-def _distinct(states: list[Allocator]) -> list[Allocator]:
+def _distinct(guesses: list[_Guess]) -> list[_Guess]:
     """Each state once."""
-    out: list[Allocator] = []
-    for state in states:
-        if all(vars(state) != vars(other) for other in out):
-            out.append(state)
+    out: list[_Guess] = []
+    for guess in guesses:
+        if not any(vars(guess.allocator) == vars(o.allocator) and guess.gaps == o.gaps for o in out):
+            out.append(guess)
     return out

@@ -1,6 +1,6 @@
 """The rules, one small automaton each. They see the events in order, and the world before each event.
 
-Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance, B3.10.1: changing an entry) and ARM DDI 0487, D8.17 (break-before-make);
+Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance; B3.10.1: changing an entry); ARM DDI 0487, D8.17 (break-before-make);
 Linux 5.4 virt/kvm/arm/{arm,mmu}.c, 6.1 and 6.12 arch/arm64/kvm/{arm,mmu,vmid}.c, hyp/pgtable.c.
 """
 

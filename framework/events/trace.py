@@ -16,9 +16,10 @@
     0.002200 - mark memory_advise
 
 Time is in seconds of this machine since the recording began, of no meaning to the checker; then the CPU of the host
-(``-``: none); then the event. A ``#`` begins a comment. The order of the lines is the order in which things happened:
-a VTTBR line and an ``inv`` line follow their instruction; ``enter`` is the world switch's last step before the guest, from
-which it may still turn back (an interrupt is pending: no ``exit`` follows); ``entry`` lines stand before the first event that came after the change was in memory.
+(``-``: none); then the event. A ``#`` begins a comment. The order of the lines is the order in which things happened: a
+VTTBR line and an ``inv`` line follow their instruction; ``enter`` is the world switch's last step before the guest, from
+which it may still turn back (an interrupt is pending: no ``exit`` follows); ``entry`` lines stand before the first event
+that came after the change was in memory.
 """
 
 from __future__ import annotations

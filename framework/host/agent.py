@@ -21,7 +21,7 @@ _LOG_WIDTH = 300
 
 
 class Listener(Protocol):
-    """Whoever wants to know what the agent is asked. ``after`` is called when the answer came, not when it is an error."""
+    """Whoever wants to know what the agent is asked. ``after`` is called with the answer, not when it is an error."""
 
     def before(self, op: str, args: dict) -> None: ...
 

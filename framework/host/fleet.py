@@ -8,7 +8,7 @@ from framework.errors import AgentTimeout
 from framework.guest import payload as p
 from framework.guest.driver import Order, Result, RunFailed
 
-from .vm import Vm, decode_exit
+from .vm import Vm, add_memory, decode_exit, destroy
 
 _EACH = 0.5  #: seconds of patience a turn
 _PATIENCE = 20.0
@@ -73,8 +73,26 @@ class Fleet:
 
     def strangers(self, ipa: int, count: int = 1) -> list[Vm]:
         """The VMs whose guests do not find there what they stored, after every guest has looked."""
-        results = self.round(lambda vm: [Order("check", ipa, _seed(vm), count, 0x1000)])
-        return [vm for vm, result in zip(self.vms, results, strict=True) if result[0].value]
+        self.start_check(ipa, count)
+        return self.finish_check()
+
+    def start_check(self, ipa: int, count: int = 1) -> None:
+        """Like :meth:`strangers`, without waiting; :meth:`finish_check` answers. For fleets on several CPUs."""
+        self.start(lambda vm: [Order("check", ipa, _seed(vm), count, 0x1000)])
+
+    def finish_check(self) -> list[Vm]:
+        """Wait for what :meth:`start_check` began."""
+        return [vm for vm, result in zip(self.vms, self.finish(), strict=True) if result[0].value]
+
+    # -- all of them at once, in a few requests --------------------------------------------------------------------
+
+    def add_memory(self, ipa: int, size: int) -> None:
+        """A new memslot at ``ipa`` for each, with memory of its own."""
+        add_memory(self.vms, ipa, size)
+
+    def destroy(self) -> None:
+        """Destroy them all."""
+        destroy(self.vms)
 
 
 def _seed(vm: Vm) -> int:

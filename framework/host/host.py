@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from framework.cache import disk_errors
@@ -19,7 +20,7 @@ from . import rootfs as rootfs_
 from .boot import Progress, bring_up, start_agent
 from .kernel import Kernel
 from .ssh import command_line
-from .vm import Vm
+from .vm import Vm, destroy
 
 
 class Host:
@@ -118,11 +119,20 @@ class Host:
         self.vms += vms
         return vms
 
+    @contextmanager
+    def offline(self, cpu: int) -> Iterator[None]:
+        """Within the block this CPU is taken out of the host."""
+        switch = f"/sys/devices/system/cpu/cpu{cpu}/online"
+        self.ssh.run(f"echo 0 > {switch}")
+        try:
+            yield
+        finally:
+            self.ssh.run(f"echo 1 > {switch}")
+
     def reset(self) -> None:
         """Destroy all VMs. When the agent cannot, a new agent replaces it: its death frees everything."""
         try:
-            for vm in self.vms:
-                vm.destroy()
+            destroy(self.vms)
         except LabError:
             self.machine.check()
             self.agent.close()

@@ -6,6 +6,7 @@ what the oracle holds the kernel against. It trusts nothing it reads back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -29,6 +30,7 @@ _RUN_DEADLINE = 20.0
 _CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
 _EL1_32BIT = 1 << 1
 _CREATION, _CREATION_EACH = 20.0, 0.5  #: seconds of patience for VMs to be made
+_PATIENCE, _BATCH = 60.0, 100
 
 
 def _map(size: int) -> Request:
@@ -115,6 +117,10 @@ class Memory:
         """munmap(2) part of it."""
         self._agent("memory_unmap", **self._at(offset, size))
 
+    def release(self) -> Request | None:
+        """The request that gives it back, for one VM that has it; None while others have it too."""
+        return "memory_unmap", self._at(0, None)
+
     def frames(self, offset: int = 0, size: int | None = None) -> np.ndarray:
         """Physical address of each page per /proc/PID/pagemap; 0 where no page is present (uint64)."""
         raw = np.frombuffer(self._agent("memory_pagemap", **self._at(offset, size)), dtype="<u8")
@@ -133,10 +139,9 @@ class SharedMemory(Memory):
         super().__init__(agent, hva, size)
         self._users = users
 
-    def unmap(self, offset: int = 0, size: int | None = None) -> None:
+    def release(self) -> Request | None:
         self._users -= 1
-        if not self._users:
-            super().unmap(offset, size)
+        return None if self._users else super().release()
 
 
 class Vcpu:
@@ -289,9 +294,7 @@ class Vm:
             Memslot(_CODE_SLOT, CODE, code.size, code.hva),
             Memslot(_MAILBOX_SLOT, MAILBOX, mailboxes.size, mailboxes.hva),
         )
-        for slot in slots:
-            self._note(slot)
-        return [self._memslot(slot) for slot in slots] + [r for vcpu in self.vcpus for r in vcpu.creation()]
+        return [self.note(slot) for slot in slots] + [r for vcpu in self.vcpus for r in vcpu.creation()]
 
     @property
     def name(self) -> str:
@@ -326,28 +329,33 @@ class Vm:
         Raises HostOsError when KVM refuses (EEXIST overlap, EINVAL alignment, EFAULT beyond the IPA space).
         """
         memory = memory or self.memory(size, **kind)
-        if slot is None:
-            slot = max([_FIRST_FREE_SLOT - 1, *self.slots]) + 1
+        slot = self.next_slot if slot is None else slot
         self.set_memslot(Memslot(slot, ipa, size, memory.hva, flags))
         return memory
+
+    @property
+    def next_slot(self) -> int:
+        """The first memslot number above all in use."""
+        return max([_FIRST_FREE_SLOT - 1, *self.slots]) + 1
 
     def set_memslot(self, slot: Memslot) -> None:
         """KVM_SET_USER_MEMORY_REGION: create, move, change flags, or (size 0) delete."""
         op, args = self._memslot(slot)
         self.agent(op, **args)
-        self._note(slot)
+        self.note(slot)
 
     def _memslot(self, slot: Memslot) -> Request:
         where = {"ipa": slot.ipa, "size": slot.size, "hva": slot.hva, "flags": int(slot.flags)}
         return "vm_memslot", {"vm": self.id, "slot": slot.slot, **where}
 
-    def _note(self, slot: Memslot) -> None:
-        """Remember a memslot that KVM took."""
+    def note(self, slot: Memslot) -> Request:
+        """Remember a memslot that KVM takes, or has taken; the request that gives it one."""
         old = self.slots.pop(slot.slot, None)
         if slot.size:
             self.slots[slot.slot] = slot
         if slot.logging and (old is None or not old.logging):
             self.written.forget(slot)
+        return self._memslot(slot)
 
     def slot_at(self, ipa: int) -> Memslot:
         """The memslot that covers ``ipa``; KeyError when none does."""
@@ -399,9 +407,33 @@ class Vm:
 
     def destroy(self) -> None:
         """Close the VM and give back its memory."""
-        if not self.alive:
-            return
-        self.alive = False
-        self.agent("vm_destroy", vm=self.id)
-        for memory in self.memories:
-            memory.unmap()
+        destroy([self])
+
+
+def destroy(vms: Sequence[Vm]) -> None:
+    """Close these VMs and give back their memory, in a few requests."""
+    alive = [vm for vm in vms if vm.alive]
+    for vm in alive:
+        vm.alive = False
+    for some in _batches([("vm_destroy", {"vm": vm.id}) for vm in alive]):
+        alive[0].agent.batch(some, _PATIENCE)
+    gone = [memory.release() for vm in alive for memory in vm.memories]
+    for some in _batches([request for request in gone if request]):
+        alive[0].agent.batch(some, _PATIENCE)
+
+
+def add_memory(vms: Sequence[Vm], ipa: int, size: int) -> None:
+    """A new memslot at ``ipa`` of ``size`` bytes for each of these VMs, with memory of its own, in two requests."""
+    agent = vms[0].agent
+    hva = agent.batch([_map(len(vms) * size)])[0]["hva"]
+    requests = []
+    for index, vm in enumerate(vms):
+        memory = Memory(agent, hva + index * size, size)
+        vm.memories.append(memory)
+        requests.append(vm.note(Memslot(vm.next_slot, ipa, size, memory.hva)))
+    agent.batch(requests, _PATIENCE)
+
+
+def _batches(requests: list[Request]) -> Iterator[list[Request]]:
+    """Pieces of a size that is answered in reasonable time."""
+    return (requests[i : i + _BATCH] for i in range(0, len(requests), _BATCH))

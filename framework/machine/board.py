@@ -35,7 +35,8 @@ def command_line(
 ) -> list[str]:
     """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
 
-    ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches nobody, only its ssh port is reached.
+    ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches nobody, only its
+    ssh port is reached.
     """
     return [
         board.qemu,

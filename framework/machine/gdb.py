@@ -1,7 +1,7 @@
 """The lab's window on the CPUs: QEMU's gdbstub, as far as a judge needs it.
 
-Interrupt, read and write registers by name, write physical memory, break at instructions, step, continue. Interrupt and continue go
-through this one connection and never through QMP: every stop that gdbstub did not ask for sends an
+Interrupt, read and write registers by name, write physical memory, break at instructions, step, continue. Interrupt and
+continue go through this one connection and never through QMP: every stop that gdbstub did not ask for sends an
 unsolicited packet, and one packet left in the stream shifts every later answer.
 
 Protocol: GDB manual, appendix E (remote serial protocol); QEMU 7.2 gdbstub.c.

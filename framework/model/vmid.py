@@ -9,7 +9,7 @@ arch/arm64/kvm/arm.c); Linux 6.1 and 6.12 arch/arm64/kvm/vmid.c (since 5.18). VM
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -92,6 +92,11 @@ class Consecutive:
         """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
 
+    def rename(self, vm: Hashable, name: Hashable) -> None:
+        """What is known of ``vm`` is of ``name``: a number was seen to be taken before it was seen by whom."""
+        if (held := self._held.pop(vm, None)) is not None:
+            self._held[name] = held
+
 
 class Bitmap:
     """A bitmap of numbers taken; at the end of a generation the VMs that are on a CPU keep theirs. arm64 since 5.18.
@@ -104,14 +109,14 @@ class Bitmap:
 
     _IDLE = -1  #: VMID_ACTIVE_INVALID: no guest on this CPU, and no rollover since
 
-    def __init__(self, bits: int, cpus: int, first: int = 1, taken: Collection[int] = ()) -> None:
-        """``first`` and ``taken``: the next number, and the numbers in use, of an allocator that is in use already."""
+    def __init__(self, bits: int, cpus: int, first: int = 1) -> None:
+        """``first``: the next number of an allocator that is in use already; those below are taken."""
         _check_bits(bits)
         if not 0 < cpus < (1 << bits) - 1:
             raise ValueError(f"{cpus} CPUs need more VMIDs than {bits} bits give")
-        self._size = 1 << bits
+        self.size = 1 << bits  #: one past the largest number
         self._generation = 1
-        self._taken: set[int] = set(taken) - {first}
+        self._taken: set[int] = set(range(1, first))
         self._cursor = first
         self._held: dict[Hashable, tuple[int, int]] = {}  # (generation, VMID)
         self._active: list[tuple[int, int] | int] = [0] * cpus  # 0: rolled over since the last entry
@@ -147,6 +152,10 @@ class Bitmap:
         generation, vmid = self._held[vm]
         return Entry(vmid, generation, invalidations)
 
+    def skip(self, vmid: int) -> None:
+        """Numbers below ``vmid`` that were not given yet are in use, by VMs from before (or ``1 << bits``: all)."""
+        self._taken.update(range(self._cursor, vmid))
+
     def leave(self, cpu: int) -> None:
         """The vCPU that ran on ``cpu`` is scheduled out."""
         self._active[cpu] = self._IDLE
@@ -154,6 +163,11 @@ class Bitmap:
     def forget(self, vm: Hashable) -> None:
         """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
+
+    def rename(self, vm: Hashable, name: Hashable) -> None:
+        """What is known of ``vm`` is of ``name``: a number was seen to be taken before it was seen by whom."""
+        if (held := self._held.pop(vm, None)) is not None:
+            self._held[name] = held
 
     def _allocate(self, vm: Hashable, held: tuple[int, int] | None) -> tuple[Invalidation, ...]:
         """new_vmid()"""
@@ -194,7 +208,7 @@ class Bitmap:
                 self._taken.add(kept[1])
 
     def _free(self, start: int) -> int | None:
-        return next((vmid for vmid in range(start, self._size) if vmid not in self._taken), None)
+        return next((vmid for vmid in range(start, self.size) if vmid not in self._taken), None)
 
 
 class VcpuLoads:

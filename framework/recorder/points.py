@@ -1,4 +1,4 @@
-"""The instructions worth watching, found in the host's RAM: VTTBR writes, TLB and I-cache maintenance, the world switch.
+"""The instructions worth watching, found in the host's RAM: VTTBR writes, TLB and cache maintenance, the world switch.
 
 The kernel's text is scanned for their encodings. Writes of VTTBR and the maintenance of stage 2 mean KVM wherever they
 are; the operations that a kernel also executes for itself count inside KVM's functions only, which kallsyms names.
@@ -133,7 +133,10 @@ _KVMS_OWN = re.compile(r"^(__kvm_nvhe_)?(__)?kvm_(tlb_)?flush_")
 # -- the kernel's map --------------------------------------------------------------------------------------------
 
 #: What to ask the host: the symbols that matter, each with the one after it, and where the kernel's text lies.
-ASK = "grep -E -A1 'kvm_|__guest_e|tlb_switch|vmid_context|[ _]_text$|_stext$|_etext$' /proc/kallsyms; echo ==; grep 'Kernel code' /proc/iomem"
+ASK = (
+    "grep -E -A1 'kvm_|__guest_e|tlb_switch|vmid_context|[ _]_text$|_stext$|_etext$' /proc/kallsyms;"
+    " echo ==; grep 'Kernel code' /proc/iomem"
+)
 
 
 class KernelMap:
@@ -152,7 +155,7 @@ class KernelMap:
         self._offset = self._find_offset(iomem)
 
     def _find_offset(self, iomem: str) -> int:
-        """VA minus PA. /proc/iomem's "Kernel code" begins at _text or _stext, by version; the offset is huge-aligned."""
+        """VA minus PA, huge-aligned. /proc/iomem's "Kernel code" begins at _text or _stext, by version."""
         found = re.search(r"([0-9a-f]+)-[0-9a-f]+ : Kernel code", iomem)
         if not found or "_stext" not in self.symbols:
             raise MachineError("the host does not say where its kernel lies", remedy="does it have CONFIG_KALLSYMS?")

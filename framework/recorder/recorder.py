@@ -85,12 +85,13 @@ class Recorder:
             self.points = find(gdb, self._arch, self._machine.ram, self.kernel)
         self.roots: dict[int, int] = {}  #: number of a VM -> its root, as far as VMs were seen to run
 
-    # -- begin and end -------------------------------------------------------------------------------------------------
+    # -- begin and end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Record from now on."""
         self._said: list[_Said] = []
         self.roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
+        self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
         self._sight.vmm_space()  # finding it asks the agent, which is no part of the test
         with self._machine.gdb.pause() as gdb:
@@ -121,7 +122,7 @@ class Recorder:
         """Write a line of the test's own into the trace."""
         self._say(Mark, text=text)
 
-    # -- what the agent is asked ------------------------------------------------------------------------------------------
+    # -- what the agent is asked -------------------------------------------------------------------------------
 
     def before(self, op: str, args: dict) -> None:
         """A request is about to be sent. The tables of a VM can name it only while it exists."""
@@ -134,6 +135,7 @@ class Recorder:
             self._say(Created, int(result))
         elif op == "vm_destroy":
             self._say(Destroyed, args["vm"])
+            self._gone.add(args["vm"])
             if root := self.roots.get(args["vm"]):
                 self._mechanism.forget(root)
         self._say(Mark, text=op)
@@ -141,14 +143,14 @@ class Recorder:
     def _say(self, what: type[Event], vm: int = 0, text: str = "") -> None:
         self._said.append(_Said(self._mechanism.position, time.monotonic_ns(), what, vm, text))
 
-    # -- whose root is whose -----------------------------------------------------------------------------------------------
+    # -- whose root is whose -----------------------------------------------------------------------------------
 
     def _bind(self) -> None:
         """Find the VMs of the roots that were seen since this was last done: by what they map at the mailbox's IPA."""
         position = self._mechanism.position
         seen = {page: r.root for r in self._mechanism.records(self._known) if (page := _mailbox_in(r))}
         self._known = position
-        waiting = [vm for vm in self._host.vms if vm.alive and vm.id not in self.roots]
+        waiting = [vm for vm in self._host.vms if vm.id not in self._gone and vm.id not in self.roots]
         if seen and waiting:
             for page, vm in self._mailboxes(waiting).items():
                 if page in seen:
@@ -161,7 +163,7 @@ class Recorder:
             _, pas = sweep.translate(self._sight.vmm_space(), self._machine.ram, hvas)
         return {int(pa): vm for pa, vm in zip(pas, vms, strict=True) if pa}
 
-    # -- the trace -----------------------------------------------------------------------------------------------------------
+    # -- the trace ---------------------------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, str]:
         return {

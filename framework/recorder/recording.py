@@ -63,6 +63,15 @@ class Recording:
         return self._recorder.roots[vm.id]
 
     @property
+    def vmid_bits(self) -> int:
+        return int(self.trace.facts["vmid-bits"])
+
+    @property
+    def allocator(self) -> str:
+        """``consecutive`` or ``bitmap``, by the kernel."""
+        return self.trace.facts["allocator"]
+
+    @property
     def first_runs(self) -> list[int]:
         """The VMIDs in the order in which they were first entered, each VM's first."""
         first: dict[int, int] = {}

@@ -1,0 +1,74 @@
+"""vCPU threads pinned, moved and multiplexed: a CPU's TLB is private to one vCPU of each VM.
+
+Two vCPUs of a VM may give one virtual address two meanings under one ASID and, of course, one VMID: where another vCPU
+of the VM ran last, a CPU forgets what it knows of the VM first (Linux 94d0e5980d67).
+"""
+
+import pytest
+
+DATA = 0x8000_0000
+LOCAL = {"armv7": "tlbiall", "armv8": "vmalle1"}
+
+
+def turns(vm, guests, rounds):
+    for turn in range(rounds):
+        for index in guests:
+            vm.guests[index].write(DATA + 0x1000 * index, turn)
+
+
+def test_multiplexed_on_one_cpu(host, make_vm, record, vmid):
+    """Three vCPUs take turns on CPU 0, four rounds: a local invalidation at every change, and only there."""
+    with record() as run:
+        vm = make_vm(vcpus=3)
+        vm.add_memory(DATA, 0x3000)
+        for vcpu in vm.vcpus:
+            vcpu.pin(0)
+        turns(vm, (0, 1, 2), rounds=4)
+        sampled = vmid(vm)
+    assert run.vmids(vm) == [sampled]
+    assert run.count(LOCAL[host.config.architecture.name]) in (12, 13)  # the sampling is one more change
+    assert vm.guest.read(DATA + 0x2000) == 3
+
+
+def test_alone_on_its_cpu(host, make_vm, record, vmid):
+    """Two vCPUs, each pinned to a CPU of its own: one local invalidation each, at its first run."""
+    with record() as run:
+        vm = make_vm(vcpus=2)
+        vm.add_memory(DATA, 0x2000)
+        for index, vcpu in enumerate(vm.vcpus):
+            vcpu.pin(index)
+        turns(vm, (0, 1), rounds=10)
+    assert run.count(LOCAL[host.config.architecture.name]) == 2
+    assert run.vmids(vm) == [vmid(vm)]
+    assert vm.guest.read(DATA) == 9
+
+
+def test_moved_between_cpus(host, make_vm, record, vmid):
+    """Two vCPUs exchange their CPUs after every turn: each finds the other's traces there, every time."""
+    with record() as run:
+        vm = make_vm(vcpus=2)
+        vm.add_memory(DATA, 0x2000)
+        for turn in range(8):
+            for index, vcpu in enumerate(vm.vcpus):
+                vcpu.pin((index + turn) % 2)
+                vm.guests[index].write(DATA + 0x1000 * index, turn)
+    assert run.count(LOCAL[host.config.architecture.name]) == 16
+    assert run.vmids(vm) == [vmid(vm)]
+    assert [vm.guest.read(DATA), vm.guest.read(DATA + 0x1000)] == [7, 7]
+
+
+@pytest.mark.parametrize("vcpus", [2, 4])
+def test_all_at_once_on_one_cpu(make_vm, record, vmid, vcpus):
+    """vCPUs that race for one CPU, filling memory of their own."""
+    pages = 32
+    with record() as run:
+        vm = make_vm(vcpus=vcpus)
+        vm.add_memory(DATA, vcpus * pages * 0x1000)
+        for index, guest in enumerate(vm.guests):
+            vm.vcpus[index].pin(0)
+            guest.start_fill(DATA + index * pages * 0x1000, pages)
+        for guest in vm.guests:
+            guest.finish()
+        sampled = vmid(vm)
+    assert run.vmids(vm) == [sampled]
+    assert vm.guest.check(DATA, vcpus * pages) == []
