@@ -17,7 +17,10 @@ from . import cache, config, progress, setup
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
-from .errors import LabError, NoLiveMachine, NonConformance, SetupError
+from .errors import LabError, NoLiveMachine, NonConformance, ProtocolViolation, SetupError
+from .events import checker, picture
+from .events.trace import Enter, Invalidate, Trace
+from .events.world import full
 from .host.apt import main_archive
 from .host.host import Host
 from .host.kernel import Kernel, obtain
@@ -161,6 +164,42 @@ def _conform(name: str, cases: int, seed: int) -> None:
     print(f"{again}\n{tally}\nno unexplained difference; {tally.cases / minutes:,.0f} cases a minute", flush=True)
 
 
+def cmd_trace_check(args: argparse.Namespace) -> int:
+    """Recorded traces against the rules of VMIDs and TLB maintenance: every file is judged before the verdict."""
+    broken = [str(file) for file in args.file if not _keeps_the_rules(file)]
+    if broken:
+        raise ProtocolViolation(
+            f"{len(broken)} of {len(args.file)} traces break the rules of VMIDs and TLB maintenance: {' '.join(broken)}"
+        )
+    return 0
+
+
+def _keeps_the_rules(file: Path) -> bool:
+    trace = Trace.load(file)
+    found = checker.violations(trace)
+    entries = len(list(trace.of(Enter)))
+    rollovers = sum(full(event.op) for event in trace.of(Invalidate))
+    verdict = f"{len(found)} violations" if found else "the rules are kept"
+    print(f"{file}: {len(trace.events)} events, {entries} guest entries, {rollovers} rollovers: {verdict}")
+    for violation in found:
+        print(violation)
+    return not found
+
+
+def cmd_trace_draw(args: argparse.Namespace) -> int:
+    """A recorded trace as a picture, beside it or where -o says."""
+    drawing = picture.draw(Trace.load(args.file))
+    output = args.output or args.file.with_suffix(".svg")
+    if output.resolve() == args.file.resolve():
+        raise SetupError(f"the picture would overwrite the trace {output}", remedy="name another file with -o")
+    try:
+        output.write_text(drawing, encoding="utf-8")
+    except OSError as e:
+        raise SetupError(f"cannot write the picture {output}: {e.strerror}", remedy="name another file with -o") from e
+    print(output)
+    return 0
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -207,6 +246,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
     conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
+    trace = commands.add_parser(
+        "trace", help="check and draw recorded traces", description="Recorded traces of events."
+    )
+    actions = trace.add_subparsers(metavar="ACTION", required=True)
+    check = command("check", cmd_trace_check, "hold traces against the rules of VMIDs and TLB maintenance", actions)
+    check.add_argument("file", type=Path, nargs="+", metavar="FILE")
+    draw = command("draw", cmd_trace_draw, "draw VMs over time, their VMIDs, rollovers and invalidations", actions)
+    draw.add_argument("file", type=Path, metavar="FILE")
+    draw.add_argument("-o", "--output", type=Path, metavar="OUT.svg", help="default: FILE with the suffix .svg")
     return parser
 
 

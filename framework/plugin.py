@@ -175,7 +175,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _records(item: pytest.Item) -> bool:
-    return "record" in getattr(item, "fixturenames", ())
+    return "recorder" in getattr(item, "fixturenames", ())
 
 
 def _host_name(item: pytest.Item) -> object:
@@ -378,7 +378,13 @@ def _recorder(config: pytest.Config, session: _HostSession) -> Recorder:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, host: Host) -> Callable[..., AbstractContextManager[Recording]]:
+def recorder(request: pytest.FixtureRequest, host: Host) -> Recorder:
+    """The recorder itself: ``recorder.points``, the instructions it watches, ``recorder.kernel``, the symbols."""
+    return _recorder(request.config, request.node.stash[_SESSION])
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[..., AbstractContextManager[Recording]]:
     """``with record() as run:`` records every VTTBR write, invalidation, guest entry and table change.
 
     When the block ends the trace is checked, and a broken rule fails the test; ``record(judge=False)`` leaves that
@@ -389,13 +395,13 @@ def record(request: pytest.FixtureRequest, host: Host) -> Callable[..., Abstract
 
     @contextmanager
     def recording(judge: bool = True) -> Iterator[Recording]:
-        run = Recording(_recorder(request.config, session))
+        run = Recording(recorder)
         try:
             with run.running():
                 yield run
         finally:
-            path = session.folder.path(f"events-{len(session.folder.files)}.trace")
-            run.trace.save(path)
+            if run.trace.events:
+                run.trace.save(session.folder.path(f"events-{len(session.folder.files)}.trace"))
         if judge and run.violations:
             raise ProtocolBroken(run.trace, run.violations)
 

@@ -8,7 +8,6 @@ import time
 
 from . import kvm, memory, trace, wire
 
-
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
 

@@ -166,6 +166,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._owner: dict[int, int] = {}
+        self._before: dict[int, int] = {}  #: root -> its number in any generation
         self._newest = 0
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
@@ -174,6 +175,7 @@ class Owners:
             self._newest = 0
         elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
             self._owner = {vmid: -root if root == event.root else root for vmid, root in self._owner.items()}
+            self._before.pop(event.root, None)
         elif isinstance(event, Enter):
             value = world.vttbr[event.cpu]
             yield from self._enter(vmid_of(value), root_of(value), world)
@@ -185,8 +187,12 @@ class Owners:
                 yield self._clash(vmid, owner, root, world)
             self._owner[vmid] = root
             self._newest = vmid
+        self._before[root] = vmid
 
     def _clash(self, vmid: int, owner: int, root: int, world: World) -> Finding:
+        if self._before.get(root) == vmid:
+            words = f"{world.name(root)} is entered under VMID {vmid}, which it had before the rollover"
+            return Kind.OLD_GENERATION, f"{words}, and which is {world.name(abs(owner))}'s now"
         words = f"VMID {vmid} of {world.name(abs(owner))} is given to {world.name(root)}"
         if vmid < self._newest:
             return Kind.ROLLOVER_NOT_INVALIDATED, f"{words} after {self._newest}, and nothing was invalidated between"

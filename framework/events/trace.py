@@ -16,10 +16,10 @@
     0.002200 - mark memory_advise
 
 Time is in seconds of this machine since the recording began, of no meaning to the checker; then the CPU of the host
-(``-``: none); then the event. A ``#`` begins a comment. The order of the lines is the order in which things happened: a
-VTTBR line and an ``inv`` line follow their instruction; ``enter`` is the world switch's last step before the guest, from
-which it may still turn back (an interrupt is pending: no ``exit`` follows); ``entry`` lines stand before the first event
-that came after the change was in memory.
+(``-``: none); then the event. A ``#`` begins a comment. The order of the lines is the order of what happened: a VTTBR
+line and an ``inv`` line follow their instruction; ``enter`` is the world switch's last step before the guest, from
+which it may still turn back (an interrupt is pending: no ``exit`` follows); ``entry`` lines stand before the first
+event that came after the change was in memory.
 """
 
 from __future__ import annotations
@@ -169,14 +169,26 @@ class Trace:
         numbered = [(n, line) for n, raw in enumerate(lines, 1) if (line := raw.partition("#")[0].strip())]
         if not numbered or numbered[0][1] != MAGIC:
             raise TraceError(f"{name} is no trace: its first line is not {MAGIC!r}")
-        facts = dict(pair.split("=", 1) for pair in numbered[1][1].split()) if len(numbered) > 1 else {}
+        facts = _facts(numbered[1], name) if len(numbered) > 1 else {}
         events = []
         for number, line in numbered[2:]:
             try:
                 events.append(parse_event(line))
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, OverflowError) as e:
                 raise TraceError(f"{name}, line {number}: {line!r} is no event ({e})") from e
         return cls(facts, events)
+
+
+def _facts(numbered: tuple[int, str], name: str) -> dict[str, str]:
+    """The second line: key=value pairs. Raises TraceError."""
+    number, line = numbered
+    try:
+        facts = dict(pair.split("=", 1) for pair in line.split())
+        for key in {"cpus", "vmid-bits"} & facts.keys():
+            int(facts[key])
+    except ValueError as e:
+        raise TraceError(f"{name}, line {number}: {line!r} are no facts of a host ({e})") from e
+    return facts
 
 
 # -- lines ---------------------------------------------------------------------------------------------
@@ -207,12 +219,18 @@ def parse_event(line: str) -> Event:
     kind = _KINDS[word]
     where = (round(float(time) * 1e9), -1 if cpu == "-" else int(cpu))
     if kind is Vttbr:
-        return Vttbr(*where, int(rest, 0))
+        return Vttbr(*where, _unsigned(rest))
     if kind is Mark:
         return Mark(*where, rest)
     if kind is Invalidate:
         op, _, operand = rest.partition(" ")
         if OPERATIONS[op].has_operand != bool(operand):
             raise ValueError(f"{op} {'needs an' if not operand else 'has no'} operand")
-        return Invalidate(*where, op, int(operand or "0", 0))
-    return kind(*where, **{key: int(value, 0) for key, value in (pair.split("=") for pair in rest.split())})
+        return Invalidate(*where, op, _unsigned(operand or "0"))
+    return kind(*where, **{key: _unsigned(value) for key, value in (pair.split("=") for pair in rest.split())})
+
+
+def _unsigned(text: str) -> int:
+    if (value := int(text, 0)) < 0:
+        raise ValueError(f"{text} is negative")
+    return value

@@ -13,6 +13,7 @@ import re
 import select
 import socket
 import threading
+import time
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 
@@ -136,10 +137,13 @@ class Gdb:
         None when no CPU came to one within ``timeout`` seconds: then it runs all the time. An interrupt may have
         been faster: the CPU then stops again as soon as the machine goes on.
         """
-        ready, _, _ = select.select([self._sock], [], [], timeout)
+        deadline, cpu = time.monotonic() + timeout, None
+        while cpu is None and (left := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select([self._sock], [], [], left)
+            with self._lock:  # what was ready may be an acknowledgement only, or be gone: somebody paused
+                cpu = self._stop_reported() if ready and not self.stopped else None
+                self.stopped |= cpu is not None
         with self._lock:
-            cpu = self._stop_reported() if ready and not self.stopped else None
-            self.stopped |= cpu is not None
             try:
                 yield cpu
             finally:

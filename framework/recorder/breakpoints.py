@@ -1,7 +1,8 @@
 """The second mechanism: breakpoints through the gdbstub, with the machine stopped at each.
 
-Slow (QEMU throws all translated code away at every stop for a breakpoint), and it needs nothing but a gdbstub: for a QEMU
-whose plugins the probe does not know, and to hold the probe against. The tables are read while all CPUs stand still.
+Slow (QEMU throws all translated code away at every stop for a breakpoint), and it needs nothing but a gdbstub: for a
+QEMU whose plugins the probe does not know, and to hold the probe against. The tables are read while all CPUs stand
+still.
 """
 
 from __future__ import annotations

@@ -184,10 +184,9 @@ class KernelMap:
         at = int(np.searchsorted(self._functions, va, side="right")) - 1
         return self._names[self._functions[at]] if at >= 0 and va - self._functions[at] < self._LONGEST else ""
 
-    def end_of(self, name: str) -> int:
-        """The address after a function: where the next symbol begins."""
-        start = self.symbols[name]
-        return next(va for va in self._functions if va > start)
+    def copies_of(self, name: str) -> list[int]:
+        """Addresses of a function of the hypervisor: the kernel's own, and nVHE's where kallsyms has it."""
+        return [self.symbols[n] for n in (name, f"__kvm_nvhe_{name}") if n in self.symbols]
 
 
 # -- where the hypervisor executes -----------------------------------------------------------------------------------

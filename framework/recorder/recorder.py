@@ -24,6 +24,7 @@ from framework.events.trace import (
     Mark,
     Trace,
     Vttbr,
+    root_of,
 )
 from framework.guest.payload import MAILBOX
 from framework.host.host import Host
@@ -114,6 +115,11 @@ class Recorder:
             self._mechanism.disarm()
         return Trace(self._facts(), list(self._events()))
 
+    def so_far(self) -> Trace:
+        """What was seen until now; the recording goes on."""
+        self._bind()
+        return Trace(self._facts(), list(self._events()))
+
     def abandon(self) -> None:
         """The machine is gone, and the recording with it."""
         self._host.agent.listener = None
@@ -183,7 +189,7 @@ class Recorder:
 
     def _events(self) -> Iterator[Event]:
         for cpu, vttbr in enumerate(self._vttbr):
-            if vttbr:  # VHE leaves it when it leaves the guest
+            if root_of(vttbr):  # VHE leaves it when it leaves the guest
                 yield Vttbr(0, cpu, vttbr)
         said = iter([*self._said, _Said(1 << 63, 0, Mark)])
         next_said = next(said)

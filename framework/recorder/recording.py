@@ -41,6 +41,10 @@ class Recording:
         self.trace = self._recorder.stop()
         self.violations = violations(self.trace)
 
+    def look(self) -> None:
+        """Fill :attr:`trace` with what has happened so far; the recording goes on."""
+        self.trace = self._recorder.so_far()
+
     def mark(self, text: str) -> None:
         """A line of the test's own in the trace."""
         self._recorder.mark(text)
@@ -57,6 +61,10 @@ class Recording:
         """The VMIDs that the VM was entered under, each as often as it changed."""
         numbers = [vmid for _, vmid in self.entries(vm)]
         return [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n]
+
+    def entered_last(self, vm: Vm) -> int:
+        """Which of all entries, counted from 0, was this VM's last."""
+        return max(i for i, (_, vttbr) in enumerate(self._entered()) if root_of(vttbr) == self.root(vm))
 
     def root(self, vm: Vm) -> int:
         """The VM's stage-2 root. KeyError for a VM that never ran."""

@@ -1,0 +1,287 @@
+"""Every rule of VMIDs and TLB maintenance, broken on a real host and caught under its name.
+
+Two ways to break one: a function of the running kernel is made to return at once (its first instruction is overwritten
+through the gdbstub), or the value that is about to be written to VTTBR is changed in the CPU's registers. The recorder
+knows of neither; the trace is what the CPUs then did.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from framework.events.trace import root_of
+from framework.events.violations import Kind
+from framework.host.fleet import Fleet
+from framework.host.vm import Advice
+from framework.model.memslots import SlotFlags
+from framework.recorder.points import What
+
+IPA = 0x8000_0000
+RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr, ret
+VMID_SHIFT = 48
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def without(host, recorder):
+    """``with without("__kvm_flush_vm_context"):`` that function of the hypervisor does nothing."""
+
+    @contextmanager
+    def disabled(*names):
+        gdb, ram = host.machine.gdb, host.machine.ram
+        kernel = recorder.kernel
+        places = [kernel.pa(va) for name in names for va in kernel.copies_of(name)]
+        assert places, f"no {names} in this kernel"
+        saved = {pa: ram.read(pa, 4) for pa in places}
+        with gdb.pause():
+            for pa in places:
+                gdb.write_memory(pa, RETURN[host.config.architecture.name].to_bytes(4, "little"))
+        try:
+            yield
+        finally:
+            with gdb.pause():
+                for pa, code in saved.items():
+                    gdb.write_memory(pa, code)
+
+    return disabled
+
+
+@pytest.fixture
+def enter_under(host, recorder):
+    """``enter_under(vm, change)``: the VM's next entry (of that vCPU; on that CPU) is under ``change(VTTBR)``."""
+    gdb = host.machine.gdb
+    register = "x" if host.config.architecture.name == "armv8" else "r"
+    switch = {p.va: p for p in recorder.points if p.what is What.VTTBR and "vcpu_run" in p.function}
+
+    def entry_changed(change, on):
+        """Serve stops until the switch to a guest was changed, on that CPU if one is named."""
+        with gdb.stopped_at_breakpoint(5.0) as cpu:
+            assert cpu is not None, "no entry"
+            (pc,) = gdb.read(cpu, "pc")
+            point = switch[pc]
+            names = [f"{register}{n}" for n in point.registers if register == "r" or n != 31]
+            vttbr = sum(value << 32 * half for half, value in enumerate(gdb.read(cpu, *names)))
+            done = root_of(vttbr) != 0 and on in (None, cpu)  # 0: the switch back to the host
+            if done:
+                for half, name in enumerate(names):
+                    gdb.write(cpu, name, change(vttbr) >> 32 * half & (0xFFFF_FFFF if register == "r" else -1))
+            gdb.step(cpu)
+            return done
+
+    def serve(change, on):
+        try:
+            while not entry_changed(change, on):
+                pass
+        finally:
+            with gdb.pause():
+                for va in switch:
+                    gdb.remove_breakpoint(va)
+
+    def enter(vm, change, index=0, on=None):
+        with gdb.pause():
+            for va in switch:
+                gdb.insert_breakpoint(va)
+        with ThreadPoolExecutor(1) as pool:  # the agent cannot answer while the machine stands at a breakpoint
+            served = pool.submit(serve, change, on)
+            vm.guests[index].start_fill(IPA + 0x1000 * index, 1)
+            served.result()
+        vm.guests[index].finish()
+
+    return enter
+
+
+#: Whatever takes entries of one VM out of the TLBs; newer kernels have the last.
+FLUSHES = ("__kvm_tlb_flush_vmid_ipa", "__kvm_tlb_flush_vmid", "__kvm_tlb_flush_vmid_range")
+
+
+def kinds(run):
+    return {violation.kind for violation in run.violations}
+
+
+def number(vmid):
+    """Puts another VMID into VTTBR."""
+    return lambda vttbr: (vttbr & ((1 << VMID_SHIFT) - 1)) | vmid << VMID_SHIFT
+
+
+def running(make_vms, count):
+    """VMs that have run once, with two pages of memory each at IPA."""
+    fleet = Fleet(make_vms(count))
+    fleet.add_memory(IPA, 0x2000)
+    fleet.ping()
+    return fleet.vms
+
+
+# -- the tables ----------------------------------------------------------------------------------------------
+
+
+def test_healthy_host_breaks_no_rule(make_vms, record, enter_under):
+    """What the other cases do, without breaking anything."""
+    with record() as run:
+        (vm,) = running(make_vms, 1)
+        vm.guest.write(IPA, 1)
+        vm.memories[-1].advise(Advice.DONTNEED)
+        enter_under(vm, lambda vttbr: vttbr)
+        vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
+        vm.guest.ping()
+    assert kinds(run) == set()
+
+
+def test_unmap_without_invalidation(make_vms, record, without):
+    """The host takes a page back, and nobody tells the TLBs."""
+    with record(judge=False) as run:
+        (vm,) = running(make_vms, 1)
+        vm.guest.write(IPA, 1)
+        with without(*FLUSHES):
+            vm.memories[-1].advise(Advice.DONTNEED)
+            vm.memories[-1].read(0x1000, 4)
+            vm.guest.ping()
+            vm.guest.ping()
+    assert kinds(run) == {Kind.NOT_INVALIDATED}
+
+
+def test_remap_without_invalidation(make_vms, record, without):
+    """The page is taken back and the guest gets another one: two frames for one IPA in the TLBs."""
+    with record(judge=False) as run:
+        (vm,) = running(make_vms, 1)
+        vm.guest.write(IPA, 1)
+        with without(*FLUSHES):
+            vm.memories[-1].advise(Advice.DONTNEED)
+            vm.guest.write(IPA, 2)
+    assert Kind.BREAK_BEFORE_MAKE in kinds(run)
+
+
+def test_write_protection_without_invalidation(make_vms, record, without):
+    """Dirty logging makes the page read-only; a TLB may still let the guest write it, and the log would miss it."""
+    with record(judge=False) as run:
+        (vm,) = running(make_vms, 1)
+        vm.guest.write(IPA, 1)
+        with without(*FLUSHES):
+            vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
+            vm.guest.ping()
+            vm.guest.ping()
+    assert kinds(run) == {Kind.NOT_INVALIDATED}
+
+
+# -- VMIDs -----------------------------------------------------------------------------------------------------
+
+
+def test_entered_with_vmid_0(make_vms, record, enter_under):
+    """The host's own number."""
+    with record(judge=False) as run:
+        (vm,) = running(make_vms, 1)
+        enter_under(vm, number(0))
+    assert Kind.VMID_ZERO in kinds(run)
+
+
+def test_two_vms_with_one_vmid(make_vms, record, vmid, enter_under):
+    """The second VM is entered with the first one's number, at its first run."""
+    with record(judge=False) as run:
+        one, two = make_vms(2)
+        two.add_memory(IPA, 0x1000)
+        one.guest.ping()
+        enter_under(two, number(vmid(one)))
+    assert Kind.VMID_SHARED in kinds(run)
+
+
+def test_number_of_a_destroyed_vm_given_again(make_vms, record, vmid, enter_under):
+    """Its translations may still be in the TLBs: nothing was invalidated since."""
+    with record(judge=False) as run:
+        one, two = make_vms(2)
+        two.add_memory(IPA, 0x1000)
+        one.guest.ping()
+        old = vmid(one)
+        one.destroy()
+        enter_under(two, number(old))
+    assert Kind.VMID_REUSED in kinds(run)
+
+
+@pytest.mark.needs("a15")
+@pytest.mark.parametrize("destroyed", [False, True])
+def test_counter_held_still(host, recorder, make_vms, record, destroyed):
+    """The kernel's own counter, put back to what it was before the first VM took its number from it."""
+    counter = recorder.kernel.pa(recorder.kernel.symbols["kvm_next_vmid"])
+    with record(judge=False) as run:
+        one, two, three = make_vms(3)
+        one.guest.ping()
+        before = host.machine.ram.read(counter, 4)
+        two.guest.ping()
+        if destroyed:
+            two.destroy()
+        with host.machine.gdb.pause() as gdb:
+            gdb.write_memory(counter, before)
+        three.guest.ping()
+    assert (Kind.VMID_REUSED if destroyed else Kind.VMID_SHARED) in kinds(run)
+
+
+def test_two_vcpus_with_different_vmids(make_vm, record, vmid, enter_under):
+    """vCPU 0 is inside on CPU 1; vCPU 1 is entered on CPU 0 under the next number."""
+    with record(judge=False) as run:
+        vm = make_vm(vcpus=2)
+        vm.add_memory(IPA, 0x2000)
+        for index, vcpu in enumerate(vm.vcpus):
+            vcpu.pin(1 - index)
+            vm.guests[index].ping()
+        with vm.guest.spinning():
+            enter_under(vm, number(vmid(vm) + 1), index=1, on=0)
+    assert Kind.VMID_SPLIT in kinds(run)
+
+
+@pytest.mark.needs("vmid8")
+def test_rollover_without_invalidation(make_vms, record, without):
+    """A new generation, and the TLBs are full of the old one's translations."""
+    with record(judge=False) as run, without("__kvm_flush_vm_context"):
+        running(make_vms, 300)
+    assert Kind.ROLLOVER_NOT_INVALIDATED in kinds(run)
+
+
+@pytest.mark.needs("vmid8")
+def test_number_of_an_old_generation(make_vms, record, enter_under):
+    """A VM that slept through the rollover is entered with the number it had, which is another VM's by now."""
+    with record(judge=False) as run:
+        vms = running(make_vms, 300)
+        Fleet(vms).ping()
+        run.look()
+        last = {run.vmids(vm)[-1]: vm for vm in vms}  # a number's last owner; an earlier one slept
+        sleeper = next(vm for vm in vms if run.entered_last(vm) < run.entered_last(last[run.vmids(vm)[-1]]))
+        enter_under(sleeper, number(run.vmids(sleeper)[-1]))
+    assert Kind.OLD_GENERATION in kinds(run)
+
+
+@pytest.mark.needs("vmid8")
+def test_not_the_next_number(make_vms, record, enter_under):
+    """250, when the generation has only begun: nobody's number, but not the allocator's choice."""
+    with record(judge=False) as run:
+        running(make_vms, 300)
+        run.look()
+        assert not set(run.first_runs[-45:]) & {250}
+        (late,) = make_vms(1)
+        late.add_memory(IPA, 0x1000)
+        enter_under(late, number(250))
+    assert Kind.WRONG_VMID in kinds(run)
+
+
+# -- roots and CPUs ----------------------------------------------------------------------------------------------
+
+
+def test_root_of_a_destroyed_vm(make_vms, record, enter_under):
+    """VTTBR points at memory that was a table."""
+    with record(judge=False) as run:
+        one, two = running(make_vms, 2)
+        run.look()
+        root = run.root(one)
+        one.destroy()
+        enter_under(two, lambda vttbr: vttbr >> VMID_SHIFT << VMID_SHIFT | root)
+    assert Kind.STALE_VTTBR in kinds(run)
+
+
+def test_vcpus_share_a_cpu_without_local_flush(make_vm, record, without):
+    """vCPU 1 is entered where vCPU 0 ran last, with vCPU 0's translations."""
+    with record(judge=False) as run:
+        vm = make_vm(vcpus=2)
+        with without("__kvm_flush_cpu_context"):
+            for index, vcpu in enumerate(vm.vcpus):
+                vcpu.pin(0)
+                vm.guests[index].ping()
+    assert kinds(run) == {Kind.NO_LOCAL_FLUSH}

@@ -1,0 +1,176 @@
+"""The recorder: two mechanisms that know nothing of each other see the same, and none sees anything when it is off."""
+
+import stat
+
+import pytest
+
+from framework.errors import MachineError, SetupError
+from framework.events.trace import Created, Destroyed, Enter, Entry, Exit, Invalidate, Mark, Vttbr, root_of
+from framework.host.vm import Advice
+from framework.recorder.breakpoints import Breakpoints
+from framework.recorder.points import INSN, KernelMap, What
+from framework.recorder.probe import Probe
+from framework.recorder.recorder import Recorder
+from framework.recorder.recording import Recording
+
+IPA = 0x8000_0000
+
+
+def exercise(make_vm):
+    """Everything there is to see: first runs, faults, an unmap, a refault, vCPUs that change, a VM that goes."""
+    vm = make_vm(vcpus=2)
+    memory = vm.add_memory(IPA, 0x4000)
+    for index, vcpu in enumerate(vm.vcpus):
+        vcpu.pin(0)
+        vm.guests[index].fill(IPA, 4)
+    memory.advise(Advice.DONTNEED, 0, 0x2000)
+    vm.guest.read(IPA)
+    other = make_vm()
+    other.vcpus[0].pin(0)
+    other.guest.ping()
+    other.destroy()
+    vm.guest.ping()
+
+
+def essence(trace):
+    """The trace without addresses, times and VMIDs, which differ from run to run, and without interrupted stays."""
+    names = {}
+
+    def name(address):
+        return names.setdefault(address, len(names)) if address else None
+
+    out = []
+    for event in trace.events:
+        match event:
+            case Vttbr(value=value):
+                out.append(("vttbr", name(root_of(value))))
+            case Enter(vcpu=vcpu):
+                out.append(("enter", name(vcpu)))
+            case Exit() | Mark():
+                continue
+            case Invalidate(op=op, operand=operand):
+                out.append((op, operand))
+            case Entry(root=root, ipa=ipa, level=level, old=old, new=new):
+                out.append(("entry", name(root), ipa, level, old & 0xFFF, new & 0xFFF))
+            case Created(root=root) | Destroyed(root=root):
+                out.append((event.word, name(root)))
+    return _without_repeats(out)
+
+
+def _without_repeats(events):
+    """A stay that an interrupt ended is a second one: VTTBR, enter, VTTBR 0, as just before."""
+    out = []
+    for event in events:
+        out.append(event)
+        for size in (3, 2):
+            if out[-size:] == out[-2 * size : -size] and out[-1][0] in ("vttbr", "enter"):
+                del out[-size:]
+    return out
+
+
+@pytest.mark.native
+def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
+    exercise(make_vm)  # a host's very first VM also begins the first generation
+    with record() as by_probe:
+        exercise(make_vm)
+    recorder = Recorder(host, Breakpoints(host), oracle.sight)
+    run = Recording(recorder)
+    with run.running():
+        exercise(make_vm)
+    assert run.violations == []
+    assert "\n".join(map(str, essence(run.trace))) == "\n".join(map(str, essence(by_probe.trace)))
+    assert {type(event) for event in run.trace.events} >= {Vttbr, Enter, Exit, Invalidate, Entry, Created, Destroyed}
+
+
+@pytest.mark.native
+def test_off_means_off(host, make_vm, record):
+    """Between recordings nothing is logged, and the next one begins with nothing."""
+    with record() as first:
+        make_vm().guest.ping()
+    position = host.machine.plugin.position
+    make_vm().guest.ping()
+    assert host.machine.plugin.position == position
+    with record() as second:
+        pass
+    assert first.entries() and not second.entries()
+
+
+@pytest.mark.native
+def test_every_point_is_an_instruction_of_the_hypervisor(host, recorder):
+    """Found by encoding, and told by kallsyms to be in KVM; a guest entry and an exit are among them."""
+    assert {p.what for p in recorder.points} >= {What.VTTBR, What.INVALIDATE, What.ENTER, What.EXIT}
+    for point in recorder.points:
+        assert "kvm" in point.function or "guest_e" in point.function or "hyp" in point.function, point
+        assert point.pa % INSN == 0 and point.va % INSN == 0
+
+
+@pytest.mark.native
+def test_trace_survives_saving(make_vm, record, tmp_path):
+    from framework.events.trace import Trace
+
+    with record() as run:
+        exercise(make_vm)
+    run.trace.save(tmp_path / "run.trace")
+    loaded = Trace.load(tmp_path / "run.trace")
+    assert loaded.facts == run.trace.facts
+    assert [(type(e), e.cpu) for e in loaded.events] == [(type(e), e.cpu) for e in run.trace.events]
+    assert essence(loaded) == essence(run.trace)
+
+
+@pytest.mark.native
+def test_a_failed_test_keeps_its_trace(make_vm, record):
+    """What happened before an exception is there to be looked at."""
+    with pytest.raises(ZeroDivisionError), record() as run:
+        make_vm().guest.ping()
+        raise ZeroDivisionError
+    assert run.entries()
+
+
+# -- what can be wrong on the lab's side --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def probe(own_cache):
+    probe = Probe("qemu-system-arm")
+    yield probe
+    probe.close()
+
+
+def test_a_probe_for_another_qemu_is_refused(tmp_path):
+    """QEMU 9 has another plugin API: one message, with the mechanism that works there."""
+    qemu = tmp_path / "qemu-new"
+    qemu.write_text("#!/bin/sh\necho QEMU emulator version 10.0.2\n")
+    qemu.chmod(qemu.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(SetupError, match=r"QEMU 10\.0\.2") as refused:
+        Probe(str(qemu))
+    assert "--recorder breakpoints" in refused.value.remedy
+
+
+def test_without_a_compiler(own_cache, monkeypatch):
+    monkeypatch.setattr("framework.recorder.probe.shutil.which", lambda program: None)
+    with pytest.raises(SetupError, match="gcc is not installed"):
+        Probe("qemu-system-arm")
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "message"),
+    [
+        ("mismatch", 3, "its layout is another"),
+        ("granules", 1, "granule other than 4 KiB"),
+        ("head", 1 << 40, "the rest is lost"),
+    ],
+)
+def test_a_log_that_is_not_whole_is_no_log(probe, number, value, message):
+    probe._set(**{number: value})
+    with pytest.raises(MachineError, match=message):
+        list(probe.records())
+
+
+def test_kernel_map_needs_symbols():
+    with pytest.raises(MachineError, match="CONFIG_KALLSYMS"):
+        KernelMap("==\n  40008000-40519fff : Kernel code\n")
+
+
+def test_kernel_map_that_does_not_fit():
+    with pytest.raises(MachineError, match="do not fit"):
+        KernelMap("c0008241 T _stext\n==\n  40008000-40519fff : Kernel code\n")
