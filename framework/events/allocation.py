@@ -6,7 +6,10 @@ And a number is taken some time before the guest is entered: other CPUs may ente
 
 A trace begins in the middle of the host's life: the first number seen is where the model begins. With the bitmap
 allocator VMs from before may hold numbers above it, so until the first new generation a number may be larger than the
-model's, and the generation may end early.
+model's, and the generation may end early. Where VMs from before run on (``earlier-vms``) nothing is judged here.
+
+Not followed, so that they would be false alarms: the very first number of a trace entered after the second; before the
+model's, and the generation may end early. Where VMs from before run on (``earlier-vms``) nothing is judged.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ Begin = Callable[[int], Allocator]
 
 def begin_of(trace: Trace) -> Begin | None:
     """The allocator by the trace's facts ``allocator`` and ``vmid-bits``; None when they do not say."""
+    if "earlier-vms" in trace.facts:
+        return None
     bits = int(trace.facts.get("vmid-bits", "8"))
     makers: dict[str, Begin] = {
         "consecutive": lambda first: Consecutive(bits, first),
@@ -59,6 +64,8 @@ class _Guess:
         if rolls and not flushed:
             return None
         after = copy.deepcopy(self)
+        if rolls and isinstance(after.allocator, Consecutive):
+            after.gaps.clear()  # whoever was about to enter asks again
         for other in left if rolls else ():
             after.allocator.leave(other)
         return after, after.allocator.enter(vm, cpu).vmid, rolls
@@ -150,13 +157,17 @@ class Allocation:
         if len(guess.gaps) >= self._cpus - 1 or (guess.allocator.rolls_over(root) and not self._flushed):
             return
         gap = 1 if guess.allocator.rolls_over(_Gap(0)) else guess.allocator.peek(_Gap(0))
-        other = next(c for c in range(self._cpus) if c != cpu)
-        if (first := guess.take(_Gap(gap), other, self._flushed, left)) is None or first[1] != gap:
-            return
-        second = first[0].take(root, cpu, self._flushed and not first[2], left)
-        if second and second[1] == vmid:
-            second[0].gaps.add(gap)
-            yield second[0], first[2] or second[2]
+        for other in (c for c in range(self._cpus) if c != cpu):
+            if (first := guess.take(_Gap(gap), other, self._flushed, left)) is None:
+                continue
+            after, taken, rolled = first
+            after.allocator.rename(_Gap(gap), _Gap(taken))
+            after.gaps.add(taken)
+            second = after.take(root, cpu, self._flushed and not rolled, left)
+            if second and second[1] == vmid:
+                yield second[0], rolled or second[2]
+            if not rolled:
+                yield from self._after_another(after, root, cpu, vmid, left)
 
     def _schedules(self, root: int, cpu: int) -> Iterator[list[int]]:
         """Every set of CPUs whose last vCPU may have been scheduled out by now. Another VM's on this CPU has been."""

@@ -34,6 +34,10 @@ class Automaton(Protocol):
 _LOOSE = sum(field.mask for field in (d.S2AP, d.AF, d.DBM, d.XN, d.SOFTWARE))
 
 
+#: XN[1:0] with FEAT_XNX -> who may execute, EL0 in bit 0, EL1 in bit 1. Without it bit 0 is 0.
+_EXECUTE = (0b11, 0b01, 0b00, 0b10)
+
+
 def _is_table(desc: int, level: int) -> bool:
     return level < LAST_LEVEL and desc & 3 == 3
 
@@ -56,7 +60,7 @@ def _takes_away(entry: Entry) -> str:
         return ""
     if d.S2AP.of(old) & ~d.S2AP.of(new):
         return "made less accessible"
-    return "made less executable" if d.XN.of(new) not in (0, d.XN.of(old)) else ""
+    return "made less executable" if _EXECUTE[d.XN.of(old)] & ~_EXECUTE[d.XN.of(new)] else ""
 
 
 @dataclass
@@ -161,18 +165,23 @@ class Zero:
             yield Kind.VMID_ZERO, f"{world.name(root_of(value))} is entered under VTTBR {value:#x}"
 
 
+#: The last numbers of a generation may be held by VMs that ran through the rollover before.
+_RESERVED = 4
+
+
 class Owners:
     """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, bits: int = 8) -> None:
+        self._last = (1 << bits) - 1  #: number of a generation
         self._owner: dict[int, int] = {}
         self._before: dict[int, int] = {}  #: root -> its number in any generation
-        self._newest = 0
+        self._largest = 0
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
         if isinstance(event, Invalidate) and full(event.op):
             self._owner = {vmid_of(v): root_of(v) for v in world.inside.values()}
-            self._newest = 0
+            self._largest = 0
         elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
             self._owner = {vmid: -root if root == event.root else root for vmid, root in self._owner.items()}
             self._before.pop(event.root, None)
@@ -184,9 +193,12 @@ class Owners:
         owner = self._owner.get(vmid)
         if owner != root:
             if owner is not None and vmid:
-                yield self._clash(vmid, owner, root, world)
+                kind, why = self._clash(vmid, owner, root, world)
+                yield kind, why
+                if kind is Kind.ROLLOVER_NOT_INVALIDATED:  # said once
+                    self._owner, self._largest = {}, 0
             self._owner[vmid] = root
-            self._newest = vmid
+            self._largest = max(self._largest, vmid)
         self._before[root] = vmid
 
     def _clash(self, vmid: int, owner: int, root: int, world: World) -> Finding:
@@ -194,8 +206,8 @@ class Owners:
             words = f"{world.name(root)} is entered under VMID {vmid}, which it had before the rollover"
             return Kind.OLD_GENERATION, f"{words}, and which is {world.name(abs(owner))}'s now"
         words = f"VMID {vmid} of {world.name(abs(owner))} is given to {world.name(root)}"
-        if vmid < self._newest:
-            return Kind.ROLLOVER_NOT_INVALIDATED, f"{words} after {self._newest}, and nothing was invalidated between"
+        if self._largest >= self._last - _RESERVED:
+            return Kind.ROLLOVER_NOT_INVALIDATED, f"{words} after {self._largest}, and nothing was invalidated between"
         gone = owner < 0 or owner in world.destroyed
         return (Kind.VMID_REUSED if gone else Kind.VMID_SHARED), f"{words} in the same generation"
 
@@ -247,30 +259,34 @@ class LocalFlush:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, int], int] = {}  # (CPU, root) -> vCPU whose translations the TLB may hold
+        self._last: dict[tuple[int, int], int] = {}  # (CPU, VTTBR) -> vCPU whose translations the TLB may hold
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
         match event:
             case Invalidate(cpu=cpu, op=op):
-                self._forget(cpu, OPERATIONS[op], root_of(world.vttbr[cpu]))
+                self._forget(cpu, OPERATIONS[op], _without_cnp(world.vttbr[cpu]))
             case Created(root=root):
-                self._last = {key: vcpu for key, vcpu in self._last.items() if key[1] != root}
+                self._last = {key: vcpu for key, vcpu in self._last.items() if root_of(key[1]) != root}
             case Enter(cpu=cpu, vcpu=vcpu):
-                root = root_of(world.vttbr[cpu])
-                last = self._last.get((cpu, root), vcpu)
+                vttbr = _without_cnp(world.vttbr[cpu])
+                last = self._last.get((cpu, vttbr), vcpu)
                 if last != vcpu:
                     yield (
                         Kind.NO_LOCAL_FLUSH,
-                        f"vCPU {vcpu:#x} of {world.name(root)} is entered where vCPU {last:#x} ran last",
+                        f"vCPU {vcpu:#x} of {world.name(root_of(vttbr))} is entered where vCPU {last:#x} ran last",
                     )
-                self._last[cpu, root] = vcpu
+                self._last[cpu, vttbr] = vcpu
 
-    def _forget(self, cpu: int, operation: Operation, root: int) -> None:
+    def _forget(self, cpu: int, operation: Operation, vttbr: int) -> None:
         if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
             return
         everywhere, everyone = operation.broadcast, operation.reach is Reach.ALL_VMS
         self._last = {
             key: vcpu
             for key, vcpu in self._last.items()
-            if not ((everywhere or key[0] == cpu) and (everyone or key[1] == root))
+            if not ((everywhere or key[0] == cpu) and (everyone or key[1] == vttbr))
         }
+
+
+def _without_cnp(vttbr: int) -> int:
+    return vttbr & ~1

@@ -21,6 +21,11 @@ class Reach(Enum):
     INSTRUCTIONS = "instruction caches, no translations"
 
 
+_TG_SHIFT = {1: 12, 2: 14, 3: 16}
+_PAGE_SHIFT = 12
+_NOTHING = 0  #: instead of a granule: an operand that names no entry
+
+
 @dataclass(frozen=True)
 class Operation:
     """An instruction: what it reaches, on all CPUs or on its own alone, whether a register says where.
@@ -67,9 +72,6 @@ def _armv8() -> dict[str, Operation]:
 
 OPERATIONS: dict[str, Operation] = _armv7() | _armv8()
 
-_TG_SHIFT = {1: 12, 2: 14, 3: 16}
-_PAGE_SHIFT = 12
-
 
 @dataclass(frozen=True)
 class Span:
@@ -78,11 +80,16 @@ class Span:
     start: int
     end: int
     level: int = 0
+    granule: int = _PAGE_SHIFT
 
     def reaches(self, ipa: int, size: int, level: int, table: bool) -> bool:
-        """Whether an entry for ``[ipa, ipa + size)`` is named. A hint names leaves of its level, and no table."""
-        hinted = self.level == 0 or (self.level == level and not table)
-        return hinted and self.start < ipa + size and ipa < self.end
+        """Whether an entry of 4 KiB tables for ``[ipa, ipa + size)`` must go.
+
+        A hint names leaves of its level, and no table; another granule names nothing.
+        """
+        if self.granule != _PAGE_SHIFT or (self.level and (self.level != level or table)):
+            return False
+        return self.start < ipa + size and ipa < self.end
 
 
 def span(op: str, operand: int) -> Span:
@@ -100,12 +107,16 @@ def _one(operand: int) -> Span:
     start = (operand & ((1 << 36) - 1)) << _PAGE_SHIFT
     shift = _TG_SHIFT.get(operand >> 46 & 3)
     level = operand >> 44 & 3 if shift else 0
-    return Span(start, start + (1 << (shift or _PAGE_SHIFT)), level)
+    return Span(start, start + (1 << (shift or _PAGE_SHIFT)), level, shift or _PAGE_SHIFT)
 
 
 def _range(operand: int) -> Span:
-    """BaseADDR [36:0] in granules, TTL [38:37] (0: any), NUM [43:39], SCALE [45:44], TG [47:46]."""
+    """BaseADDR [36:0] in granules, TTL [38:37] (0: any), NUM [43:39], SCALE [45:44], TG [47:46].
+
+    With a level hint BaseADDR is aligned to what a leaf of that level maps, or nothing need go.
+    """
     shift = _TG_SHIFT.get(operand >> 46 & 3, _PAGE_SHIFT)
     pages = ((operand >> 39 & 0x1F) + 1) << (5 * (operand >> 44 & 3) + 1)
-    start = (operand & ((1 << 37) - 1)) << shift
-    return Span(start, start + (pages << shift), operand >> 37 & 3)
+    start, level = (operand & ((1 << 37) - 1)) << shift, operand >> 37 & 3
+    aligned = not level or start % (1 << shift + (shift - 3) * (3 - level)) == 0
+    return Span(start, start + (pages << shift), level, shift if aligned else _NOTHING)

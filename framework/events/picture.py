@@ -1,6 +1,6 @@
 """A trace as a picture (SVG): VMs over time, the VMIDs they run under, rollovers and invalidations.
 
-``_History`` is what there is to see, in ns of the trace; ``_Sheet`` puts it on paper, in pixels. Instruction cache
+``history`` is what there is to see, in ns of the trace; ``_Sheet`` puts it on paper, in pixels. Instruction cache
 maintenance is left out: it follows every flush, and concerns no VMID.
 """
 
@@ -11,14 +11,12 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from colorsys import hls_to_rgb
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from xml.sax.saxutils import escape, quoteattr
 
-from .checker import violations
-from .operations import OPERATIONS, Reach
-from .trace import Created, Destroyed, Enter, Event, Exit, Invalidate, Trace, Vttbr, root_of, vmid_of
-from .world import World, full
+from .history import History, Moment, Stay, VmLife
+from .trace import Trace
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 90, 1160, 118  #: of the paper; of the field that has time in it
 _ROWS = 800  #: height that the rows of VMs share
@@ -35,113 +33,6 @@ _SHAPES = {
     "destroyed": ("m-3-3l6 6m-6 0l6-6", "none", _GREY),
     "violation": ("m-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0", "#ffd0d0", _RED),
 }
-
-
-# -- what happened -------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Vm:
-    """One life of a root: roots are used again."""
-
-    name: str
-    stays: list[_Stay] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Stay:
-    """A guest was inside a CPU from ``start`` to ``end`` (ns)."""
-
-    vm: _Vm
-    vmid: int
-    cpu: int
-    start: int
-    end: int
-
-    def __str__(self) -> str:
-        times = f"{self.start / 1e6:.3f}-{self.end / 1e6:.3f} ms"
-        return f"{self.vm.name}, VMID {self.vmid}, CPU {self.cpu}, {times}"
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """Something at ``time`` (ns): "rollover" or a key of _SHAPES; about a VM, or a CPU (-1: none)."""
-
-    kind: str
-    time: int
-    vm: _Vm | None
-    cpu: int
-    words: str
-
-    def __str__(self) -> str:
-        about = self.vm.name if self.vm else f"CPU {self.cpu}" if self.cpu >= 0 else "the host"
-        return f"{self.words}, {about}, {self.time / 1e6:.3f} ms"
-
-
-class _History:
-    """Stays and moments of a trace. ``vms`` are those that were entered, in the order of their first entry."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.vms: list[_Vm] = []
-        self.stays: list[_Stay] = []
-        self.moments: list[_Moment] = []
-        self.violations = violations(trace)
-        self._lives: dict[int, _Vm] = {}  # root -> its latest life
-        self._inside: dict[int, _Stay] = {}  # CPU -> the stay that has not ended yet
-        broken = defaultdict(list)
-        for violation in self.violations:
-            broken[violation.index].append(violation.kind.value)
-        world = World()
-        for index, event in enumerate(trace.events):
-            self._see(event, world)
-            for name in broken[index]:
-                self._note("violation", event, world, name)
-            world.after(event)
-        for cpu in list(self._inside):
-            self._leave(cpu, trace.events[-1].time)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """First and last time (ns) of what concerns guests: before the first, the lab only prepares VMs."""
-        times = [m.time for m in self.moments if m.kind in ("rollover", "violation") or (m.vm and m.vm.stays)]
-        times += [time for stay in self.stays for time in (stay.start, stay.end)]
-        return min(times, default=0), max(times, default=0)
-
-    def _see(self, event: Event, world: World) -> None:
-        match event:
-            case Created(root=root, vm=number):
-                self._lives[root] = _Vm(f"VM {number}")
-            case Destroyed():
-                self._note("destroyed", event, world, "destroyed")
-            case Vttbr() | Exit():
-                self._leave(event.cpu, event.time)
-            case Enter():
-                self._leave(event.cpu, event.time)
-                self._enter(event, world.vttbr[event.cpu])
-            case Invalidate(op=op) if OPERATIONS[op].reach is not Reach.INSTRUCTIONS:
-                kind = "rollover" if full(op) else "broadcast" if OPERATIONS[op].broadcast else "local"
-                self._note(kind, event, world, op)
-
-    def _enter(self, event: Enter, vttbr: int) -> None:
-        vm = self._life(root_of(vttbr))
-        stay = self._inside[event.cpu] = _Stay(vm, vmid_of(vttbr), event.cpu, event.time, event.time)
-        if not vm.stays:
-            self.vms.append(vm)
-        vm.stays.append(stay)
-        self.stays.append(stay)
-
-    def _leave(self, cpu: int, time: int) -> None:
-        if stay := self._inside.pop(cpu, None):
-            stay.end = max(time, stay.start)
-
-    def _life(self, root: int) -> _Vm:
-        return self._lives.setdefault(root, _Vm(f"{root:#x}"))
-
-    def _note(self, kind: str, event: Event, world: World, words: str) -> None:
-        """It is about the VM that the event names, or else the one in VTTBR."""
-        vttbr = event.value if isinstance(event, Vttbr) else world.vttbr.get(event.cpu, 0)
-        root = getattr(event, "root", root_of(vttbr))
-        self.moments.append(_Moment(kind, event.time, self._life(root) if root else None, event.cpu, words))
 
 
 # -- how it looks --------------------------------------------------------------------------------------------
@@ -176,9 +67,9 @@ def _colour(vmid: int) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
-def _merged(stays: list[_Stay], gap: float) -> list[_Stay]:
+def _merged(stays: list[Stay], gap: float) -> list[Stay]:
     """Stays of one VM, CPU and VMID that are less than ``gap`` ns apart as one: no eye can tell them apart."""
-    last: dict[tuple[_Vm, int, int], _Stay] = {}
+    last: dict[tuple[VmLife, int, int], Stay] = {}
     out = []
     for stay in stays:
         key = stay.vm, stay.cpu, stay.vmid
@@ -193,7 +84,7 @@ def _merged(stays: list[_Stay], gap: float) -> list[_Stay]:
 class _Sheet:
     """The field of the picture: x is time, y a row for each VM, below them a strip for each CPU. In pixels."""
 
-    def __init__(self, history: _History, cpus: int) -> None:
+    def __init__(self, history: History, cpus: int) -> None:
         self._history = history
         self._first, self._last = history.span
         self._scale = (_RIGHT - _LEFT) / max(self._last - self._first, 1)  # pixels a ns
@@ -229,7 +120,7 @@ class _Sheet:
             yield _text(x, self.bottom + 16, f"{n * step:.9g}", text_anchor="middle")
         yield _text(_LEFT - 8, self.bottom + 16, "time, ms", text_anchor="end")
 
-    def _lane(self, label: str, y: float, height: float, stays: list[_Stay], kind: str) -> Iterator[str]:
+    def _lane(self, label: str, y: float, height: float, stays: list[Stay], kind: str) -> Iterator[str]:
         """Numbers, below them bars, one for each CPU the VM ran on. A low lane is all bars."""
         readable = height >= _READABLE
         top, size = (y + height * 0.42, height * 0.36) if readable else (y, height)
@@ -246,7 +137,7 @@ class _Sheet:
         if label:
             yield from self._numbers(stays, top - 1 if readable else y + 2, min(9.5, max(7, height * 0.42)))
 
-    def _numbers(self, stays: list[_Stay], y: float, size: float) -> Iterator[str]:
+    def _numbers(self, stays: list[Stay], y: float, size: float) -> Iterator[str]:
         """The VMID where a run of it begins, if there is room before the next one."""
         runs = [next(run) for _, run in groupby(stays, lambda stay: (stay.vm, stay.vmid))]
         starts = [self._x(stay.start) + 3 for stay in runs]
@@ -274,7 +165,7 @@ class _Sheet:
                 shapes.append(_shape(moment.kind, self._x(moment.time), y, str(moment)))
         yield _tag("g", "\n".join(shapes), id="moments", shape_rendering="auto")
 
-    def _level(self, moment: _Moment) -> float | None:
+    def _level(self, moment: Moment) -> float | None:
         """On the row of the VM, else the strip of the CPU; invalidations below the bar. The axis has what is wrong.
 
         Low rows have no room for local flushes, which come with every first entry.
@@ -292,7 +183,7 @@ class _Sheet:
 # -- around it -----------------------------------------------------------------------------------------------
 
 
-def _header(trace: Trace, history: _History) -> Iterator[str]:
+def _header(trace: Trace, history: History) -> Iterator[str]:
     facts = defaultdict(lambda: "unknown", trace.facts)
     kinds = Counter(moment.kind for moment in history.moments)
     counts = {
@@ -327,7 +218,7 @@ def _legend(y: float) -> Iterator[str]:
         yield _text(x + 11, y, words)
 
 
-def _footer(history: _History, y: float) -> list[str]:
+def _footer(history: History, y: float) -> list[str]:
     """The violations in words."""
     found = history.violations
     lines = [f"event {v.index}: {v.kind.value}: {v.why}" for v in found[:_LISTED]]
@@ -340,7 +231,7 @@ def _footer(history: _History, y: float) -> list[str]:
 
 def draw(trace: Trace) -> str:
     """The picture of the trace: an SVG document that needs nothing else. White paper, for dark viewers too."""
-    history = _History(trace)
+    history = History(trace)
     sheet = _Sheet(history, max([trace.cpus, *(stay.cpu + 1 for stay in history.stays)]))
     footer = _footer(history, sheet.bottom + 44)
     height = sheet.bottom + 44 + 15 * len(footer)

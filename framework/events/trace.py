@@ -169,9 +169,10 @@ class Trace:
         numbered = [(n, line) for n, raw in enumerate(lines, 1) if (line := raw.partition("#")[0].strip())]
         if not numbered or numbered[0][1] != MAGIC:
             raise TraceError(f"{name} is no trace: its first line is not {MAGIC!r}")
-        facts = _facts(numbered[1], name) if len(numbered) > 1 else {}
+        has_facts = len(numbered) > 1 and "=" in numbered[1][1].split()[0]
+        facts = _facts(numbered[1], name) if has_facts else {}
         events = []
-        for number, line in numbered[2:]:
+        for number, line in numbered[1 + has_facts :]:
             try:
                 events.append(parse_event(line))
             except (ValueError, KeyError, TypeError, OverflowError) as e:

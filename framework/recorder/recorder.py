@@ -92,6 +92,7 @@ class Recorder:
         """Record from now on."""
         self._said: list[_Said] = []
         self.roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
+        self._earlier = any(g.entered for vm in self._host.vms if vm.alive for g in vm.guests)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
         self._sight.vmm_space()  # finding it asks the agent, which is no part of the test
@@ -172,12 +173,14 @@ class Recorder:
     # -- the trace ---------------------------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, str]:
+        earlier = {"earlier-vms": "yes"} if self._earlier else {}
         return {
             "host": self._host.config.name,
             "kernel": self._host.release,
             "cpus": str(len(self._vttbr)),
             "vmid-bits": str(self._vmid_bits()),
             "allocator": "bitmap" if "kvm_arm_vmid_clear_active" in self.kernel.symbols else "consecutive",
+            **earlier,
         }
 
     def _vmid_bits(self) -> int:

@@ -173,3 +173,89 @@ def test_the_consecutive_allocator_does_not_care_who_leaves():
     one = allocator.enter("one", 0)
     allocator.leave(0)
     assert allocator.enter("one", 1).vmid == one.vmid
+
+
+# -- questions to an allocator, for those who watch a host and cannot see all of it ------------------------
+
+
+@given(history=histories, vm=st.integers(0, 12), cpu=st.integers(0, CPUS - 1))
+def test_what_is_foretold_comes_true(make, history, vm, cpu):
+    """rolls_over() and peek() say what enter() will do, and change nothing: enter() is asked the same afterwards."""
+    allocator = make()
+    for other, where in history:
+        _ = allocator.leave(where) if other < 0 else allocator.enter(other, where)
+    rolls, generation = allocator.rolls_over(vm), allocator.generation
+    vmid = None if rolls else allocator.peek(vm)
+    entry = allocator.enter(vm, cpu)
+    assert (entry.generation > generation) == rolls
+    assert rolls or entry.vmid == vmid
+
+
+@pytest.mark.parametrize("make_late", [lambda first: Consecutive(8, first), lambda first: Bitmap(8, 2, first)])
+def test_an_allocator_in_use_goes_on_where_it_was(make_late):
+    """Its next number is ``first``, and no generation begins before the numbers are used up."""
+    allocator = make_late(254)
+    assert (allocator.peek("one"), allocator.rolls_over("one")) == (254, False)
+    assert [allocator.enter(vm, 0).vmid for vm in ("one", "two", "one")] == [254, 255, 254]
+    assert allocator.rolls_over("three") and not allocator.rolls_over("two")
+    assert allocator.enter("three", 0).invalidations == ALL
+
+
+def test_the_consecutive_allocator_begins_with_a_rollover_when_booted():
+    assert Consecutive().rolls_over("one") and not Bitmap(8, 2).rolls_over("one")
+
+
+def test_skipped_numbers_are_taken():
+    allocator = Bitmap(8, 2)
+    assert allocator.enter("one", 0).vmid == 1
+    allocator.skip(9)
+    assert [allocator.enter(vm, 0).vmid for vm in ("two", "three", "one")] == [9, 10, 1]
+    allocator.skip(5)  # they are behind the search, and it does not go back
+    assert allocator.enter("four", 0).vmid == 11
+
+
+def test_all_may_be_skipped_but_the_numbers_of_those_who_have_one():
+    allocator = Bitmap(8, 2)
+    allocator.enter("one", 0)
+    allocator.skip(allocator.size)
+    assert allocator.rolls_over("two") and allocator.peek("one") == 1
+    assert allocator.enter("two", 1).invalidations == ALL
+
+
+def test_what_was_skipped_is_free_in_the_next_generation():
+    allocator = Bitmap(8, 2)
+    allocator.skip(allocator.size)
+    assert [allocator.enter(vm, 0).vmid for vm in range(3)] == [1, 2, 3]
+
+
+def test_an_old_number_that_is_free_is_foretold():
+    allocator = Bitmap(8, 1)
+    for vm in range(256):
+        allocator.enter(vm, 0)
+    assert (allocator.generation, allocator.peek(100), allocator.peek("new")) == (2, 101, 2)
+    assert allocator.peek(0) == 2  # VM 255 has 1 now
+
+
+def test_a_reserved_number_is_foretold():
+    allocator = Bitmap(8, 2)
+    allocator.enter("long", 1)
+    for vm in range(255):
+        allocator.enter(vm, 0)
+    assert (allocator.generation, allocator.peek("long"), allocator.rolls_over("long")) == (2, 1, False)
+
+
+def test_a_number_gets_the_name_of_its_vm(make):
+    """Seen to be taken first, seen by whom later."""
+    allocator = make()
+    taken = allocator.enter("somebody", 0)
+    allocator.rename("somebody", "vm")
+    again = allocator.enter("vm", 1)
+    assert (again.vmid, again.generation, again.invalidations) == (taken.vmid, taken.generation, ())
+    assert allocator.enter("somebody", 0).vmid == taken.vmid + 1
+
+
+def test_nobody_has_no_number_to_give_a_name_to(make):
+    allocator = make()
+    one = allocator.enter("one", 0)
+    allocator.rename("nobody", "one")
+    assert allocator.enter("one", 0).vmid == one.vmid

@@ -1,0 +1,77 @@
+"""What recording costs, and how fast a rollover with full checking is. `tox -e bench`; no figure here decides a test."""
+
+import pytest
+
+from framework import config
+from framework.errors import LabError
+from framework.host.fleet import Fleet
+from framework.host.host import Host
+from framework.host.kernel import obtain
+from framework.recorder.breakpoints import Breakpoints
+from framework.recorder.probe import Probe
+from framework.recorder.recorder import Recorder
+from framework.recorder.recording import Recording
+
+IPA = 0x8000_0000
+
+
+@pytest.mark.native
+@pytest.mark.needs("vmid8")
+def test_300_vms_through_a_rollover(benchmark, make_vms, record):
+    """Made, each with a page of its own, run in turn, looked at in turn, the trace checked and held against the model."""
+
+    def run():
+        with record() as events:
+            fleet = Fleet(make_vms(300))
+            fleet.add_memory(IPA, 0x1000)
+            fleet.fill(IPA)
+            assert fleet.strangers(IPA) == []
+        return fleet, events
+
+    def end(fleet_and_events):
+        fleet, events = fleet_and_events
+        benchmark.extra_info["events"] = len(events.trace.events)
+        fleet.destroy()
+
+    runs = []
+    benchmark.pedantic(lambda: runs.append(run()), rounds=5, teardown=lambda: end(runs.pop()))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("recording", ["off", "probe", "breakpoints"])
+def test_mmio_exit(benchmark, host, oracle, recorder, vm, recording):
+    """The round trip of an MMIO exit, with nothing watched (the probe is loaded) and with either mechanism at work."""
+    exits = {"off": 2000, "probe": 2000, "breakpoints": 50}[recording]
+    vm.guest.ping()
+
+    def ring():
+        return host.agent("vcpu_measure_mmio", vm=vm.id, vcpu=0, exits=exits, deadline=120)
+
+    def measure():
+        result = benchmark.pedantic(ring, rounds=3)
+        benchmark.extra_info["microseconds_per_exit"] = round(result["seconds"] * 1e6, 1)
+
+    if recording == "off":
+        measure()
+        return
+    chosen = recorder if recording == "probe" else Recorder(host, Breakpoints(host), oracle.sight)
+    with Recording(chosen).running():
+        measure()
+
+
+@pytest.mark.parametrize("probed", [False, True], ids=["plain", "probe"])
+@pytest.mark.parametrize("name", ["a15", "arm64"])
+def test_cold_boot(benchmark, tmp_path, name, probed):
+    """QEMU start to the agent's first answer, without the probe and with it loaded."""
+    host_config = config.find(name)
+    try:
+        kernel = obtain(host_config)
+    except LabError as e:
+        pytest.skip(e.one_line)
+    hosts = []
+
+    def boot():
+        plugin = Probe(host_config.board.qemu) if probed else None
+        hosts.append(Host.boot(host_config, kernel, tmp_path / "logs", plugin=plugin))
+
+    benchmark.pedantic(boot, rounds=5, warmup_rounds=1, teardown=lambda: [hosts.pop().shutdown() for _ in hosts[:]])
