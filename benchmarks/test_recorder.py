@@ -1,4 +1,4 @@
-"""What recording costs, and how fast a rollover with full checking is. `tox -e bench`; no figure here decides a test."""
+"""What recording costs, and how long a rollover takes with full checking. `tox -e bench`; nothing is decided here."""
 
 import pytest
 
@@ -18,7 +18,7 @@ IPA = 0x8000_0000
 @pytest.mark.native
 @pytest.mark.needs("vmid8")
 def test_300_vms_through_a_rollover(benchmark, make_vms, record):
-    """Made, each with a page of its own, run in turn, looked at in turn, the trace checked and held against the model."""
+    """Made, each with a page of its own, run and looked at in turn; the trace checked and held against the model."""
 
     def run():
         with record() as events:

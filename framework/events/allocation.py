@@ -1,21 +1,20 @@
 """VMIDs held against the reference model: is the number in VTTBR the one that the model's allocator gives?
 
-Two things about the host cannot be read from a trace, and the model is asked in every way they can be. When a vCPU is
+A number is taken under the allocator's lock, some time before the guest is entered with it, so other CPUs may enter
+with later numbers first: a number that is passed over is late, until it is seen. A new generation begins, and its first
+number is taken, where its full invalidation is executed, under the same lock. And a trace does not say when a vCPU is
 scheduled out (the bitmap allocator keeps the numbers of VMs that are on a CPU): every CPU may have been left or not.
-And a number is taken some time before the guest is entered: other CPUs may enter with later numbers first.
 
 A trace begins in the middle of the host's life: the first number seen is where the model begins. With the bitmap
 allocator VMs from before may hold numbers above it, so until the first new generation a number may be larger than the
-model's, and the generation may end early. Where VMs from before run on (``earlier-vms``) nothing is judged here.
-
-Not followed, so that they would be false alarms: the very first number of a trace entered after the second; before the
-model's, and the generation may end early. Where VMs from before run on (``earlier-vms``) nothing is judged.
+model's, and the generation may end early. Where VMs from before run on (``earlier-vms``) nothing is judged here. Not
+followed: a number of the bitmap that is late over the first new generation of a trace.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -26,6 +25,7 @@ from .trace import Created, Enter, Event, Invalidate, Trace, root_of, vmid_of
 from .violations import Kind
 from .world import World, full
 
+NOBODY = -1
 Allocator = Consecutive | Bitmap
 #: Makes an allocator whose next number is the argument.
 Begin = Callable[[int], Allocator]
@@ -45,37 +45,54 @@ def begin_of(trace: Trace) -> Begin | None:
 
 @dataclass
 class _Guess:
-    """One state that the host's allocator can be in. ``gaps``: numbers taken by CPUs that have yet to enter."""
+    """One state that the host's allocator can be in.
+
+    ``late``: numbers that were passed over -> the CPUs that may come with them. With NOBODY among these, it may also be
+    the number of a VM from before.
+    """
 
     allocator: Allocator
-    gaps: set[int] = field(default_factory=set)
+    late: dict[int, frozenset[int]] = field(default_factory=dict)
 
-    def holds(self, root: int, vmid: int) -> bool:
-        """Whether this entry changes nothing that matters."""
+    def gives(self, root: int, vmid: int) -> bool:
+        """Whether this is the VM's number, or the next one that is given."""
         return not self.allocator.rolls_over(root) and self.allocator.peek(root) == vmid
 
-    def fill_gap(self, root: int, vmid: int) -> None:
-        self.gaps.discard(vmid)
-        self.allocator.rename(_Gap(vmid), root)
+    @property
+    def outstanding(self) -> int:
+        """CPUs that have a number and are yet to be seen with it."""
+        return sum(NOBODY not in cpus for cpus in self.late.values())
 
-    def take(self, vm: Hashable, cpu: int, flushed: bool, left: list[int]) -> tuple[_Guess, int, bool] | None:
-        """The state after ``vm`` took its number, the number, whether that began a generation; None if it may not."""
-        rolls = self.allocator.rolls_over(vm)
-        if rolls and not flushed:
-            return None
-        after = copy.deepcopy(self)
-        if rolls and isinstance(after.allocator, Consecutive):
-            after.gaps.clear()  # whoever was about to enter asks again
-        for other in left if rolls else ():
-            after.allocator.leave(other)
-        return after, after.allocator.enter(vm, cpu).vmid, rolls
+    def pass_over(self, cpus: frozenset[int]) -> int:
+        """The next number is taken by one of these CPUs, for a VM that is yet to be seen with it."""
+        number = self.allocator.peek(_Unseen())
+        self.allocator.enter(_Unseen(), min(cpus))
+        self.allocator.forget(_Unseen())
+        self.late[number] = cpus
+        return number
+
+    def begin_generation(self, cpu: int, left: list[int]) -> None:
+        """This CPU finds no number left, and takes the first of the new generation; ``left``: CPUs without a guest."""
+        for other in left:
+            self.allocator.leave(other)
+        # With the consecutive allocator, whoever was about to enter asks again; with the other, it keeps its number.
+        keep = not isinstance(self.allocator, Consecutive)
+        self.late = {n: cpus for n, cpus in self.late.items() if keep and NOBODY not in cpus}
+        number = self.allocator.enter(_Unseen(), cpu).vmid
+        self.allocator.forget(_Unseen())
+        self.late[number] = frozenset({cpu})
+
+    def enter(self, root: int, cpu: int, vmid: int) -> None:
+        """The VM is seen with its number."""
+        if vmid in self.late and not self.allocator.has(root):
+            self.allocator.give(root, vmid)
+        self.late.pop(vmid, None)
+        self.allocator.enter(root, cpu)
 
 
 @dataclass(frozen=True)
-class _Gap:
-    """Stands for the VM whose number this is, until it is seen."""
-
-    vmid: int
+class _Unseen:
+    """Stands for a VM that took a number and is yet to be seen with it."""
 
 
 class Allocation:
@@ -83,17 +100,16 @@ class Allocation:
 
     def __init__(self, begin: Begin, cpus: int) -> None:
         self._begin = begin
-        self._cpus = cpus
+        self._cpus = frozenset(range(cpus))
         self._guesses: list[_Guess] = []  #: [] until a number is seen
         self._last: dict[int, int] = {}  #: CPU -> root of the VM that was entered there last
         self._held: dict[int, int] = {}
-        self._young = False  #: no new generation was seen yet
-        self._flushed = False  #: a full invalidation was seen that no new generation has taken yet
+        self._young = True  #: no new generation was seen yet
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
         match event:
-            case Invalidate(op=op) if full(op):
-                self._flushed = True
+            case Invalidate(cpu=cpu, op=op) if full(op):
+                self._roll_over(cpu)
             case Created(root=root):
                 self._held.pop(root, None)
                 for guess in self._guesses:
@@ -103,85 +119,85 @@ class Allocation:
                 if vmid_of(value):
                     yield from self._enter(root_of(value), cpu, vmid_of(value), world)
 
+    # -- a guest is entered ----------------------------------------------------------------------------------
+
     def _enter(self, root: int, cpu: int, vmid: int, world: World) -> Iterator[Finding]:
         if not self._guesses:
-            self._guesses, self._flushed = [_Guess(self._begin(vmid))], False
-            self._young = isinstance(self._guesses[0].allocator, Bitmap)
-        if self._young:
-            self._learn(root, vmid)
-        if not self._advance(root, cpu, vmid):
+            self._guesses = [self._first_guess(cpu, vmid)]
+        after = [new for guess in self._guesses if (new := self._explain(guess, root, cpu, vmid))]
+        if not after:
             yield self._why(root, vmid, world)
-            self._guesses = []
+        for guess in after:
+            guess.enter(root, cpu, vmid)
+        self._guesses = after
         self._held[root] = vmid
         self._last[cpu] = root
 
-    def _learn(self, root: int, vmid: int) -> None:
-        """Numbers that are skipped before the first new generation are taken."""
-        for guess in self._guesses:
-            allocator = guess.allocator
-            if vmid not in guess.gaps and not guess.holds(root, vmid) and not allocator.rolls_over(root):
-                allocator.skip(allocator.size if self._flushed else vmid)
+    def _first_guess(self, cpu: int, first: int) -> _Guess:
+        """Smaller numbers may be late: of the consecutive allocator as many as there are other CPUs."""
+        allocator = self._begin(first)
+        self._young = True
+        least = 1 if isinstance(allocator, Bitmap) else max(1, first - len(self._cpus) + 1)
+        return _Guess(allocator, dict.fromkeys(range(least, first), self._cpus - {cpu} | {NOBODY}))
 
-    def _advance(self, root: int, cpu: int, vmid: int) -> bool:
-        """Keep the guesses in which this VM has this number now; False, and nothing changed, when there are none."""
-        stay = [guess for guess in self._guesses if guess.holds(root, vmid)]
-        if stay:
-            for guess in stay:
-                guess.allocator.enter(root, cpu)
-            self._guesses = stay
-            return True
-        after = [new for guess in self._guesses for new in self._outcomes(guess, root, cpu, vmid)]
-        if not after:
-            return False
-        if any(rolled for _, rolled in after):
-            self._flushed = self._young = False
-        self._guesses = _distinct([guess for guess, _ in after])
-        return True
+    def _explain(self, guess: _Guess, root: int, cpu: int, vmid: int) -> _Guess | None:
+        """The state in which this VM has this number now, if there is one."""
+        if guess.gives(root, vmid):
+            return guess
+        if guess.allocator.has(root) or guess.allocator.rolls_over(root):
+            return guess if cpu in guess.late.get(vmid, ()) and not guess.allocator.has(root) else None
+        if cpu in guess.late.get(vmid, ()):
+            return guess
+        return self._pass_over(guess, root, cpu, vmid)
 
-    def _outcomes(self, guess: _Guess, root: int, cpu: int, vmid: int) -> Iterator[tuple[_Guess, bool]]:
-        """Every way in which the VM can have got this number, and whether a generation began on it."""
-        if vmid in guess.gaps:
-            new = copy.deepcopy(guess)
-            new.fill_gap(root, vmid)
-            yield new, False
-            return
-        for left in self._schedules(root, cpu):
-            if (taken := guess.take(root, cpu, self._flushed, left)) and taken[1] == vmid:
-                yield taken[0], taken[2]
-            yield from self._after_another(guess, root, cpu, vmid, left)
+    def _pass_over(self, guess: _Guess, root: int, cpu: int, vmid: int) -> _Guess | None:
+        """Other CPUs have taken numbers before this one, and will come with them."""
+        new, others = copy.deepcopy(guess), self._cpus - {cpu}
+        if self._young and isinstance(new.allocator, Bitmap) and vmid > new.allocator.peek(_Unseen()):
+            new.late |= dict.fromkeys(range(new.allocator.peek(_Unseen()), vmid), others | {NOBODY})
+            new.allocator.skip(vmid)
+        while new.outstanding < len(others) and not new.allocator.rolls_over(_Unseen()):
+            if new.gives(root, vmid):
+                break
+            new.pass_over(others)
+        return new if new.gives(root, vmid) else None
 
-    def _after_another(
-        self, guess: _Guess, root: int, cpu: int, vmid: int, left: list[int]
-    ) -> Iterator[tuple[_Guess, bool]]:
-        """Another CPU took a number just before, and has not entered with it yet."""
-        if len(guess.gaps) >= self._cpus - 1 or (guess.allocator.rolls_over(root) and not self._flushed):
-            return
-        gap = 1 if guess.allocator.rolls_over(_Gap(0)) else guess.allocator.peek(_Gap(0))
-        for other in (c for c in range(self._cpus) if c != cpu):
-            if (first := guess.take(_Gap(gap), other, self._flushed, left)) is None:
-                continue
-            after, taken, rolled = first
-            after.allocator.rename(_Gap(gap), _Gap(taken))
-            after.gaps.add(taken)
-            second = after.take(root, cpu, self._flushed and not rolled, left)
-            if second and second[1] == vmid:
-                yield second[0], rolled or second[2]
-            if not rolled:
-                yield from self._after_another(after, root, cpu, vmid, left)
+    # -- a generation begins -----------------------------------------------------------------------------------
 
-    def _schedules(self, root: int, cpu: int) -> Iterator[list[int]]:
-        """Every set of CPUs whose last vCPU may have been scheduled out by now. Another VM's on this CPU has been."""
-        free = [c for c, last in self._last.items() if c != cpu or last == root]
-        forced = [cpu] if self._last.get(cpu, root) != root else []
-        for choice in product((False, True), repeat=len(free)):
-            yield forced + [c for c, left in zip(free, choice, strict=True) if left]
+    def _roll_over(self, cpu: int) -> None:
+        """The model follows where it can; where it cannot, its next number will not be the kernel's."""
+        ready = [new for guess in self._guesses if (new := self._exhausted(guess, cpu))]
+        after = []
+        for guess in ready:
+            for left in self._schedules(cpu):
+                new = copy.deepcopy(guess)
+                new.begin_generation(cpu, left)
+                after.append(new)
+        if after:
+            self._guesses, self._young = _distinct(after), False
+
+    def _exhausted(self, guess: _Guess, cpu: int) -> _Guess | None:
+        """The state with no number left: the last ones may be late, or be those of VMs from before."""
+        new, others = copy.deepcopy(guess), self._cpus - {cpu}
+        if self._young and isinstance(new.allocator, Bitmap):
+            new.allocator.skip(new.allocator.size)
+        while new.outstanding < len(others) and not new.allocator.rolls_over(_Unseen()):
+            new.pass_over(others)
+        return new if new.allocator.rolls_over(_Unseen()) else None
+
+    def _schedules(self, cpu: int) -> Iterator[list[int]]:
+        """Every set of CPUs whose last vCPU may have been scheduled out by now."""
+        for choice in product((False, True), repeat=len(self._last)):
+            yield [c for c, left in zip(self._last, choice, strict=True) if left]
+
+    # -- what to say ---------------------------------------------------------------------------------------------
 
     def _why(self, root: int, vmid: int, world: World) -> Finding:
         """The most telling name for a number the model does not give."""
         allocators = [guess.allocator for guess in self._guesses]
         expected = sorted({a.peek(root) for a in allocators if not a.rolls_over(root)})
         name = world.name(root)
-        if not expected and not self._flushed:
+        if not expected and self._held.get(root) != vmid:
             return (
                 Kind.ROLLOVER_NOT_INVALIDATED,
                 f"{name} begins a new generation with VMID {vmid}, nothing invalidated",
@@ -197,6 +213,6 @@ def _distinct(guesses: list[_Guess]) -> list[_Guess]:
     """Each state once."""
     out: list[_Guess] = []
     for guess in guesses:
-        if not any(vars(guess.allocator) == vars(o.allocator) and guess.gaps == o.gaps for o in out):
+        if not any(vars(guess.allocator) == vars(o.allocator) and guess.late == o.late for o in out):
             out.append(guess)
     return out

@@ -92,10 +92,13 @@ class Consecutive:
         """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
 
-    def rename(self, vm: Hashable, name: Hashable) -> None:
-        """What is known of ``vm`` is of ``name``: a number was seen to be taken before it was seen by whom."""
-        if (held := self._held.pop(vm, None)) is not None:
-            self._held[name] = held
+    def has(self, vm: Hashable) -> bool:
+        """Whether ``vm`` has a number of the present generation."""
+        return self._current(vm) is not None
+
+    def give(self, vm: Hashable, vmid: int) -> None:
+        """``vm`` turns out to be who took this number."""
+        self._held[vm] = Entry(vmid, self._generation)
 
 
 class Bitmap:
@@ -164,10 +167,14 @@ class Bitmap:
         """``vm`` is destroyed. Its number is not given back before the next generation."""
         self._held.pop(vm, None)
 
-    def rename(self, vm: Hashable, name: Hashable) -> None:
-        """What is known of ``vm`` is of ``name``: a number was seen to be taken before it was seen by whom."""
-        if (held := self._held.pop(vm, None)) is not None:
-            self._held[name] = held
+    def has(self, vm: Hashable) -> bool:
+        """Whether ``vm`` has a number of the present generation."""
+        return vm in self._held and self._held[vm][0] == self._generation
+
+    def give(self, vm: Hashable, vmid: int) -> None:
+        """``vm`` turns out to be who took this number."""
+        self._taken.add(vmid)
+        self._held[vm] = self._generation, vmid
 
     def _allocate(self, vm: Hashable, held: tuple[int, int] | None) -> tuple[Invalidation, ...]:
         """new_vmid()"""

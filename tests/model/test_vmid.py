@@ -244,18 +244,14 @@ def test_a_reserved_number_is_foretold():
     assert (allocator.generation, allocator.peek("long"), allocator.rolls_over("long")) == (2, 1, False)
 
 
-def test_a_number_gets_the_name_of_its_vm(make):
+def test_a_number_gets_its_vm(make):
     """Seen to be taken first, seen by whom later."""
     allocator = make()
     taken = allocator.enter("somebody", 0)
-    allocator.rename("somebody", "vm")
+    allocator.forget("somebody")
+    assert not allocator.has("vm")
+    allocator.give("vm", taken.vmid)
+    assert allocator.has("vm")
     again = allocator.enter("vm", 1)
     assert (again.vmid, again.generation, again.invalidations) == (taken.vmid, taken.generation, ())
     assert allocator.enter("somebody", 0).vmid == taken.vmid + 1
-
-
-def test_nobody_has_no_number_to_give_a_name_to(make):
-    allocator = make()
-    one = allocator.enter("one", 0)
-    allocator.rename("nobody", "one")
-    assert allocator.enter("one", 0).vmid == one.vmid
