@@ -169,46 +169,55 @@ class Zero:
 _RESERVED = 4
 
 
+#: One VM: its root, and how many VMs had that root before. Roots are used again.
+_Life = tuple[int, int]
+
+
 class Owners:
     """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
 
     def __init__(self, bits: int = 8) -> None:
         self._last = (1 << bits) - 1  #: number of a generation
-        self._owner: dict[int, int] = {}
+        self._owner: dict[int, _Life] = {}  #: VMID -> who has it
+        self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
         self._before: dict[int, int] = {}  #: root -> its number in any generation
         self._largest = 0
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
         if isinstance(event, Invalidate) and full(event.op):
-            self._owner = {vmid_of(v): root_of(v) for v in world.inside.values()}
+            self._owner = {vmid_of(v): self._life(root_of(v)) for v in world.inside.values()}
             self._largest = 0
         elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
-            self._owner = {vmid: -root if root == event.root else root for vmid, root in self._owner.items()}
+            self._lives[event.root] += 1
             self._before.pop(event.root, None)
         elif isinstance(event, Enter):
             value = world.vttbr[event.cpu]
             yield from self._enter(vmid_of(value), root_of(value), world)
 
+    def _life(self, root: int) -> _Life:
+        return root, self._lives[root]
+
     def _enter(self, vmid: int, root: int, world: World) -> Iterator[Finding]:
         owner = self._owner.get(vmid)
-        if owner != root:
+        if owner != self._life(root):
             if owner is not None and vmid:
                 kind, why = self._clash(vmid, owner, root, world)
                 yield kind, why
                 if kind is Kind.ROLLOVER_NOT_INVALIDATED:  # said once
                     self._owner, self._largest = {}, 0
-            self._owner[vmid] = root
+            self._owner[vmid] = self._life(root)
             self._largest = max(self._largest, vmid)
         self._before[root] = vmid
 
-    def _clash(self, vmid: int, owner: int, root: int, world: World) -> Finding:
+    def _clash(self, vmid: int, owner: _Life, root: int, world: World) -> Finding:
+        name = world.name(owner[0])
         if self._before.get(root) == vmid:
             words = f"{world.name(root)} is entered under VMID {vmid}, which it had before the rollover"
-            return Kind.OLD_GENERATION, f"{words}, and which is {world.name(abs(owner))}'s now"
-        words = f"VMID {vmid} of {world.name(abs(owner))} is given to {world.name(root)}"
+            return Kind.OLD_GENERATION, f"{words}, and which is {name}'s now"
+        words = f"VMID {vmid} of {name} is given to {world.name(root)}"
         if self._largest >= self._last - _RESERVED:
             return Kind.ROLLOVER_NOT_INVALIDATED, f"{words} after {self._largest}, and nothing was invalidated between"
-        gone = owner < 0 or owner in world.destroyed
+        gone = owner != self._life(owner[0]) or owner[0] in world.destroyed
         return (Kind.VMID_REUSED if gone else Kind.VMID_SHARED), f"{words} in the same generation"
 
 
@@ -259,34 +268,30 @@ class LocalFlush:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, int], int] = {}  # (CPU, VTTBR) -> vCPU whose translations the TLB may hold
+        #: root -> (CPU, VMID) -> vCPU whose translations the CPU's TLB may hold
+        self._last: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
 
     def see(self, event: Event, world: World) -> Iterator[Finding]:
         match event:
             case Invalidate(cpu=cpu, op=op):
-                self._forget(cpu, OPERATIONS[op], _without_cnp(world.vttbr[cpu]))
+                self._forget(cpu, OPERATIONS[op], world.vttbr[cpu])
             case Created(root=root):
-                self._last = {key: vcpu for key, vcpu in self._last.items() if root_of(key[1]) != root}
+                self._last.pop(root, None)
             case Enter(cpu=cpu, vcpu=vcpu):
-                vttbr = _without_cnp(world.vttbr[cpu])
-                last = self._last.get((cpu, vttbr), vcpu)
+                root, vmid = root_of(world.vttbr[cpu]), vmid_of(world.vttbr[cpu])
+                last = self._last[root].get((cpu, vmid), vcpu)
                 if last != vcpu:
-                    yield (
-                        Kind.NO_LOCAL_FLUSH,
-                        f"vCPU {vcpu:#x} of {world.name(root_of(vttbr))} is entered where vCPU {last:#x} ran last",
-                    )
-                self._last[cpu, vttbr] = vcpu
+                    name = world.name(root)
+                    yield Kind.NO_LOCAL_FLUSH, f"vCPU {vcpu:#x} of {name} is entered where vCPU {last:#x} ran last"
+                self._last[root][cpu, vmid] = vcpu
 
     def _forget(self, cpu: int, operation: Operation, vttbr: int) -> None:
         if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
             return
-        everywhere, everyone = operation.broadcast, operation.reach is Reach.ALL_VMS
-        self._last = {
-            key: vcpu
-            for key, vcpu in self._last.items()
-            if not ((everywhere or key[0] == cpu) and (everyone or key[1] == vttbr))
-        }
-
-
-def _without_cnp(vttbr: int) -> int:
-    return vttbr & ~1
+        everyone = operation.reach is Reach.ALL_VMS
+        for root in list(self._last) if everyone else [root_of(vttbr)]:
+            self._last[root] = {
+                (where, vmid): vcpu
+                for (where, vmid), vcpu in self._last[root].items()
+                if not ((operation.broadcast or where == cpu) and (everyone or vmid == vmid_of(vttbr)))
+            }

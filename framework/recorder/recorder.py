@@ -155,6 +155,8 @@ class Recorder:
     def _bind(self) -> None:
         """Find the VMs of the roots that were seen since this was last done: by what they map at the mailbox's IPA."""
         position = self._mechanism.position
+        if position == self._known:
+            return
         seen = {page: r.root for r in self._mechanism.records(self._known) if (page := _mailbox_in(r))}
         self._known = position
         waiting = [vm for vm in self._host.vms if vm.id not in self._gone and vm.id not in self.roots]
