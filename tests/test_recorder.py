@@ -71,8 +71,10 @@ def _without_repeats(events):
 @pytest.mark.native
 def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
     exercise(make_vm)  # a host's very first VM also begins the first generation
+    host.reset()
     with record() as by_probe:
         exercise(make_vm)
+    host.reset()
     recorder = Recorder(host, Breakpoints(host), oracle.sight)
     run = Recording(recorder)
     with run.running():

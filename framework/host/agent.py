@@ -21,11 +21,16 @@ _LOG_WIDTH = 300
 
 
 class Listener(Protocol):
-    """Whoever wants to know what the agent is asked. ``after`` is called with the answer, not when it is an error."""
+    """Whoever wants to know what the agent is asked: ``before`` and ``after`` each request, and once an answer came.
+
+    The last two are not called when the answer is an error.
+    """
 
     def before(self, op: str, args: dict) -> None: ...
 
     def after(self, op: str, args: dict, result: object) -> None: ...
+
+    def answered(self, op: str) -> None: ...
 
 
 class Agent:
@@ -54,6 +59,7 @@ class Agent:
         self.listener.before(op, args)
         result = self.receive(self.send(op, blob, **args), deadline)
         self.listener.after(op, args, result)
+        self.listener.answered(op)
         return result
 
     def batch(self, requests: list[tuple[str, dict]], deadline: float = _DEFAULT_DEADLINE) -> list:
@@ -65,6 +71,7 @@ class Agent:
         results = self.receive(self.send("batch", requests=requests), deadline)
         for (op, args), result in zip(requests, results, strict=True):
             self.listener.after(op, args, result)
+        self.listener.answered("batch")
         return results
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:

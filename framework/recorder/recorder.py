@@ -137,7 +137,7 @@ class Recorder:
             self._bind()
 
     def after(self, op: str, args: dict, result: object) -> None:
-        """A request was answered."""
+        """One request of those that were answered."""
         if op == "vm_create":
             self._say(Created, int(result))
         elif op == "vm_destroy":
@@ -145,6 +145,9 @@ class Recorder:
             self._gone.add(args["vm"])
             if root := self.roots.get(args["vm"]):
                 self._mechanism.forget(root)
+
+    def answered(self, op: str) -> None:
+        """Whatever the kernel did for it is complete."""
         self._say(Mark, text=op)
 
     def _say(self, what: type[Event], vm: int = 0, text: str = "") -> None:
