@@ -17,6 +17,7 @@ from framework.errors import AgentError, AgentFault, AgentTimeout, HostOsError
 #: Between looks at the machine's health while an answer is awaited: a panic shows within this time.
 _SLICE = 0.2
 _DEFAULT_DEADLINE = 20.0
+_GRACE = 1.0
 _LOG_WIDTH = 300
 
 
@@ -94,7 +95,7 @@ class Agent:
                 if time.monotonic() > end:
                     self._lose(AgentTimeout("the agent does not take a request"))
             except (OSError, EOFError, paramiko.SSHException) as e:
-                self._check()
+                self._check_again()
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
     def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
@@ -127,13 +128,20 @@ class Agent:
                     )
                 continue
             if not data:
-                self._check()
+                self._check_again()
                 errors = self._channel.recv_stderr(65536).decode(errors="replace")
                 self._lose(AgentError("the agent ended", evidence=errors))
             self._buffer += data
         out = bytes(self._buffer[:size])
         del self._buffer[:size]
         return out
+
+    def _check_again(self) -> None:
+        """The connection is gone; if it went with the machine, that may take a moment to show."""
+        end = time.monotonic() + _GRACE
+        while time.monotonic() < end:
+            self._check()
+            time.sleep(_GRACE / 20)
 
     def _lose(self, error: AgentError) -> None:
         """An answer may still come, but nobody can tell to which request: the connection is over."""
