@@ -121,10 +121,6 @@ class Recorder:
         self._bind()
         return Trace(self._facts(), list(self._events()))
 
-    def abandon(self) -> None:
-        """The machine is gone, and the recording with it."""
-        self._host.agent.listener = None
-
     def mark(self, text: str) -> None:
         """Write a line of the test's own into the trace."""
         self._say(Mark, text=text)

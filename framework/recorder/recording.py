@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from framework.errors import LabError
 from framework.events.checker import violations
@@ -29,11 +29,9 @@ class Recording:
         self._recorder.start()
         try:
             yield self
-        except LabError:
-            self._recorder.abandon()
-            raise
         except BaseException:
-            self._take()
+            with suppress(LabError):  # the machine may be gone; the test's own failure is the one to show
+                self._take()
             raise
         self._take()
 
