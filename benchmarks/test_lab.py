@@ -9,13 +9,15 @@ from framework import config
 from framework.errors import LabError
 from framework.host.host import Host
 from framework.host.kernel import obtain
+from framework.recorder.probe import Probe
 
 IPA = 0x8000_0000
 
 
+@pytest.mark.parametrize("probed", [False, True], ids=["plain", "probe"])
 @pytest.mark.parametrize("name", ["a15", "arm64"])
-def test_cold_boot_to_first_agent_answer(benchmark, tmp_path, name):
-    """QEMU start to the agent's first answer; kernel and root file system are cached."""
+def test_cold_boot_to_first_agent_answer(benchmark, tmp_path, name, probed):
+    """QEMU start to the agent's first answer, without and with the recorder's probe; kernel and root fs are cached."""
     host_config = config.find(name)
     try:
         kernel = obtain(host_config)
@@ -24,7 +26,8 @@ def test_cold_boot_to_first_agent_answer(benchmark, tmp_path, name):
     hosts = []
 
     def boot():
-        hosts.append(Host.boot(host_config, kernel, tmp_path / "logs"))
+        plugin = Probe(host_config.board.qemu) if probed else None
+        hosts.append(Host.boot(host_config, kernel, tmp_path / "logs", plugin=plugin))
 
     def end():
         while hosts:

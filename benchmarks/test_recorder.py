@@ -2,13 +2,8 @@
 
 import pytest
 
-from framework import config
-from framework.errors import LabError
 from framework.host.fleet import Fleet
-from framework.host.host import Host
-from framework.host.kernel import obtain
 from framework.recorder.breakpoints import Breakpoints
-from framework.recorder.probe import Probe
 from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
@@ -57,21 +52,3 @@ def test_mmio_exit(benchmark, host, oracle, recorder, vm, recording):
     chosen = recorder if recording == "probe" else Recorder(host, Breakpoints(host), oracle.sight)
     with Recording(chosen).running():
         measure()
-
-
-@pytest.mark.parametrize("probed", [False, True], ids=["plain", "probe"])
-@pytest.mark.parametrize("name", ["a15", "arm64"])
-def test_cold_boot(benchmark, tmp_path, name, probed):
-    """QEMU start to the agent's first answer, without the probe and with it loaded."""
-    host_config = config.find(name)
-    try:
-        kernel = obtain(host_config)
-    except LabError as e:
-        pytest.skip(e.one_line)
-    hosts = []
-
-    def boot():
-        plugin = Probe(host_config.board.qemu) if probed else None
-        hosts.append(Host.boot(host_config, kernel, tmp_path / "logs", plugin=plugin))
-
-    benchmark.pedantic(boot, rounds=5, warmup_rounds=1, teardown=lambda: [hosts.pop().shutdown() for _ in hosts[:]])
