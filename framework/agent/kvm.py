@@ -80,8 +80,8 @@ class Worker:
         while (order := self._orders.get()) is not None:
             self._results.put(order())
 
-    @property
-    def thread(self):
+    def begin(self):
+        """The thread, begun."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
@@ -91,7 +91,7 @@ class Worker:
         if self.busy:
             raise OSError(16, "Device or resource busy", "KVM_RUN")
         self.busy = True
-        self.thread  # noqa: B018
+        self.begin()
         self._orders.put(order)
 
     def wait(self, seconds):
@@ -157,10 +157,10 @@ class Vcpu:
     def kick(self):
         """Make a running vCPU return to user space with exit "interrupted"."""
         self.run[_IMMEDIATE_EXIT] = 1
-        signal.pthread_kill(self._worker.thread.ident, signal.SIGUSR1)
+        signal.pthread_kill(self._worker.begin().ident, signal.SIGUSR1)
 
     def pin(self, cpu):
-        os.sched_setaffinity(self._worker.thread.native_id, {cpu})
+        os.sched_setaffinity(self._worker.begin().native_id, {cpu})
 
     def register(self, reg, value=None):
         """Get (value None) or set the ONE_REG register with this id."""

@@ -35,7 +35,7 @@ def begin_of(trace: Trace) -> Begin | None:
     """The allocator by the trace's facts ``allocator`` and ``vmid-bits``; None when they do not say."""
     if "earlier-vms" in trace.facts:
         return None
-    bits = int(trace.facts.get("vmid-bits", "8"))
+    bits = trace.vmid_bits
     makers: dict[str, Begin] = {
         "consecutive": lambda first: Consecutive(bits, first),
         "bitmap": lambda first: Bitmap(bits, trace.cpus, first),
@@ -58,18 +58,25 @@ class _Guess:
         """Whether this is the VM's number, or the next one that is given."""
         return not self.allocator.rolls_over(root) and self.allocator.peek(root) == vmid
 
+    def is_late(self, vmid: int, cpu: int) -> bool:
+        """Whether this CPU may come with a number that was passed over.
+
+        When a CPU surely has it, any may be the first to: the vCPUs of a VM share its number.
+        """
+        cpus = self.late.get(vmid, frozenset({NOBODY}))
+        return cpu in cpus or NOBODY not in cpus
+
     @property
     def outstanding(self) -> int:
         """CPUs that have a number and are yet to be seen with it."""
         return sum(NOBODY not in cpus for cpus in self.late.values())
 
-    def pass_over(self, cpus: frozenset[int]) -> int:
+    def pass_over(self, cpus: frozenset[int]) -> None:
         """The next number is taken by one of these CPUs, for a VM that is yet to be seen with it."""
         number = self.allocator.peek(_Unseen())
         self.allocator.enter(_Unseen(), min(cpus))
         self.allocator.forget(_Unseen())
         self.late[number] = cpus
-        return number
 
     def begin_generation(self, cpu: int, left: list[int]) -> None:
         """This CPU finds no number left, and takes the first of the new generation; ``left``: CPUs without a guest."""
@@ -144,14 +151,14 @@ class Allocation:
         """The state in which this VM has this number now, if there is one."""
         if guess.gives(root, vmid):
             return guess
-        if guess.allocator.has(root) or guess.allocator.rolls_over(root):
-            return guess if cpu in guess.late.get(vmid, ()) and not guess.allocator.has(root) else None
-        if cpu in guess.late.get(vmid, ()):
-            return guess
-        return self._pass_over(guess, root, cpu, vmid)
+        if guess.allocator.has(root):
+            return None
+        return guess if guess.is_late(vmid, cpu) else self._pass_over(guess, root, cpu, vmid)
 
     def _pass_over(self, guess: _Guess, root: int, cpu: int, vmid: int) -> _Guess | None:
         """Other CPUs have taken numbers before this one, and will come with them."""
+        if guess.allocator.rolls_over(_Unseen()):
+            return None
         new, others = copy.deepcopy(guess), self._cpus - {cpu}
         if self._young and isinstance(new.allocator, Bitmap) and vmid > new.allocator.peek(_Unseen()):
             new.late |= dict.fromkeys(range(new.allocator.peek(_Unseen()), vmid), others | {NOBODY})
@@ -169,7 +176,7 @@ class Allocation:
         ready = [new for guess in self._guesses if (new := self._exhausted(guess, cpu))]
         after = []
         for guess in ready:
-            for left in self._schedules(cpu):
+            for left in self._schedules():
                 new = copy.deepcopy(guess)
                 new.begin_generation(cpu, left)
                 after.append(new)
@@ -185,7 +192,7 @@ class Allocation:
             new.pass_over(others)
         return new if new.allocator.rolls_over(_Unseen()) else None
 
-    def _schedules(self, cpu: int) -> Iterator[list[int]]:
+    def _schedules(self) -> Iterator[list[int]]:
         """Every set of CPUs whose last vCPU may have been scheduled out by now."""
         for choice in product((False, True), repeat=len(self._last)):
             yield [c for c, left in zip(self._last, choice, strict=True) if left]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from framework.model import descriptors as d
-from framework.model.granule import KIB4, LAST_LEVEL
+from framework.model.granule import KIB4
 
 from .operations import OPERATIONS, Operation, Reach, span
 from .trace import Created, Destroyed, Enter, Entry, Event, Invalidate, Mark, Vttbr, root_of, vmid_of
@@ -33,13 +33,8 @@ class Automaton(Protocol):
 #: What may change in a valid entry in place: access rights, access flag, dirty state, what is left to software.
 _LOOSE = sum(field.mask for field in (d.S2AP, d.AF, d.DBM, d.XN, d.SOFTWARE))
 
-
 #: XN[1:0] with FEAT_XNX -> who may execute, EL0 in bit 0, EL1 in bit 1. Without it bit 0 is 0.
 _EXECUTE = (0b11, 0b01, 0b00, 0b10)
-
-
-def _is_table(desc: int, level: int) -> bool:
-    return level < LAST_LEVEL and desc & 3 == 3
 
 
 def _makes_without_break(entry: Entry) -> bool:
@@ -52,11 +47,11 @@ def _takes_away(entry: Entry) -> str:
     An entry whose access flag is clear is in no TLB (DDI 0487, D8.5.2), unless hardware sets the flag.
     """
     old, new = entry.old, entry.new
-    if not old & 1 or (not _is_table(old, entry.level) and not d.AF.of(old)):
+    if not old & 1 or (not d.is_table(old, entry.level) and not d.AF.of(old)):
         return ""
     if not new & 1:
         return "unmapped"
-    if _is_table(old, entry.level):
+    if d.is_table(old, entry.level):
         return ""
     if d.S2AP.of(old) & ~d.S2AP.of(new):
         return "made less accessible"
@@ -90,7 +85,7 @@ class _Debt:
 
     @property
     def _table(self) -> bool:
-        return _is_table(self.entry.old, self.entry.level)
+        return d.is_table(self.entry.old, self.entry.level)
 
     def __str__(self) -> str:
         still = "stage 1 still combines it: no VMALLE1IS" if self.stage1_only else "no operation that reaches it"
@@ -176,7 +171,7 @@ _Life = tuple[int, int]
 class Owners:
     """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
 
-    def __init__(self, bits: int = 8) -> None:
+    def __init__(self, bits: int) -> None:
         self._last = (1 << bits) - 1  #: number of a generation
         self._owner: dict[int, _Life] = {}  #: VMID -> who has it
         self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it

@@ -16,7 +16,7 @@ def automata_for(trace: Trace) -> list[automata.Automaton]:
     rules: list[automata.Automaton] = [
         automata.Invalidations(),
         automata.Zero(),
-        automata.Owners(int(trace.facts.get("vmid-bits", "8"))),
+        automata.Owners(trace.vmid_bits),
         automata.OneVmidPerVm(),
         automata.Stale(),
         automata.LocalFlush(),

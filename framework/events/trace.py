@@ -142,6 +142,10 @@ class Trace:
     def cpus(self) -> int:
         return int(self.facts.get("cpus", "1"))
 
+    @property
+    def vmid_bits(self) -> int:
+        return int(self.facts.get("vmid-bits", "8"))
+
     # -- text ------------------------------------------------------------------------------------
 
     def lines(self) -> Iterator[str]:

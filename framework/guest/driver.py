@@ -144,7 +144,7 @@ class Guest:
 
     def finish(self) -> None:
         """Wait for what :meth:`start_fill` began."""
-        self._raise(self._end(1)[0])
+        self.checked(self._end(1)[0])
 
     @contextmanager
     def spinning(self) -> Iterator[None]:
@@ -197,9 +197,10 @@ class Guest:
 
     def _do(self, order: Order) -> Result:
         self._begin([order])
-        return self._raise(self._end(1)[0])
+        return self.checked(self._end(1)[0])
 
-    def _raise(self, result: Result) -> Result:
+    def checked(self, result: Result) -> Result:
+        """The result of an order that was carried out. Raises GuestException of one that was not."""
         if result.status is not Status.OK:
             raise self._isa.exception(result.status, result.syndrome, result.address, result.pc)
         return result

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import paramiko
 
@@ -21,10 +20,13 @@ _GRACE = 1.0
 _LOG_WIDTH = 300
 
 
-class Listener(Protocol):
-    """Whoever wants to know what the agent is asked: ``before`` and ``after`` each request, and once an answer came.
+Request = tuple[str, dict]  #: an operation of the agent, and its arguments
 
-    The last two are not called when the answer is an error.
+
+class Listener:
+    """Told of what the agent is asked: ``before`` and ``after`` each request, and once an answer came.
+
+    The last two are not called when the answer is an error. This one does not listen.
     """
 
     def before(self, op: str, args: dict) -> None: ...
@@ -49,30 +51,26 @@ class Agent:
         self._buffer = bytearray()
         self._next = 0
         self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
-        self.listener: Listener | None = None  #: is told of every request and its answer
+        self.listener = Listener()
         self._broken: AgentError | None = None
         self.hello = self("hello", deadline=timeout)
 
     def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
         """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
-        if self.listener is None:
-            return self.receive(self.send(op, blob, **args), deadline)
-        self.listener.before(op, args)
-        result = self.receive(self.send(op, blob, **args), deadline)
-        self.listener.after(op, args, result)
-        self.listener.answered(op)
-        return result
+        return self._told(op, [(op, args)], lambda: [self.receive(self.send(op, blob, **args), deadline)])[0]
 
-    def batch(self, requests: list[tuple[str, dict]], deadline: float = _DEFAULT_DEADLINE) -> list:
+    def batch(self, requests: list[Request], deadline: float = _DEFAULT_DEADLINE) -> list:
         """Several requests in one exchange; their results. Raises what the first that fails raises alone."""
-        if self.listener is None:
-            return self.receive(self.send("batch", requests=requests), deadline)
-        for op, args in requests:
-            self.listener.before(op, args)
-        results = self.receive(self.send("batch", requests=requests), deadline)
-        for (op, args), result in zip(requests, results, strict=True):
-            self.listener.after(op, args, result)
-        self.listener.answered("batch")
+        return self._told("batch", requests, lambda: self.receive(self.send("batch", requests=requests), deadline))
+
+    def _told(self, op: str, requests: list[Request], exchange: Callable[[], list]) -> list:
+        """The results of an exchange, of which the listener is told."""
+        for request in requests:
+            self.listener.before(*request)
+        results = exchange()
+        for request, result in zip(requests, results, strict=True):
+            self.listener.after(*request, result)
+        self.listener.answered(op)
         return results
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:

@@ -43,18 +43,19 @@ class Fleet:
         else:
             raise AgentTimeout(f"{len(self.vms)} VMs did not finish their turns", remedy="does a guest loop?")
         odd, blob = answer
-        for index, exit_ in odd:
+        for vm in self.vms:
+            vm.guest.running = False
+        for index, _ in odd:
             self.vms[index].vcpus[0].restart()
-            raise RunFailed(decode_exit(exit_))
+        if odd:
+            raise RunFailed(decode_exit(odd[0][1]))
         return self._results(blob)
 
     def _results(self, blob: bytes) -> list[list[Result]]:
         size = len(blob) // len(self.vms)
-        out = []
-        for index, vm in enumerate(self.vms):
-            vm.guest.running = False
-            out.append(vm.guest.results(blob[index * size + p.ORDERS : (index + 1) * size]))
-        return out
+        boxes = [blob[at + p.ORDERS : at + size] for at in range(0, len(blob), size)]
+        guests = [vm.guest for vm in self.vms]
+        return [[g.checked(r) for r in g.results(box)] for g, box in zip(guests, boxes, strict=True)]
 
     def round(self, orders: Callable[[Vm], list[Order]]) -> list[list[Result]]:
         """A round, begun and finished."""

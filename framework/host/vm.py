@@ -19,9 +19,7 @@ from framework.guest.payload import CODE, CODE_SIZE, DOORBELL, MAILBOX, MAILBOX_
 from framework.model.memslots import Memslot, SlotFlags
 from framework.model.regime import Regime
 
-from .agent import Agent
-
-Request = tuple[str, dict]  #: an operation of the agent, and its arguments
+from .agent import Agent, Request
 
 PAGE = 0x1000
 BLOCK = 0x20_0000

@@ -159,7 +159,7 @@ class Gdb:
             self._stream += more
             if _PACKET.search(self._stream):
                 return self._cpu_of(self._receive())
-        self._stream = b""
+        self._stream = self._stream.lstrip(b"+")
         return None
 
     def _cpu_of(self, stop: str) -> int:

@@ -70,6 +70,11 @@ AP_TABLE = Field(61, 2)
 _ADDRESS_TOP = 48
 
 
+def is_table(desc: Bits, level: int) -> Bits:
+    """Whether a valid entry of this level leads to a table (bool, or bool array)."""
+    return (desc & 3 == 3) & (level < LAST_LEVEL)
+
+
 class MemAttr(IntEnum):
     """Stage-2 MemAttr[3:0] without FWB (DDI 0406C B3.6, DDI 0487 D8.6): outer in [3:2], inner in [1:0].
 

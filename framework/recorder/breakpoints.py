@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -17,13 +17,15 @@ from framework.errors import LabError, MachineError
 from framework.events.trace import root_of
 from framework.host.host import Host
 from framework.machine.ram import Ram
-from framework.model.granule import KIB4, LAST_LEVEL
+from framework.model import descriptors as d
+from framework.model.granule import KIB4
+from framework.model.regime import Regime
 
 from .points import Point, What
 from .raw import RawEntry, RawEvent
 
 _POLL = 0.05
-_ADDRESS = 0x0000_FFFF_FFFF_F000
+_ADDRESS = d.Format().address_field()
 _ZERO_REGISTER = 31
 
 
@@ -32,7 +34,8 @@ class Breakpoints:
 
     def __init__(self, host: Host) -> None:
         self._machine = host.machine
-        self._a64 = host.config.architecture.name == "armv8"
+        self._arch = host.config.architecture
+        self._a64 = self._arch.name == "armv8"
         self._records: list[RawEvent | RawEntry] = []
         self._thread: threading.Thread | None = None
         self._error: LabError | None = None
@@ -43,7 +46,7 @@ class Breakpoints:
         self._vttbr, self._vtcr = list(vttbr), list(vtcr)
         self._records = []
         self._error = None
-        self._tables = TableWatch(self._machine.ram, self._a64)
+        self._tables = TableWatch(self._machine.ram, self._shape)
         for point in points:
             self._machine.gdb.insert_breakpoint(point.va)
         self._on = True
@@ -68,6 +71,14 @@ class Breakpoints:
         if self._error is not None:
             raise self._error
         return iter(self._records[start:])
+
+    def _shape(self, vttbr: int, vtcr: int) -> Regime:
+        """The stage 2 of these registers. Raises MachineError for one that is not followed."""
+        features = self._arch.features(*self._machine.gdb.read(0, *self._arch.identity))
+        regime = self._arch.stage2(vttbr, vtcr, 0, features)
+        if regime.granule is not KIB4:
+            raise MachineError("stage 2 has a granule other than 4 KiB: its tables are not followed")
+        return regime
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
@@ -105,10 +116,10 @@ class Breakpoints:
             return
         if point.what is What.VTTBR:
             self._vttbr[cpu] = operand
-        if point.op.startswith(("alle1", "tlbiallnsnh")):
+        if point.all_vms:
             changes = self._tables.look_at_all()
         else:
-            changes = self._tables.look_at(root_of(self._vttbr[cpu]), self._vtcr[cpu])
+            changes = self._tables.look_at(self._vttbr[cpu], self._vtcr[cpu])
         self._records += [RawEntry(now, *change) for change in changes]
         self._records.append(RawEvent(now, cpu, index, operand))
 
@@ -119,47 +130,44 @@ Change = tuple[int, int, int, int, int]  # root, ipa, level, old, new
 class TableWatch:
     """Copies of known VMs' table pages, and how memory differs from them. The same rules as in probe.c."""
 
-    def __init__(self, ram: Ram, a64: bool) -> None:
+    def __init__(self, ram: Ram, shape: Callable[[int, int], Regime]) -> None:
+        """``shape``: the regime of a VTTBR and a VTCR."""
         self._ram = ram
-        self._a64 = a64
-        self._roots: dict[int, tuple[int, int]] = {}  # root -> (level, entries)
+        self._shape = shape
+        self._roots: dict[int, Regime] = {}
         self._was: dict[tuple[int, int], np.ndarray] = {}  # (root, table) -> its content
 
     def forget(self, root: int) -> None:
         self._roots.pop(root, None)
         self._was = {key: was for key, was in self._was.items() if key[0] != root}
 
-    def look_at(self, root: int, vtcr: int) -> list[Change]:
+    def look_at(self, vttbr: int, vtcr: int) -> list[Change]:
+        root = root_of(vttbr)
         if not root:
             return []
         if root not in self._roots:
-            self._roots[root] = self._shape(vtcr)
-        level, entries = self._roots[root]
-        return list(self._compare(root, root, 0, level, entries))
+            self._roots[root] = self._shape(vttbr, vtcr)
+        return self._changes(self._roots[root])
 
     def look_at_all(self) -> list[Change]:
-        return [change for root, shape in self._roots.items() for change in self._compare(root, root, 0, *shape)]
+        return [change for regime in self._roots.values() for change in self._changes(regime)]
 
-    def _shape(self, vtcr: int) -> tuple[int, int]:
-        sl0 = vtcr >> 6 & 3
-        bits = 64 - (vtcr & 63) if self._a64 else 32 - ((vtcr & 15 ^ 8) - 8)
-        level = LAST_LEVEL if sl0 == LAST_LEVEL else 2 - sl0
-        return level, 1 << (bits - KIB4.level_shift(level))
+    def _changes(self, regime: Regime) -> list[Change]:
+        return list(self._compare(regime.root, regime.root, 0, regime.start_level, regime.entries))
 
     def _compare(self, root: int, pa: int, ipa: int, level: int, entries: int) -> Iterator[Change]:
         new = np.frombuffer(self._ram.read(pa, entries * 8), dtype="<u8")
         was = self._was.get((root, pa))
         old = np.zeros_like(new) if was is None else was
         self._was[root, pa] = new
-        for i in np.flatnonzero((old != new) | _tables(new, level)):
+        for i in np.flatnonzero((old != new) | d.is_table(new, level)):
             at = ipa + (int(i) << KIB4.level_shift(level))
             before, after = int(old[i]), int(new[i])
             yield from self._entry(root, at, level, before, after)
 
     def _entry(self, root: int, at: int, level: int, before: int, after: int) -> Iterator[Change]:
-        leads = level < LAST_LEVEL and after & 3 == 3
-        led = level < LAST_LEVEL and before & 3 == 3
-        if led and not (leads and (before ^ after) & _ADDRESS == 0):
+        leads = d.is_table(after, level)
+        if d.is_table(before, level) and not (leads and (before ^ after) & _ADDRESS == 0):
             yield from self._drop(root, before & _ADDRESS, at, level + 1)
         if before != after:
             yield root, at, level, before, after
@@ -171,11 +179,6 @@ class TableWatch:
         was = self._was.pop((root, pa), np.zeros(0, dtype=np.uint64))
         for i in np.flatnonzero(was):
             at, desc = ipa + (int(i) << KIB4.level_shift(level)), int(was[i])
-            if level < LAST_LEVEL and desc & 3 == 3:
+            if d.is_table(desc, level):
                 yield from self._drop(root, desc & _ADDRESS, at, level + 1)
             yield root, at, level, desc, 0
-
-
-def _tables(desc: np.ndarray, level: int) -> np.ndarray:
-    """Which entries lead to tables (bool array)."""
-    return (desc & np.uint64(3) == 3) if level < LAST_LEVEL else np.zeros(len(desc), dtype=bool)

@@ -52,6 +52,11 @@ class Point:
     registers: tuple[int, ...] = ()
     function: str = ""
 
+    @property
+    def all_vms(self) -> bool:
+        """Whether it invalidates every VM's translations."""
+        return self.what is What.INVALIDATE and OPERATIONS[self.op].reach is Reach.ALL_VMS
+
 
 # -- encodings -------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ _CONTROL = np.dtype(
         ("forget", "<u8", _MAX_FORGET),
     ]
 )
-#: Records of one recording: memory is used as they are written. 65,536 VMs that run twice make about 3 million.
+#: Records of one recording, 48 bytes each: memory is used as they are written.
 _CAPACITY = 6_000_000
 _EPOCH = 0xFFFF_FFFF
 
@@ -119,9 +119,10 @@ class Probe:
     def forget(self, root: int) -> None:
         """The VM with this root is destroyed: what lies there now is none of its tables."""
         count = self._get("forgets")
-        if count < _MAX_FORGET:
-            self._control["forget"][0][count] = root
-            self._set(forgets=count + 1)
+        if count == _MAX_FORGET:
+            raise MachineError(f"more than {_MAX_FORGET:,} VMs were destroyed", remedy="record for a shorter time")
+        self._control["forget"][0][count] = root
+        self._set(forgets=count + 1)
 
     # -- on and off, with the machine stopped -----------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class Probe:
 
 def _encode(point: Point, a64: bool) -> tuple:
     kind = {What.VTTBR: _VTTBR, What.VTCR: _VTCR}.get(point.what, _PLAIN)
-    if point.op.startswith(("alle1", "tlbiallnsnh")):
+    if point.all_vms:
         kind = _ALL_VMS
     when = _BLOCK if point.what is What.ENTER else _AFTER if point.registers else _HERE
     at = [64 + 8 * r if a64 else 4 * r for r in point.registers]

@@ -7,6 +7,7 @@ root belongs to the VM whose mailbox page it maps.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,18 +28,18 @@ from framework.events.trace import (
     root_of,
 )
 from framework.guest.payload import MAILBOX
+from framework.host.agent import Listener
 from framework.host.host import Host
 from framework.host.vm import Vm
 from framework.model import descriptors as d
 from framework.model import sweep
-from framework.model.granule import KIB4, LAST_LEVEL
+from framework.model.granule import KIB4
 from framework.oracle.sight import Sight
 
 from .points import ASK, KernelMap, Point, What, find
 from .raw import RawEntry, RawEvent
 
 _NOBODY = -1
-_ADDRESS = 0x0000_FFFF_FFFF_F000
 
 
 class Mechanism(Protocol):
@@ -68,7 +69,7 @@ class _Said:
     text: str = ""
 
 
-class Recorder:
+class Recorder(Listener):
     """Recordings of one host, one at a time, through one mechanism.
 
     :meth:`start` and :meth:`stop` bracket a recording; in between the recorder listens to the agent: an answered
@@ -84,14 +85,14 @@ class Recorder:
         self.kernel = KernelMap(host.ssh.run(ASK))
         with self._machine.gdb.pause() as gdb:
             self.points = find(gdb, self._arch, self._machine.ram, self.kernel)
-        self.roots: dict[int, int] = {}  #: number of a VM -> its root, as far as VMs were seen to run
+        self._roots: dict[int, int] = {}  # number of a VM -> its root, as far as VMs were seen to run
 
     # -- begin and end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Record from now on."""
         self._said: list[_Said] = []
-        self.roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
+        self._roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
         self._earlier = any(g.entered for vm in self._host.vms if vm.alive for g in vm.guests)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
@@ -107,10 +108,10 @@ class Recorder:
 
     def stop(self) -> Trace:
         """End the recording; what was seen. Raises MachineError when the mechanism lost something."""
-        self._host.agent.listener = None
+        self._host.agent.listener = Listener()
         self._bind()
         for vm in self._host.vms:
-            if vm.alive and (root := self.roots.get(vm.id)):
+            if vm.alive and (root := self._roots.get(vm.id)):
                 self._sight.adopt(vm, root)
         with self._machine.gdb.pause():
             self._mechanism.disarm()
@@ -139,7 +140,7 @@ class Recorder:
         elif op == "vm_destroy":
             self._say(Destroyed, args["vm"])
             self._gone.add(args["vm"])
-            if root := self.roots.get(args["vm"]):
+            if root := self._roots.get(args["vm"]):
                 self._mechanism.forget(root)
 
     def answered(self, op: str) -> None:
@@ -158,11 +159,11 @@ class Recorder:
             return
         seen = {page: r.root for r in self._mechanism.records(self._known) if (page := _mailbox_in(r))}
         self._known = position
-        waiting = [vm for vm in self._host.vms if vm.id not in self._gone and vm.id not in self.roots]
+        waiting = [vm for vm in self._host.vms if vm.id not in self._gone and vm.id not in self._roots]
         if seen and waiting:
             for page, vm in self._mailboxes(waiting).items():
                 if page in seen:
-                    self.roots[vm.id] = seen[page]
+                    self._roots[vm.id] = seen[page]
 
     def _mailboxes(self, vms: list[Vm]) -> dict[int, Vm]:
         """Physical address of each VM's mailbox, per the VMM's own stage 1 -> the VM."""
@@ -174,14 +175,13 @@ class Recorder:
     # -- the trace ---------------------------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, str]:
-        earlier = {"earlier-vms": "yes"} if self._earlier else {}
         return {
             "host": self._host.config.name,
             "kernel": self._host.release,
             "cpus": str(len(self._vttbr)),
             "vmid-bits": str(self._vmid_bits()),
             "allocator": "bitmap" if "kvm_arm_vmid_clear_active" in self.kernel.symbols else "consecutive",
-            **earlier,
+            **({"earlier-vms": "yes"} if self._earlier else {}),
         }
 
     def _vmid_bits(self) -> int:
@@ -195,23 +195,20 @@ class Recorder:
         for cpu, vttbr in enumerate(self._vttbr):
             if root_of(vttbr):  # VHE leaves it when it leaves the guest
                 yield Vttbr(0, cpu, vttbr)
-        said = iter([*self._said, _Said(1 << 63, 0, Mark)])
-        next_said = next(said)
+        said = deque(self._said)
         for position, record in enumerate(self._mechanism.records()):
-            while next_said.position <= position:
-                yield from self._own(next_said)
-                next_said = next(said)
+            while said and said[0].position <= position:
+                yield from self._own(said.popleft())
             yield self._event(record)
-        for rest in (next_said, *said):
-            if rest.position < 1 << 63:
-                yield from self._own(rest)
+        for rest in said:
+            yield from self._own(rest)
 
     def _own(self, said: _Said) -> Iterator[Event]:
         """The event of something the lab said. A VM that never ran has no root, and is not in the trace."""
         where = (max(0, said.ns - self._began), _NOBODY)
         if said.what is Mark:
             yield Mark(*where, said.text)
-        elif root := self.roots.get(said.vm):
+        elif root := self._roots.get(said.vm):
             yield Created(*where, root, said.vm) if said.what is Created else Destroyed(*where, root)
 
     def _event(self, record: RawEvent | RawEntry) -> Event:
@@ -234,6 +231,6 @@ def _mailbox_in(record: RawEvent | RawEntry) -> int:
     if not isinstance(record, RawEntry) or not d.VALID.of(record.new):
         return 0
     size = 1 << KIB4.level_shift(record.level)
-    if record.ipa != MAILBOX & -size or (record.level < LAST_LEVEL and d.TYPE.of(record.new)):
+    if record.ipa != MAILBOX & -size or d.is_table(record.new, record.level):
         return 0
-    return (record.new & _ADDRESS & -size) | (MAILBOX & (size - 1))
+    return (record.new & d.Format().address_field(record.level)) | (MAILBOX & (size - 1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import groupby
+from typing import NamedTuple
 
 from framework.errors import LabError
 from framework.events.checker import violations
-from framework.events.trace import Enter, Invalidate, Trace, Vttbr, root_of, vmid_of
+from framework.events.trace import Created, Enter, Invalidate, Trace, root_of, vmid_of
 from framework.events.violations import Violation
-from framework.events.world import full
+from framework.events.world import World, full
 from framework.host.vm import Vm
 
 from .recorder import Recorder
@@ -51,26 +53,23 @@ class Recording:
 
     def entries(self, vm: Vm | None = None) -> list[tuple[int, int]]:
         """(CPU, VMID) of every guest entry, in order; of one VM or of all."""
-        return [
-            (cpu, vmid_of(vttbr)) for cpu, vttbr in self._entered() if vm is None or root_of(vttbr) == self.root(vm)
-        ]
+        return [(e.cpu, vmid_of(e.vttbr)) for e in self._entries() if vm is None or e.vm == vm.id]
 
     def vmids(self, vm: Vm) -> list[int]:
         """The VMIDs that the VM was entered under, each as often as it changed."""
-        numbers = [vmid for _, vmid in self.entries(vm)]
-        return [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n]
+        return [vmid for vmid, _ in groupby(vmid for _, vmid in self.entries(vm))]
 
     def entered_last(self, vm: Vm) -> int:
         """Which of all entries, counted from 0, was this VM's last."""
-        return max(i for i, (_, vttbr) in enumerate(self._entered()) if root_of(vttbr) == self.root(vm))
+        return max(i for i, entry in enumerate(self._entries()) if entry.vm == vm.id)
 
     def root(self, vm: Vm) -> int:
         """The VM's stage-2 root. KeyError for a VM that never ran."""
-        return self._recorder.roots[vm.id]
+        return {event.vm: event.root for event in self.trace.of(Created)}[vm.id]
 
     @property
     def vmid_bits(self) -> int:
-        return int(self.trace.facts["vmid-bits"])
+        return self.trace.vmid_bits
 
     @property
     def allocator(self) -> str:
@@ -80,9 +79,9 @@ class Recording:
     @property
     def first_runs(self) -> list[int]:
         """The VMIDs in the order in which they were first entered, each VM's first."""
-        first: dict[int, int] = {}
-        for _, vttbr in self._entered():
-            first.setdefault(root_of(vttbr), vmid_of(vttbr))
+        first: dict[int | None, int] = {}
+        for entry in self._entries():
+            first.setdefault(entry.vm, vmid_of(entry.vttbr))
         return list(first.values())
 
     def count(self, op: str) -> int:
@@ -94,10 +93,18 @@ class Recording:
         """Full invalidations: each begins a generation of VMIDs."""
         return sum(full(event.op) for event in self.trace.of(Invalidate))
 
-    def _entered(self) -> Iterator[tuple[int, int]]:
-        vttbr: dict[int, int] = {}
-        for event in self.trace.of(Vttbr, Enter):
-            if isinstance(event, Vttbr):
-                vttbr[event.cpu] = event.value
-            else:
-                yield event.cpu, vttbr.get(event.cpu, 0)
+    def _entries(self) -> Iterator[_Entry]:
+        world = World()
+        for event in self.trace.events:
+            if isinstance(event, Enter):
+                vttbr = world.vttbr[event.cpu]
+                yield _Entry(event.cpu, vttbr, world.vms.get(root_of(vttbr)))
+            world.after(event)
+
+
+class _Entry(NamedTuple):
+    """A guest entry: under which VTTBR, and the number of the VM whose root that was then."""
+
+    cpu: int
+    vttbr: int
+    vm: int | None

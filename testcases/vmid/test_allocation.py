@@ -42,7 +42,7 @@ def test_a_vm_that_runs_later_gets_the_next_number(make_vms, record, vmid):
     assert vmid(second) == run.first_runs[1]
 
 
-def test_all_vcpus_share_one(host, make_vm, record, vmid):
+def test_all_vcpus_share_one(make_vm, record, vmid):
     """Four vCPUs on both CPUs, two of them inside at once."""
     with record() as run:
         vm = make_vm(vcpus=4)
