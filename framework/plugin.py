@@ -19,12 +19,14 @@ from .artifacts import TestFolder
 from .errors import ConfigError, KernelError, LabError
 from .events.violations import ProtocolBroken
 from .host.host import Host
+from .host.vgic import Vgic, gicv_of
 from .host.vm import Vm
 from .machine import version
 from .oracle import Oracle
 from .oracle import trace as trace_
 from .oracle.stage2 import Stage2
 from .oracle.verdicts import Finding
+from .oracle.witness import Witness
 from .pool import Broken, Pool
 from .recorder.breakpoints import Breakpoints
 from .recorder.probe import Probe
@@ -344,6 +346,17 @@ def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
 
 
 @pytest.fixture
+def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
+    """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. Its frames are still to be placed."""
+    gicv = gicv_of(host)
+
+    def make(vm: Vm) -> Vgic:
+        return Vgic(vm, gicv)
+
+    return make
+
+
+@pytest.fixture
 def vm(make_vm: Callable[..., Vm]) -> Vm:
     """A VM with one vCPU, and no memory but the payload's own. See ``make_vm``."""
     return make_vm()
@@ -431,6 +444,16 @@ def trace(request: pytest.FixtureRequest, host: Host):
             events += trace_.parse(text)
 
     return record
+
+
+@pytest.fixture
+def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
+    """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` the block does that to guest memory.
+
+    Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
+    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run.
+    """
+    return Witness(request.node.stash[_SESSION].oracle, host)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from framework.events.trace import root_of
 from framework.events.violations import Kind
 from framework.host.fleet import Fleet
-from framework.host.vm import Advice
+from framework.host.memory import Advice
 from framework.model.memslots import SlotFlags
 from framework.recorder.points import What
 

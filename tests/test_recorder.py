@@ -6,7 +6,7 @@ import pytest
 
 from framework.errors import MachineError, SetupError
 from framework.events.trace import Created, Destroyed, Enter, Entry, Exit, Invalidate, Mark, Vttbr, root_of
-from framework.host.vm import Advice
+from framework.host.memory import Advice
 from framework.recorder.breakpoints import Breakpoints
 from framework.recorder.points import INSN, KernelMap, What
 from framework.recorder.probe import Probe

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from framework.host.vm import Prot
+from framework.host.memory import Prot
 from framework.model import descriptors as d
 from framework.model.memslots import SlotFlags
 from framework.oracle import Kind, Violation

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from . import kvm, memory, trace, wire
+from . import ageing, children, device, ksm, kvm, libc, memory, streams, trace, uffd, wire
 
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
@@ -19,6 +19,8 @@ class Agent:
         self._vms = {}
         self._next_vm = 0
         self._runners = {}
+        self._children = {}
+        self._userfaults = {}
         self._kvm = os.open("/dev/kvm", os.O_RDWR) if os.path.exists("/dev/kvm") else None
         self._tracer = None
         self._log = trace.KernelLog()
@@ -52,6 +54,20 @@ class Agent:
     def vm_dirty_log(self, vm, slot, pages):
         return None, self._vms[vm].dirty_log(slot, pages)
 
+    def vgic_create(self, vm, kind):
+        target = self._vms[vm]
+        made = device.Device(target.fd, kind)
+        target.vgic = target.vgic or made
+
+    def vgic_set(self, vm, group, attribute, value):
+        self._vms[vm].vgic.set(group, attribute, value)
+
+    def vgic_get(self, vm, group, attribute):
+        return self._vms[vm].vgic.get(group, attribute)
+
+    def vm_irq_line(self, vm, irq, level):
+        device.irq_line(self._vms[vm].fd, irq, level)
+
     # -- vCPUs -----------------------------------------------------------------------------------
 
     def vcpu_create(self, vm, vcpu, features):
@@ -63,18 +79,18 @@ class Agent:
     def vcpu_pin(self, vm, vcpu, cpu):
         self._vms[vm].vcpus[vcpu].pin(cpu)
 
-    def vcpu_run(self, vm, vcpu, answer=None, seconds=0.0, orders=None, blob=b""):
+    def vcpu_run(self, vm, vcpu, answer=None, seconds=0.0, orders=None, persistent=False, blob=b""):
         """Start the vCPU, with the data of a pending MMIO read; its exit, or None if it runs on.
 
-        ``orders`` is the HVA that ``blob`` is stored at before the run: saves a round trip.
+        ``orders`` is the HVA that ``blob`` is stored at before the run; after an exit as much of it comes back.
         """
         target = self._vms[vm].vcpus[vcpu]
         if orders is not None:
             memory.write(orders, blob)
         if answer is not None:
             target.answer_mmio(answer)
-        target.start()
-        return target.wait(seconds)
+        exit_ = target.run_for(seconds, target.run_on if persistent else target.run_once)
+        return exit_ if exit_ is None or orders is None else (exit_, libc.read_memory(orders, len(blob)))
 
     def vcpu_wait(self, vm, vcpu, seconds):
         return self._vms[vm].vcpus[vcpu].wait(seconds)
@@ -110,6 +126,40 @@ class Agent:
     memory_read = staticmethod(memory.read)
     memory_write = staticmethod(memory.write)
     memory_pagemap = staticmethod(memory.pagemap)
+    memory_move = staticmethod(memory.move)
+    memory_vmas = staticmethod(memory.vmas)
+    memory_drain = staticmethod(ageing.drain)
+    memory_mark_idle = staticmethod(ageing.mark_idle)
+    memory_idle = staticmethod(ageing.idle)
+    memory_merge = staticmethod(ksm.merge)
+    memory_unmerge = staticmethod(ksm.unmerge)
+    file_open = staticmethod(memory.open_file)
+    file_close = staticmethod(memory.close_file)
+    file_truncate = staticmethod(memory.truncate)
+    file_punch_hole = staticmethod(memory.punch_hole)
+    file_sync = staticmethod(memory.sync)
+
+    def userfault_begin(self, hva, size, protect):
+        """Answer the page faults of this memory from now on; a number to end it with."""
+        handler = uffd.Handler(hva, size, protect)
+        self._userfaults[id(handler)] = handler
+        return id(handler)
+
+    def userfault_end(self, number):
+        return self._userfaults.pop(number).end()
+
+    # -- children ----------------------------------------------------------------------------------
+
+    def child_fork(self):
+        child = children.Child()
+        self._children[child.pid] = child
+        return child.pid
+
+    def child_write(self, pid, hva, blob):
+        self._children[pid].write(hva, blob)
+
+    def child_end(self, pid):
+        self._children.pop(pid).end()
 
     # -- the kernel's own words ---------------------------------------------------------------------
 
@@ -169,26 +219,21 @@ def answer(agent, request, blob):
     return reply, out
 
 
-def main():
+def main(name=""):
+    """Serve the lab on the virtio serial port of this name, or on standard input and output."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-
-    def read(size):
-        data = source.read(size)
-        if len(data) < size:
-            raise EOFError
-        return data
-
+    for interruption in (signal.SIGUSR1, signal.SIGALRM):  # of KVM_RUN
+        signal.signal(interruption, lambda *_: None)
+    signal.signal(signal.SIGBUS, kvm.note_bus_error)
+    stream = streams.Port(name) if name else streams.Pipes()
     agent = Agent()
     while True:
         try:
-            request, blob = wire.decode(read)
+            request, blob = wire.decode(stream.read)
         except EOFError:
             return
         reply, out = answer(agent, request, blob)
-        sink.write(wire.encode(reply, out))
-        sink.flush()
+        stream.write(wire.encode(reply, out))
 
 
-main()
+main(*sys.argv[1:])

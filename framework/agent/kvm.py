@@ -5,6 +5,7 @@ Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h; numbers are comm
 """
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -57,12 +58,27 @@ EXIT_NAMES = {
 }
 
 
-def _ioctl(call, fd, request, argument=0):
+def ioctl(call, fd, request, argument=0):
     """ioctl whose failure names the KVM call."""
     try:
         return fcntl.ioctl(fd, request, argument)
     except OSError as e:
         raise OSError(e.errno, e.strerror, call) from None
+
+
+_bus_errors = []
+
+
+def note_bus_error(*_):
+    """The handler of SIGBUS: KVM tells so of a guest's access to memory that failed (kvm_send_hwpoison_signal)."""
+    _bus_errors.append(1)
+
+
+def take_bus_error():
+    """Whether SIGBUS came since this was last asked."""
+    came = bool(_bus_errors)
+    _bus_errors.clear()
+    return came
 
 
 class Worker:
@@ -74,6 +90,7 @@ class Worker:
         self._results = queue.SimpleQueue()
         self._thread = None
         self.busy = False
+        self.bound = False  #: to a CPU
 
     def _work(self):
         self._setup()
@@ -87,9 +104,12 @@ class Worker:
             self._thread.start()
         return self._thread
 
-    def start(self, order):
+    def require_idle(self):
         if self.busy:
-            raise OSError(16, "Device or resource busy", "KVM_RUN")
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "KVM_RUN")
+
+    def start(self, order):
+        self.require_idle()
         self.busy = True
         self.begin()
         self._orders.put(order)
@@ -113,12 +133,12 @@ class Vcpu:
     """One vCPU, and the thread that runs it if it runs alone."""
 
     def __init__(self, vm_fd, index, features, run_size):
-        self.fd = _ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
+        self.fd = ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
         try:
             target = bytearray(32)
-            _ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, target)
+            ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, target)
             struct.pack_into("<I", target, 4, features)
-            _ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, target)
+            ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, target)
             self.run = mmap.mmap(self.fd, run_size)
         except OSError:
             os.close(self.fd)  # or it would keep the whole VM alive
@@ -130,9 +150,9 @@ class Vcpu:
         try:
             fcntl.ioctl(self.fd, RUN, 0)
         except OSError as e:
-            if e.errno == 4:  # EINTR
+            if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
-                return {"exit": "interrupted"}
+                return {"exit": "bus-error" if take_bus_error() else "interrupted"}
             return {"exit": "error", "errno": e.errno}
         (reason,) = _EXIT_REASON.unpack_from(self.run)
         name = EXIT_NAMES.get(reason, f"reason-{reason}")
@@ -143,8 +163,33 @@ class Vcpu:
         first, second = struct.unpack_from("<QQ", self.run, _UNION)
         return {"exit": name, "data": [first, second]}
 
+    def run_on(self):
+        """:meth:`run_once`, again and again while the host does not let the guest have what it wants."""
+        while (exit_ := self.run_once()) == {"exit": "error", "errno": errno.EFAULT}:
+            time.sleep(0.001)
+        return exit_
+
     def start(self, order=None):
         self._worker.start(order or self.run_once)
+
+    def run_for(self, seconds, run):
+        """The exit if it comes in this time, else None and the vCPU runs on in its own thread.
+
+        A short run stays in the caller's thread: handing it to another and back takes longer than most runs.
+        """
+        if self._worker.bound or not seconds:
+            self.start(run)
+            return self.wait(seconds)
+        self._worker.require_idle()
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, should the first come before the ioctl
+        try:
+            exit_ = run()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if exit_["exit"] != "interrupted":
+            return exit_
+        self.start(run)
+        return None
 
     def wait(self, seconds):
         """The exit of the order under way, or None when it has not come in time."""
@@ -161,6 +206,7 @@ class Vcpu:
 
     def pin(self, cpu):
         os.sched_setaffinity(self._worker.begin().native_id, {cpu})
+        self._worker.bound = True
 
     def register(self, reg, value=None):
         """Get (value None) or set the ONE_REG register with this id."""
@@ -168,10 +214,10 @@ class Vcpu:
         buffer = ctypes.create_string_buffer(size)
         request = struct.pack("<QQ", reg, ctypes.addressof(buffer))
         if value is None:
-            _ioctl("KVM_GET_ONE_REG", self.fd, GET_ONE_REG, request)
+            ioctl("KVM_GET_ONE_REG", self.fd, GET_ONE_REG, request)
             return int.from_bytes(buffer.raw, "little")
         buffer.raw = value.to_bytes(size, "little")
-        _ioctl("KVM_SET_ONE_REG", self.fd, SET_ONE_REG, request)
+        ioctl("KVM_SET_ONE_REG", self.fd, SET_ONE_REG, request)
         return value
 
     def close(self):
@@ -212,27 +258,30 @@ class Vm:
     """One VM: its file descriptor and its vCPUs by index."""
 
     def __init__(self, kvm_fd, ipa_bits):
-        self.fd = _ioctl("KVM_CREATE_VM", kvm_fd, CREATE_VM, ipa_bits)
+        self.fd = ioctl("KVM_CREATE_VM", kvm_fd, CREATE_VM, ipa_bits)
         self.vcpus = {}
-        self._run_size = _ioctl("KVM_GET_VCPU_MMAP_SIZE", kvm_fd, GET_VCPU_MMAP_SIZE)
+        self.vgic = None
+        self._run_size = ioctl("KVM_GET_VCPU_MMAP_SIZE", kvm_fd, GET_VCPU_MMAP_SIZE)
 
     def add_vcpu(self, index, features):
         self.vcpus[index] = Vcpu(self.fd, index, features, self._run_size)
 
     def set_memslot(self, slot, ipa, size, hva, flags):
         region = struct.pack("<IIQQQ", slot, flags, ipa, size, hva)
-        _ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, SET_USER_MEMORY_REGION, region)
+        ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, SET_USER_MEMORY_REGION, region)
 
     def dirty_log(self, slot, pages):
         """The slot's dirty bitmap since the last call: little-endian u64 words, one bit a page."""
         bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)
         request = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
-        _ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
+        ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
         return bitmap.raw
 
     def close(self):
         for vcpu in self.vcpus.values():
             vcpu.close()
+        if self.vgic:
+            self.vgic.close()
         os.close(self.fd)
 
 

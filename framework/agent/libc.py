@@ -7,7 +7,11 @@ import os
 _libc = ctypes.CDLL(None, use_errno=True)
 
 PROT_READ, PROT_WRITE = 1, 2
-MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x20, 0x40000
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x10, 0x20, 0x40000
+_MREMAP_MAYMOVE_FIXED = 3
+_PUNCH_HOLE_KEEP_SIZE = 3
+#: Numbers of system calls: 32-bit Arm (arch/arm/tools/syscall.tbl), arm64 (include/uapi/asm-generic/unistd.h).
+_NUMBERS = {"userfaultfd": (388, 282)}
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc.mmap.restype = ctypes.c_void_p
@@ -22,6 +26,9 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 for _function in (_libc.pread, _libc.pwrite):
     _function.restype = ctypes.c_ssize_t
     _function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
@@ -40,6 +47,26 @@ def mmap(address, size, prot, flags, fd=-1, offset=0) -> int:
     got = _libc.mmap(address, size, prot, flags, fd, offset)
     if got == _MAP_FAILED:
         raise _failed("mmap")
+    return got
+
+
+def mremap(address, size, to) -> None:
+    """Move the mapping of ``[address, address + size)`` to ``to``; what was mapped there goes."""
+    if _libc.mremap(address, size, size, _MREMAP_MAYMOVE_FIXED, to) == _MAP_FAILED:
+        raise _failed("mremap")
+
+
+def punch_hole(fd, offset, size) -> None:
+    if _libc.fallocate64(fd, _PUNCH_HOLE_KEEP_SIZE, offset, size):
+        raise _failed("fallocate")
+
+
+def syscall(name, *arguments) -> int:
+    """A system call that libc does not wrap, by its number on this architecture."""
+    number = _NUMBERS[name][os.uname().machine == "aarch64"]
+    got = _libc.syscall(number, *arguments)
+    if got < 0:
+        raise _failed(name)
     return got
 
 

@@ -7,19 +7,74 @@ from . import libc
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def map_memory(size, align=PAGE, huge=False, shared=False, prot=libc.PROT_READ | libc.PROT_WRITE) -> dict:
-    """Anonymous memory, aligned to ``align``. ``huge`` takes it from the hugetlbfs pool."""
-    flags = libc.MAP_ANONYMOUS | (libc.MAP_SHARED if shared else libc.MAP_PRIVATE)
+_READ_WRITE = libc.PROT_READ | libc.PROT_WRITE
+
+
+def map_memory(size, align=PAGE, huge=False, shared=False, file=-1, at=None) -> dict:
+    """Memory, aligned to ``align``: anonymous, or of an open ``file`` from its beginning.
+
+    ``huge`` takes it from the hugetlbfs pool; with ``at`` it replaces what is mapped there.
+    """
+    flags = libc.MAP_SHARED if shared else libc.MAP_PRIVATE
+    flags |= libc.MAP_ANONYMOUS if file < 0 else 0
+    if file >= 0 and at is None:  # reserved first: the file must begin where the aligned part does
+        at = _reserve(size, align, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
+    if at is not None:
+        return {"hva": libc.mmap(at, size, _READ_WRITE, flags | libc.MAP_FIXED, file)}
     if huge:
-        return {"hva": libc.mmap(None, size, prot, flags | libc.MAP_HUGETLB)}
+        return {"hva": libc.mmap(None, size, _READ_WRITE, flags | libc.MAP_HUGETLB)}
+    return {"hva": _reserve(size, align, flags)}
+
+
+def _reserve(size, align, flags):
+    """Address space of this size and alignment."""
     # Reserve more than asked, then give back what lies before and after the aligned part.
-    start = libc.mmap(None, size + align, prot, flags)
+    start = libc.mmap(None, size + align, _READ_WRITE, flags)
     hva = (start + align - 1) & ~(align - 1)
     if hva > start:
         libc.munmap(start, hva - start)
     if start + align > hva:
         libc.munmap(hva + size, start + align - hva)
-    return {"hva": hva}
+    return hva
+
+
+def open_file(size, path=None) -> int:
+    """A file of this size to map: a memfd, or at ``path``. Its descriptor."""
+    fd = os.memfd_create("guest") if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def close_file(file) -> None:
+    os.close(file)
+
+
+def truncate(file, size) -> None:
+    os.ftruncate(file, size)
+
+
+def punch_hole(file, offset, size) -> None:
+    libc.punch_hole(file, offset, size)
+
+
+def sync(file) -> None:
+    """Write a file's dirty pages to where they are kept: reclaim takes clean ones only."""
+    os.fsync(file)
+
+
+def move(hva, size, to) -> None:
+    libc.mremap(hva, size, to)
+
+
+def vmas(private=False) -> list:
+    """The process's mappings as [start, end], in order; the private and writable ones only if asked."""
+    found = []
+    with open("/proc/self/maps") as f:
+        for line in f:
+            span, rights = line.split()[:2]
+            if not private or rights[1] + rights[3] == "wp":
+                found.append([int(bound, 16) for bound in span.split("-")])
+    return found
 
 
 def unmap(hva, size) -> None:

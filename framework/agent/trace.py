@@ -6,7 +6,10 @@ _ROOTS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
 class Tracer:
-    """One ftrace instance; nothing is enabled until :meth:`start`."""
+    """One ftrace instance; nothing is enabled until :meth:`start`.
+
+    Events stay enabled, and unrecorded, until others are wanted: switching them patches the kernel's code.
+    """
 
     def __init__(self):
         root = next((r for r in _ROOTS if os.path.isdir(f"{r}/instances")), None)
@@ -14,6 +17,9 @@ class Tracer:
             raise OSError(2, "No such file or directory", "tracefs")
         self._dir = f"{root}/instances/arm-kvm"
         os.makedirs(self._dir, exist_ok=True)
+        self._write("tracing_on", "0")
+        self._write("buffer_size_kb", "4096")
+        self._events = []
 
     def _write(self, name, text):
         with open(f"{self._dir}/{name}", "w") as f:
@@ -22,15 +28,15 @@ class Tracer:
     def start(self, events):
         """Drop what is in the buffer and record ``events`` (names like ``kvm:kvm_guest_fault``)."""
         self._write("tracing_on", "0")
-        self._write("set_event", "\n".join(events))
-        self._write("buffer_size_kb", "4096")
+        if events != self._events:
+            self._write("set_event", "\n".join(events))
+            self._events = events
         self._write("trace", "")
         self._write("tracing_on", "1")
 
     def stop(self):
         """Stop recording; the text of the trace."""
         self._write("tracing_on", "0")
-        self._write("set_event", "")
         with open(f"{self._dir}/trace", "rb") as f:
             return f.read()
 

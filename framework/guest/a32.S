@@ -38,6 +38,8 @@ next:
     b       check
     b       mmu
     b       flush
+    b       hammer
+    b       interrupt
 
 done:
     mov     r0, #STATUS_OK
@@ -109,6 +111,39 @@ check:                                  @ the reverse: VALUE <- mismatches, FAR 
 3:  str     r4, [r10, #VALUE]
     b       done
 
+hammer:                                 @ add 1 to COUNT words STRIDE apart, again and again until the
+    mov     r0, #1                      @ host says stop: VALUE <- rounds
+    str     r0, [r11, #SPINNING]
+    ldr     r1, [r10, #STRIDE]
+    mov     r2, #0
+1:  ldr     r0, [r10, #COUNT]
+    mov     r4, r12
+2:  ldr     r3, [r4]
+    add     r3, r3, #1
+    str     r3, [r4]
+    add     r4, r4, r1
+    subs    r0, r0, #1
+    bne     2b
+    add     r2, r2, #1
+    ldr     r3, [r11, #STOP]
+    cmp     r3, #0
+    beq     1b
+    str     r2, [r10, #VALUE]
+    mov     r0, #0
+    str     r0, [r11, #SPINNING]
+    b       done
+
+interrupt:                              @ wait for one: VALUE <- what the GICv2 at ADDR says it was
+    cpsie   i
+1:  wfi
+    b       1b
+interrupted:                            @ GICC_IAR acknowledges, GICC_EOIR ends it
+    cps     #0x13
+    ldr     r0, [r12, #0x0c]
+    str     r0, [r12, #0x10]
+    str     r0, [r10, #VALUE]
+    b       done
+
 mmu:                                    @ ADDR TTBR0, VALUE TTBCR, COUNT MAIR0, STRIDE SCTLR
     ldr     r0, [r10, #COUNT]
     mcr     p15, 0, r0, c10, c2, 0
@@ -171,7 +206,7 @@ vectors:
     b       prefetch_abort
     b       data_abort
     b       unexpected
-    b       unexpected
+    b       interrupted
     b       unexpected
 
     .balign 16

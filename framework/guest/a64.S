@@ -37,6 +37,8 @@ next:
     b       check
     b       mmu
     b       flush
+    b       hammer
+    b       interrupt
 
 done:
     mov     x0, #STATUS_OK
@@ -105,6 +107,36 @@ check:                                  // the reverse: VALUE <- mismatches, FAR
 3:  str     x4, [x21, #VALUE]
     b       done
 
+hammer:                                 // add 1 to COUNT words STRIDE apart, again and again until the
+    mov     w0, #1                      // host says stop: VALUE <- rounds
+    str     w0, [x20, #SPINNING]
+    ldr     x1, [x21, #STRIDE]
+    mov     x2, #0
+1:  ldr     x0, [x21, #COUNT]
+    mov     x4, x16
+2:  ldr     w3, [x4]
+    add     w3, w3, #1
+    str     w3, [x4]
+    add     x4, x4, x1
+    sub     x0, x0, #1
+    cbnz    x0, 2b
+    add     x2, x2, #1
+    ldr     w3, [x20, #STOP]
+    cbz     w3, 1b
+    str     x2, [x21, #VALUE]
+    str     wzr, [x20, #SPINNING]
+    b       done
+
+interrupt:                              // wait for one: VALUE <- what the GICv2 at ADDR says it was
+    msr     daifclr, #2
+1:  wfi
+    b       1b
+interrupted:                            // GICC_IAR acknowledges, GICC_EOIR ends it
+    ldr     w0, [x16, #0x0c]
+    str     w0, [x16, #0x10]
+    str     x0, [x21, #VALUE]
+    b       done
+
 mmu:                                    // ADDR TTBR0, VALUE TCR, COUNT MAIR, STRIDE SCTLR
     ldr     x0, [x21, #COUNT]
     msr     mair_el1, x0
@@ -143,14 +175,16 @@ unexpected:
 
     .ltorg
     .balign 2048
-vectors:                                // only EL1h, synchronous, is expected
+vectors:                                // only EL1h is expected, synchronous or an interrupt that was waited for
     .rept 4
     b       unexpected
     .balign 128
     .endr
     b       exception
     .balign 128
-    .rept 11
+    b       interrupted
+    .balign 128
+    .rept 10
     b       unexpected
     .balign 128
     .endr

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from framework.errors import HostOsError
+
 from . import payload as p
 from .isa import Status
 
@@ -50,6 +52,13 @@ class Order:
     def encode(self) -> bytes:
         words = (p.OPS[self.op], self.addr, self.value, self.count, self.stride)
         return _ORDER.pack(*(word & _U64 for word in words), 0, 0, 0)
+
+
+@dataclass
+class Hammer:
+    """How often :meth:`Guest.hammering` went round; known when its block is over."""
+
+    rounds: int = 0
 
 
 class Result:
@@ -147,6 +156,33 @@ class Guest:
         self.checked(self._end(1)[0])
 
     @contextmanager
+    def hammering(self, ipa: int, count: int, stride: int = 0x1000) -> Iterator[Hammer]:
+        """Within the block the vCPU adds 1 to each of ``count`` words again and again; whole rounds.
+
+        An access that the host's own mapping forbids (KVM_RUN: EFAULT) is tried again until it is allowed.
+        """
+        hammer = Hammer()
+        wrote = (ipa, (count - 1) * stride + 4)
+        self._begin([Order("hammer", ipa, 0, count, stride, wrote=wrote)], wait=0.0, persistent=True)
+        try:
+            yield hammer
+        finally:
+            self._poke(p.STOP, 1)
+            (result,) = self._end(1)
+        hammer.rounds = self.checked(result).value
+
+    def await_interrupt(self, gicc: int) -> None:
+        """Wait for an interrupt, without waiting for the guest; :meth:`interrupt_taken` says which came.
+
+        ``gicc``: the IPA of the GICv2's CPU interface, where the guest acknowledges and ends it.
+        """
+        self._begin([Order("interrupt", gicc)], wait=0.0)
+
+    def interrupt_taken(self) -> int:
+        """The interrupt that ended :meth:`await_interrupt`, as GICC_IAR gave it."""
+        return self.checked(self._end(1)[0]).value
+
+    @contextmanager
     def spinning(self) -> Iterator[None]:
         """Within the block the vCPU stays inside the guest."""
         self._begin([Order("spin")], wait=0.0)
@@ -165,11 +201,11 @@ class Guest:
     def _poke(self, offset: int, word: int) -> None:
         self._vm.mailboxes.write(self._box + offset, word.to_bytes(4, "little"))
 
-    def _begin(self, orders: list[Order], wait: float = 0.25) -> None:
+    def _begin(self, orders: list[Order], wait: float = 0.25, persistent: bool = False) -> None:
         if not 0 < len(orders) <= p.MAX_ORDERS:
             raise ValueError(f"a batch has 1 to {p.MAX_ORDERS} orders, not {len(orders)}")
         box = self.mailbox(orders)
-        self._first_exit = self._vcpu.start(orders=box, seconds=wait)
+        self._first_exit, self._answer = self._vcpu.start_orders(box, wait, persistent)
 
     def mailbox(self, orders: list[Order]) -> bytes:
         """What the mailbox holds when the vCPU is about to run with these orders, which it now is."""
@@ -186,9 +222,20 @@ class Guest:
         finally:
             self.running = False
         if getattr(exit_, "ipa", None) != p.DOORBELL:
-            self._vcpu.restart()  # the failed instruction would only fail again
+            self._restart()
             raise RunFailed(exit_)
+        if exit_ is self._first_exit:
+            return self.results(self._answer[p.ORDERS :])
         return self.results(self._vm.mailboxes.read(self._box + p.ORDERS, count * p.ORDER_SIZE))
+
+    def _restart(self) -> None:
+        """The failed instruction would only fail again."""
+        try:
+            self._vcpu.restart()
+        except HostOsError as e:
+            if e.errno != errno_names.EIO:  # a VM whose GIC cannot be mapped is dead for newer kernels (kvm_vm_dead)
+                raise
+            self.entered = False
 
     @staticmethod
     def results(raw: bytes) -> list[Result]:

@@ -37,7 +37,7 @@ class Access:
     syndrome: bool = True  #: the CPU reports a valid instruction syndrome (ISV) when it aborts
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GuestException(Exception):
     """An exception the guest took while it executed an order; caught by its own vectors.
 

@@ -27,7 +27,8 @@ MAX_ORDERS = (MAILBOX_SIZE - ORDERS) // ORDER_SIZE
 #: Offsets in an order. An exception's pc replaces STRIDE.
 FIELDS = {"OP": 0, "ADDR": 8, "VALUE": 16, "COUNT": 24, "STRIDE": 32, "STATUS": 40, "SYNDROME": 48, "FAR": 56}
 #: Operation codes: positions in the payload's branch table.
-OPS = {n: i for i, n in enumerate(("nop", "access", "execute", "hypercall", "spin", "fill", "check", "mmu", "flush"))}
+_OPS = "nop access execute hypercall spin fill check mmu flush hammer interrupt"
+OPS = {name: code for code, name in enumerate(_OPS.split())}
 
 
 def _layout() -> str:

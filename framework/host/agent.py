@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -37,15 +38,23 @@ class Listener:
 
 
 class Agent:
-    """Requests to the agent over one ssh channel, one at a time.
+    """Requests to the agent, one at a time: over the board's serial port, or over the ssh channel it was started by.
 
     ``agent("vm_create")`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
     AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
     """
 
-    def __init__(self, channel: paramiko.Channel, log: Path, check: Callable[[], None], timeout: float) -> None:
+    def __init__(
+        self,
+        channel: paramiko.Channel,
+        log: Path,
+        check: Callable[[], None],
+        timeout: float,
+        port: socket.socket | None = None,
+    ) -> None:
         self._channel = channel
-        self._channel.settimeout(_SLICE)
+        self._stream = port or channel
+        self._stream.settimeout(_SLICE)
         self._log = log.open("w", encoding="utf-8", buffering=1)
         self._check = check
         self._buffer = bytearray()
@@ -87,7 +96,7 @@ class Agent:
         end = time.monotonic() + _DEFAULT_DEADLINE
         while len(data):
             try:
-                data = data[self._channel.send(data) :]
+                data = data[self._stream.send(data) :]
             except TimeoutError:
                 self._check()
                 if time.monotonic() > end:
@@ -114,17 +123,17 @@ class Agent:
     def _read(self, size: int, end: float, deadline: float) -> bytes:
         while len(self._buffer) < size:
             try:
-                data = self._channel.recv(1 << 18)
+                data = self._stream.recv(1 << 18)
             except TimeoutError:
                 self._check()
                 if time.monotonic() > end:
-                    self._lose(
-                        AgentTimeout(
-                            f"the agent gave no answer within {deadline:.0f} s",
-                            remedy="the host may be hung: see its console log",
-                        )
-                    )
-                continue
+                    remedy = "the host may be hung: see its console log"
+                    self._lose(AgentTimeout(f"the agent gave no answer within {deadline:.0f} s", remedy=remedy))
+                if not self._channel.eof_received:  # a serial port does not say that its reader is gone
+                    continue
+                data = b""
+            except OSError:
+                data = b""
             if not data:
                 self._check_again()
                 errors = self._channel.recv_stderr(65536).decode(errors="replace")

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from framework.errors import HostSilent, LabError
+from framework.machine.board import PORT
 from framework.machine.machine import Machine
 
 from .agent import Agent
@@ -65,7 +66,7 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
             progress.reach(state)
         ssh = Ssh.connect(machine.ssh_port, rootfs.client_key, rootfs.host_key, timeouts["ssh"], machine.check)
         progress.reach("ssh")
-        agent = start_agent(machine, ssh, timeouts["agent"])
+        agent = start_agent(machine, ssh, timeouts["agent"], PORT)
         progress.reach("agent")
         return ssh, agent
     except LabError as e:
@@ -74,6 +75,11 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
         raise
 
 
-def start_agent(machine: Machine, ssh: Ssh, timeout: float) -> Agent:
-    """Start the agent and wait for its first answer."""
-    return Agent(ssh.open(_AGENT_COMMAND), machine.logs.agent, machine.check, timeout)
+def start_agent(machine: Machine, ssh: Ssh, timeout: float, port: str = "") -> Agent:
+    """Start an agent and wait for its first answer.
+
+    The first has the board's serial ``port`` to itself, five times as fast as ssh; what it leaves there when it is
+    killed would confuse another, so later ones speak over ssh.
+    """
+    channel = ssh.open(f"{_AGENT_COMMAND} {port}".strip())
+    return Agent(channel, machine.logs.agent, machine.check, timeout, machine.port if port else None)

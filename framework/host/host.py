@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -100,6 +101,12 @@ class Host:
     def release(self) -> str:
         """The running kernel's own version, as uname -r says it."""
         return self.agent.hello["release"]
+
+    @property
+    def kernel_version(self) -> tuple[int, int]:
+        """(major, minor) of the running kernel."""
+        major, minor = re.match(r"(\d+)\.(\d+)", self.release).groups()
+        return int(major), int(minor)
 
     def require_kvm(self) -> None:
         """Raises NoKvm when this kernel came up without KVM."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 
@@ -16,13 +15,13 @@ from framework.errors import AgentTimeout, ConfigError
 from framework.guest.driver import Guest
 from framework.guest.isa import A32, Isa
 from framework.guest.payload import CODE, CODE_SIZE, DOORBELL, MAILBOX, MAILBOX_SIZE, assemble
-from framework.model.memslots import Memslot, SlotFlags
+from framework.model.memslots import Memslot, SlotFlags, Window
 from framework.model.regime import Regime
 
 from .agent import Agent, Request
+from .memory import PAGE, File, Memory, SharedMemory
+from .vgic import Vgic
 
-PAGE = 0x1000
-BLOCK = 0x20_0000
 _WAIT_SLICE = 0.25
 _RUN_DEADLINE = 20.0
 _CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
@@ -33,27 +32,6 @@ _PATIENCE, _BATCH = 60.0, 100
 
 def _map(size: int) -> Request:
     return "memory_map", {"size": size}
-
-
-class Advice(IntEnum):
-    """madvise(2) advice, include/uapi/asm-generic/mman-common.h."""
-
-    DONTNEED = 4
-    FREE = 8
-    MERGEABLE = 12
-    UNMERGEABLE = 13
-    HUGEPAGE = 14
-    NOHUGEPAGE = 15
-    COLD = 20
-    PAGEOUT = 21
-
-
-class Prot(IntEnum):
-    """mprotect(2) protection."""
-
-    NONE = 0
-    READ = 1
-    READ_WRITE = 3
 
 
 @dataclass(frozen=True)
@@ -82,64 +60,6 @@ def decode_exit(raw: dict) -> Exit:
         value = raw["value"] if raw["write"] else 0  # of a read, KVM leaves what was there before
         return Mmio(ipa=raw["ipa"], size=raw["size"], write=raw["write"], value=value)
     return Exit(raw["exit"], raw.get("errno", 0), tuple(raw.get("data", ())))
-
-
-class Memory:
-    """Host-virtual memory of the VMM process (the agent) that memslots are made of. Sizes in bytes."""
-
-    def __init__(self, agent: Agent, hva: int, size: int) -> None:
-        self._agent = agent
-        self.hva = hva
-        self.size = size
-
-    def _at(self, offset: int, size: int | None) -> dict[str, int]:
-        return {"hva": self.hva + offset, "size": self.size - offset if size is None else size}
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes as the host sees them. HostOsError (EFAULT) where nothing is mapped."""
-        return self._agent("memory_read", **self._at(offset, size))
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Store as the host does; faults the page in for writing."""
-        self._agent("memory_write", hva=self.hva + offset, blob=data)
-
-    def advise(self, advice: Advice, offset: int = 0, size: int | None = None) -> None:
-        """madvise(2) on part of it."""
-        self._agent("memory_advise", advice=int(advice), **self._at(offset, size))
-
-    def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
-        """mprotect(2) on part of it."""
-        self._agent("memory_protect", prot=int(prot), **self._at(offset, size))
-
-    def unmap(self, offset: int = 0, size: int | None = None) -> None:
-        """munmap(2) part of it."""
-        self._agent("memory_unmap", **self._at(offset, size))
-
-    def release(self) -> Request | None:
-        """The request that gives it back, for one VM that has it; None while others have it too."""
-        return "memory_unmap", self._at(0, None)
-
-    def frames(self, offset: int = 0, size: int | None = None) -> np.ndarray:
-        """Physical address of each page per /proc/PID/pagemap; 0 where no page is present (uint64)."""
-        raw = np.frombuffer(self._agent("memory_pagemap", **self._at(offset, size)), dtype="<u8")
-        present = raw >> np.uint64(63) != 0
-        return np.where(present, (raw & np.uint64((1 << 55) - 1)) << np.uint64(12), np.uint64(0))
-
-    def frame(self, offset: int = 0) -> int:
-        """Physical address of the page at ``offset`` per pagemap; 0 when none is present."""
-        return int(self.frames(offset, PAGE)[0])
-
-
-class SharedMemory(Memory):
-    """Memory that several VMs have in common, and that goes with the last of them."""
-
-    def __init__(self, agent: Agent, hva: int, size: int, users: int) -> None:
-        super().__init__(agent, hva, size)
-        self._users = users
-
-    def release(self) -> Request | None:
-        self._users -= 1
-        return None if self._users else super().release()
 
 
 class Vcpu:
@@ -188,16 +108,23 @@ class Vcpu:
         """Force the running vCPU out of the guest; its exit is then ``interrupted``."""
         self._agent("vcpu_kick", **self._id)
 
-    def start(self, *, answer: int | None = None, orders: bytes = b"", seconds: float = 0.0) -> Exit | None:
+    def start(self, *, answer: int | None = None, seconds: float = 0.0) -> Exit | None:
         """Run; the exit if it comes within ``seconds``, else None and it runs on.
 
-        ``answer`` completes a pending MMIO read; ``orders`` go into the mailbox first.
+        ``answer`` completes a pending MMIO read.
         """
-        args = {"answer": answer, "seconds": seconds, **self._id}
-        if orders:
-            args["orders"] = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
-        raw = self._agent("vcpu_run", blob=orders, **args)
+        raw = self._agent("vcpu_run", answer=answer, seconds=seconds, **self._id)
         return raw and decode_exit(raw)
+
+    def start_orders(self, orders: bytes, seconds: float = 0.0, persistent: bool = False) -> tuple[Exit | None, bytes]:
+        """Run with these orders in the mailbox; the exit as of :meth:`start`, and with one what they have become.
+
+        ``persistent``: a run that ends with EFAULT is tried again.
+        """
+        where = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
+        how = {"orders": where, "seconds": seconds, "persistent": persistent}
+        raw = self._agent("vcpu_run", blob=orders, **how, **self._id)
+        return (None, b"") if raw is None else (decode_exit(raw[0]), raw[1])
 
     def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
         """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
@@ -257,6 +184,7 @@ class Vm:
         self.device: dict[int, int] = {}
         self.exits: list[Mmio] = []
         self.regime: Regime | None = None  #: stage 2 as the oracle found it; a VM's root never changes
+        self.vgic: Vgic | None = None
         self.alive = True
         self.vcpus = [Vcpu(self, index, isa) for index in range(vcpus)]
         self.guests = [Guest(vcpu) for vcpu in self.vcpus]
@@ -305,9 +233,12 @@ class Vm:
 
     # -- memory ----------------------------------------------------------------------------------
 
-    def memory(self, size: int, *, align: int = PAGE, huge: bool = False, shared: bool = False) -> Memory:
+    def memory(
+        self, size: int, *, align: int = PAGE, huge: bool = False, shared: bool = False, file: File | None = None
+    ) -> Memory:
         """Host memory that belongs to no memslot yet. ``huge``: from the hugetlbfs pool (2 MiB pages)."""
-        where = self.agent("memory_map", size=size, align=align, huge=huge, shared=shared)
+        number = file.number if file else -1
+        where = self.agent("memory_map", size=size, align=align, huge=huge, shared=shared, file=number)
         memory = Memory(self.agent, where["hva"], size)
         self.memories.append(memory)
         return memory
@@ -330,6 +261,11 @@ class Vm:
         slot = self.next_slot if slot is None else slot
         self.set_memslot(Memslot(slot, ipa, size, memory.hva, flags))
         return memory
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Where the guest may reach devices of the board itself."""
+        return self.vgic.windows if self.vgic else ()
 
     @property
     def next_slot(self) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+#: Name of the serial port in /sys/class/virtio-ports/*/name, for whoever wants to be answered fast.
+PORT = "arm-kvm"
+
 
 @dataclass(frozen=True)
 class Board:
@@ -31,12 +34,21 @@ class Boot:
 
 
 def command_line(
-    board: Board, boot: Boot, *, ram_fd: int, console_fd: int, qmp_fd: int, gdb: Path, ssh_port: int, plugin: str = ""
+    board: Board,
+    boot: Boot,
+    *,
+    ram_fd: int,
+    console_fd: int,
+    qmp_fd: int,
+    port_fd: int,
+    gdb: Path,
+    ssh_port: int,
+    plugin: str = "",
 ) -> list[str]:
     """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
 
-    ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches nobody, only its
-    ssh port is reached.
+    ``port_fd`` is a socket that the host sees as the virtio serial port :data:`PORT`. ``plugin`` is a TCG plugin with
+    its arguments. The user network is restricted: the host reaches nobody, only its ssh port is reached.
     """
     return [
         board.qemu,
@@ -49,6 +61,8 @@ def command_line(
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),
+        *("-chardev", f"socket,id=port,fd={port_fd}"),
+        *("-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}"),
         *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
         *("-device", "virtio-net-device,netdev=net", "-device", "virtio-rng-device"),
         *("-kernel", str(boot.kernel)),

@@ -94,7 +94,9 @@ class Machine:
         self.ram = Ram.create(board.ram_base, board.memory)
         console, console_end = socket.socketpair()
         qmp, qmp_end = socket.socketpair()
-        fds = {"ram_fd": self.ram.fd, "console_fd": console_end.fileno(), "qmp_fd": qmp_end.fileno()}
+        self.port, port_end = socket.socketpair()  #: the lab's end of the serial port board.PORT
+        ends = {"console_fd": console_end, "qmp_fd": qmp_end, "port_fd": port_end}
+        fds = {"ram_fd": self.ram.fd} | {name: end.fileno() for name, end in ends.items()}
         argument = plugin.argument(self.ram.fd) if plugin else ""
         self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port, plugin=argument)
         self.console = Console(console, logs.console)
@@ -102,8 +104,8 @@ class Machine:
         if plugin:
             plugin.attach(self)
         try:
-            console_end.close()
-            qmp_end.close()
+            for end in ends.values():
+                end.close()
             self._qmp_log = _QmpLog(logs.qmp, self.folder.name)
             self._qmp = self._connect_qmp(qmp)
             self.ssh_port = self._forwarded_port()
@@ -229,6 +231,7 @@ class Machine:
         self.process.wait()
         self.console.poll()
         self.console.close()
+        self.port.close()
         if self._gdb is not None:
             self._gdb.abandon()
             self._gdb = None

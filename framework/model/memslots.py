@@ -77,6 +77,15 @@ class Memslot:
         return f"memslot {self.slot} [{self.ipa:#x}, {self.end:#x}) hva {self.hva:#x}{names}"
 
 
+@dataclass(frozen=True)
+class Window:
+    """Guest-physical ``[ipa, ipa + size)`` through which the guest reaches a device of the board at ``pa``, bytes."""
+
+    ipa: int
+    size: int
+    pa: int
+
+
 def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
     """For each IPA the index of the slot in ``slots`` that covers it, or -1 (int64 array)."""
     index = np.full(len(ipas), -1, dtype=np.int64)

@@ -12,12 +12,13 @@ virt/kvm/kvm_main.c; virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c and hyp/pgta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from . import descriptors as d
-from .granule import KIB4
+from .granule import KIB4, LAST_LEVEL
 from .memslots import Memslot
 
 _PAGE = KIB4.size
@@ -43,6 +44,15 @@ class Told(Enum):
     HUGE = "the aligned 2 MiB around it"
     VMA = "the whole VMA"
     NOTHING = "nothing"
+
+
+class Call(Enum):
+    """What KVM is called for. The value is the trace event that tells of it (trace system ``kvm``)."""
+
+    UNMAP = "kvm_unmap_hva_range"  #: invalidate_range_start
+    SET = "kvm_set_spte_hva"  #: change_pte
+    AGE = "kvm_age_hva"  #: clear_young, clear_flush_young
+    TEST = "kvm_test_age_hva"  #: test_young
 
 
 class Operation(Enum):
@@ -72,9 +82,12 @@ class Operation(Enum):
     THP_COLLAPSE = "khugepaged, collapse"
     MIGRATE = "migration, compaction"
     SWAP_OUT = "swap out"
-    SWAP_IN = "swap in"
+    FILE_OUT = "reclaim of a page of a file"
+    SWAP_IN = "swap in, or the first touch by the host"
     PUNCH_HOLE = "fallocate(FALLOC_FL_PUNCH_HOLE)"
     TRUNCATE = "ftruncate, smaller"
+    POISON = "memory failure"
+    UFFD_PROTECT = "userfaultfd, write protection"
     AGE = "page_referenced, idle page tracking"
 
 
@@ -115,9 +128,12 @@ RULES: dict[Operation, Rule] = {
     _O.THP_COLLAPSE: Rule(_GO, Told.HUGE),
     _O.MIGRATE: Rule(_GO, Told.RANGE),
     _O.SWAP_OUT: Rule(_GO, Told.RANGE),
+    _O.FILE_OUT: Rule(_GO, Told.RANGE),
     _O.SWAP_IN: Rule(_STAY, Told.NOTHING),
     _O.PUNCH_HOLE: Rule(_GO, Told.RANGE),
     _O.TRUNCATE: Rule(_GO, Told.RANGE),
+    _O.POISON: Rule(_GO, Told.RANGE),
+    _O.UFFD_PROTECT: Rule(_RO, Told.RANGE),
     # Ageing clears the access flag and nothing else, in every version.
     _O.AGE: Rule(_STAY, Told.NOTHING),
 }
@@ -166,13 +182,20 @@ class Notice:
         return _around(min(self.start, owed[0]), max(self._end, owed[1]), _HUGE)
 
     @property
+    def call(self) -> Call | None:
+        """The call that must have come for every page in :attr:`owed` that stage 2 mapped; None: none may come."""
+        if self.operation is Operation.AGE:
+            return Call.AGE
+        return None if self.rule.told is Told.NOTHING else Call.UNMAP
+
+    @property
     def _end(self) -> int:
         """A truncation reaches to the end of the mapping."""
         return self.vma[1] if self.operation is Operation.TRUNCATE else self.end
 
     @property
-    def may_map_read_only(self) -> bool:
-        """Whether KVM may itself map the new frame, read-only (change_pte; removed in 6.10)."""
+    def maps_read_only(self) -> bool:
+        """Whether KVM itself maps the new frame, read-only, where a level 3 table is left (change_pte; up to 6.9)."""
         return self.rule.change_pte and self.kernel < (6, 10)
 
 
@@ -191,6 +214,9 @@ class Breach(Enum):
     ALTERED = "changed, and nothing was said about it"
     APPEARED = "mapped, and no guest had asked"
     LOST = "gone, and outside what may go"
+    NOT_MAPPED = "the new frame is not mapped, though a level 3 table was left"
+    NOT_TOLD = "the notifier's trace event is missing"
+    TOLD = "the notifier was called without a cause"
 
 
 @dataclass(frozen=True)
@@ -201,34 +227,62 @@ class Violation:
     ipa: int
 
 
-def violations(notice: Notice, slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Violation]:
-    """Compare stage 2 before an operation with stage 2 right after it, page by page; no guest has run in between."""
+def violations(notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Violation]:
+    """Compare stage 2 before some operations with stage 2 right after them, page by page; no guest ran in between."""
     slots = list(slots)
     old, new = _pages(before), _pages(after)
-    owed = _ipas(slots, notice.owed)
-    may_go = _ipas(slots, notice.may_go) if notice.may_go else []
-    may_go += [leaf for leaf in map(_extent, before.items()) if _meets(leaf, may_go)]  # a block goes whole
+    owed = [(notice, _Spans(_ipas(slots, notice.owed))) for notice in notices]
+    told = [span for notice in notices if notice.may_go for span in _ipas(slots, notice.may_go)]
+    in_told = _Spans(told)
+    may_go = _Spans(
+        told + [leaf for leaf in map(_extent, before.items()) if in_told.meets(*leaf)]
+    )  # a block goes whole
+    to_map = {ipa for n in notices if n.maps_read_only for ipa in _pages_in(_ipas(slots, n.owed))}
+    tables = {ipa & -_HUGE for ipa, (level, _) in after.items() if level == LAST_LEVEL and ipa in old.keys() - to_map}
     out = []
-    for ipa in sorted(old.keys() | new.keys()):
+    for ipa in sorted(old.keys() | new.keys() | to_map):
         page = (ipa, ipa + _PAGE)
-        breach = _breach(notice, old.get(ipa, 0), new.get(ipa, 0), _meets(page, owed), _meets(page, may_go))
+        owing = [notice for notice, spans in owed if spans.meets(*page)]
+        breach = _breach(owing, old.get(ipa, 0), new.get(ipa, 0), may_go.meets(*page))
+        if ipa in to_map and ipa not in new and ipa & -_HUGE in tables:
+            breach = Breach.NOT_MAPPED
         if breach:
             out.append(Violation(breach, ipa))
     return out
 
 
-def _breach(notice: Notice, old: int, new: int, owes: bool, may_go: bool) -> Breach | None:
+def _breach(owing: list[Notice], old: int, new: int, may_go: bool) -> Breach | None:
     """What is wrong with one page, given as level 3 descriptors (0: not mapped)."""
-    duty = notice.rule.duty if owes else Duty.STAY
+    duties = {notice.rule.duty for notice in owing}
     if not new:
-        return None if may_go else Breach.LOST
-    if duty is not Duty.STAY and d.s2_writable(new):
-        return Breach.STALE if duty is Duty.GO and _same_frame(old, new) else Breach.WRITABLE
+        return None if may_go or not old else Breach.LOST
+    if duties & {Duty.GO, Duty.READ_ONLY} and d.s2_writable(new):
+        return Breach.STALE if Duty.GO in duties and _same_frame(old, new) else Breach.WRITABLE
     if old and _same_frame(old, new):
-        return Breach.STALE if duty is Duty.GO else _changed_rights(old, new, may_go)
-    if owes and notice.may_map_read_only:
+        return Breach.STALE if Duty.GO in duties else _changed_rights(old, new, may_go)
+    if any(notice.maps_read_only for notice in owing):
         return None
     return Breach.ALTERED if old else Breach.APPEARED
+
+
+def unheard(
+    notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, calls: Iterable[tuple[Call, Span]]
+) -> list[Violation]:
+    """Hold the calls that the kernel traced, as HVA ranges, against those that the operations owe.
+
+    A page that stage 2 mapped must have been named where its operation tells of it. Where all that was done tells
+    nobody, no page of these slots may be named.
+    """
+    slots, calls = list(slots), list(calls)
+    named = {call: [s for c, span in calls if c is call for s in _ipas(slots, span)] for call in Call}
+    out = []
+    for notice in (n for n in notices if n.call):
+        owed, heard = _Spans(_ipas(slots, notice.owed)), _Spans(named[notice.call])
+        missing = [ipa for ipa in _pages(before) if owed.meets(ipa, ipa + _PAGE) and not heard.meets(ipa, ipa + _PAGE)]
+        out += [Violation(Breach.NOT_TOLD, ipa) for ipa in missing]
+    if not any(notice.call for notice in notices):
+        out += [Violation(Breach.TOLD, start) for call in (Call.UNMAP, Call.SET) for start, _ in named[call]]
+    return out
 
 
 def _changed_rights(old: int, new: int, may_go: bool) -> Breach | None:
@@ -250,6 +304,10 @@ def _pages(leaves: Leaves) -> dict[int, int]:
     return out
 
 
+def _pages_in(spans: Iterable[Span]) -> Iterator[int]:
+    return (ipa for start, end in spans for ipa in range(start, end, _PAGE))
+
+
 def _extent(item: tuple[int, tuple[int, int]]) -> Span:
     ipa, (level, _) = item
     return ipa, ipa + (1 << KIB4.level_shift(level))
@@ -261,5 +319,19 @@ def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
     return [(part[0], part[0] + part[1]) for part in found if part]
 
 
-def _meets(page: Span, spans: list[Span]) -> bool:
-    return any(page[0] < end and start < page[1] for start, end in spans)
+class _Spans:
+    """A set of addresses, asked many times."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._merged: list[Span] = []
+        for start, end in sorted(spans):
+            if self._merged and start <= self._merged[-1][1]:
+                before = self._merged.pop()
+                start, end = before[0], max(before[1], end)
+            self._merged.append((start, end))
+        self._starts = [start for start, _ in self._merged]
+
+    def meets(self, start: int, end: int) -> bool:
+        """Whether any of ``[start, end)`` is in it."""
+        last = bisect_left(self._starts, end) - 1
+        return last >= 0 and self._merged[last][1] > start

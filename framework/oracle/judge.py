@@ -2,8 +2,8 @@
 
 The contract, leaf by leaf: it points at the frame that the host's own page table holds for that
 address; it grants no more than memslot, host mapping and dirty log allow; its memory type fits what
-is there; it lies in a memslot (what KVM maps for itself, a GICv2's CPU interface, is not among the VMs
-of this lab yet). And of the tables: each page has one use and no guest can reach it.
+is there; it lies in a memslot, or is the board's device that a window of the VM shows. And of the tables:
+each page has one use and no guest can reach it.
 
 Sources: Documentation/virt/kvm/api.txt (KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG),
 Documentation/vm/mmu_notifier.rst, virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c (6.1).
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from framework.model import descriptors as d
 from framework.model.granule import KIB4
-from framework.model.memslots import Memslot, covering
+from framework.model.memslots import Memslot, Window, covering
 from framework.model.sweep import Leaves, Memory, Tables
 
 from .stage2 import permissions
@@ -78,6 +79,16 @@ class Case:
     host_writable: np.ndarray  #: bool a page: the host maps it writable
     written: np.ndarray  #: bool a page: a guest was told to write it since the last dirty log
     ram: Memory
+    windows: Sequence[Window] = ()  #: the board's devices that KVM maps for the VM
+
+    @cached_property
+    def _device(self) -> np.ndarray:
+        """Which pages are what a window shows (bool array): there a memslot does not count."""
+        found = np.zeros(len(self.view.ipa), dtype=bool)
+        for window in self.windows:
+            offset = self.view.ipa - np.uint64(window.ipa)  # wraps for what lies before
+            found |= (offset < np.uint64(window.size)) & (self.view.pa == np.uint64(window.pa) + offset)
+        return found
 
     def findings(self) -> list[Finding]:
         """All that is wrong with this VM's own leaves."""
@@ -92,15 +103,16 @@ class Case:
     # -- one rule each: a mask of bad pages, and words for the first page of each run --------------------
 
     def _outside(self) -> list[Finding]:
-        return self._ranges(Kind.OUTSIDE_MEMSLOTS, self.view.slot < 0, lambda i: "nothing mapped: no memslot here")
+        bad = (self.view.slot < 0) & ~self._device
+        return self._ranges(Kind.OUTSIDE_MEMSLOTS, bad, lambda i: "nothing mapped: no memslot here")
 
     def _wrong_frame(self) -> list[Finding]:
-        bad = (self.view.slot >= 0) & (self.view.host_pa & ~_OFFSET != self.view.pa)
+        bad = (self.view.slot >= 0) & ~self._device & (self.view.host_pa & ~_OFFSET != self.view.pa)
         return self._ranges(Kind.WRONG_FRAME, bad, self._host_words)
 
     def _excess(self) -> list[Finding]:
         view, desc = self.view, self.tables.leaves.desc[self.view.leaf]
-        inside = (view.slot >= 0) & (view.host_desc != 0)
+        inside = (view.slot >= 0) & (view.host_desc != 0) & ~self._device
         writable = inside & d.s2_writable(desc)
         out = []
         for flag, why in (("readonly", "the memslot is read-only"), ("logging", "clean in the dirty log")):
@@ -111,7 +123,7 @@ class Case:
         out += self._ranges(Kind.EXCESS_PERMISSION, bad, lambda i: f"not writable: {self._host_words(i)}")
         fmt = self.tables.regime.format
         executable = d.s2_executable(desc, fmt=fmt) | d.s2_executable(desc, el0=True, fmt=fmt)
-        bad = inside & ~self.ram.backed(view.pa) & executable
+        bad = (inside | self._device) & ~self.ram.backed(view.pa) & executable
         return out + self._ranges(Kind.EXCESS_PERMISSION, bad, lambda i: "not executable: a device")
 
     def _memory_type(self) -> list[Finding]:

@@ -80,6 +80,7 @@ class Oracle:
         return judge.Case(
             tables=own,
             slots=slots,
+            windows=vm.windows,
             view=view,
             host_writable=self._writable(view.host_desc),
             written=vm.written.pages(view.ipa, np.full(len(view.ipa), page)),

@@ -26,6 +26,6 @@ def parse(text: str) -> list[Event]:
     """The events of a trace file (Documentation/trace/ftrace.rst), in order."""
     events = []
     for match in filter(None, map(_LINE.match, text.splitlines())):
-        fields = {key: int(value, 0) for key, value in _FIELD.findall(match["text"])}
+        fields = {key: int(value, 16 if value[:2] == "0x" else 10) for key, value in _FIELD.findall(match["text"])}
         events.append(Event(match["name"], int(match["cpu"]), float(match["time"]), match["text"], fields))
     return events

@@ -17,6 +17,14 @@ class Kind(Enum):
     WRONG_MEMORY_TYPE = "wrong-memory-type"  #: RAM not mapped as normal memory, or a device mapped as such
     SHARED_TABLE = "shared-table"  #: a table page used twice, or reachable by a guest
     MALFORMED_ENTRY = "malformed-entry"  #: an entry the architecture gives no meaning
+    STALE = "stale"  #: after an operation of the host, a leaf still maps the frame it took away
+    WRITABLE = "writable"  #: ... is still writable
+    ALTERED = "altered"  #: ... was changed though nobody was told
+    APPEARED = "appeared"  #: ... is there though no guest had asked
+    LOST = "lost"  #: ... is gone beyond what the notifiers may take
+    NOT_MAPPED = "not-mapped"  #: change_pte did not map the new frame
+    NOT_TOLD = "not-told"  #: the notifier was not called for a mapped page
+    TOLD = "told"  #: the notifier was called where nothing is owed
     KERNEL_SPLAT = "kernel-splat"  #: BUG, WARNING, lockdep, RCU stall in the host's kernel log
 
 

@@ -4,7 +4,7 @@ virt/kvm/arm/mmu.c (5.4) fault_supports_stage2_huge_mapping, transparent_hugepag
 IPA and HVA congruent modulo 2 MiB and a memslot that contains all of it (6794ad5443a2, a80868f39837).
 """
 
-from framework.host.vm import BLOCK, PAGE, Advice, Prot
+from framework.host.memory import BLOCK, PAGE, Advice, Prot
 from framework.model.memslots import SlotFlags
 
 IPA = 0x8000_0000

@@ -118,7 +118,10 @@ def _unpacked_module(path: Path) -> bytes:
 
 
 def _copy_modules(root: Path, wanted: list[str], out: Path) -> list[str]:
-    """Copy the wanted modules and what they depend on; their file names in load order."""
+    """Copy the wanted modules and what they depend on; their file names in load order.
+
+    One whose name ends in "?" may be missing.
+    """
     home = _module_root(root)
     files = {m["name"].replace("-", "_"): p for p in home.rglob("*.ko*") if (m := _MODULE.match(p.name))}
     builtin_list = next(iter(home.glob("*/modules.builtin")), None)
@@ -142,5 +145,6 @@ def _copy_modules(root: Path, wanted: list[str], out: Path) -> list[str]:
         order.append(f"{name}.ko")
 
     for name in wanted:
-        load(name)
+        if not name.endswith("?") or name[:-1] in files:
+            load(name.rstrip("?"))
     return order

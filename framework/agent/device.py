@@ -1,0 +1,42 @@
+"""KVM devices: made, and told what they shall be (Documentation/virt/kvm/devices; include/uapi/linux/kvm.h)."""
+
+import ctypes
+import os
+import struct
+
+from .kvm import ioctl
+
+_CREATE_DEVICE = 0xC00CAEE0
+_IRQ_LINE = 0x4008AE61
+_SET_ATTR = 0x4018AEE1
+_GET_ATTR = 0x4018AEE2
+
+
+class Device:
+    """One KVM device of a VM; its file descriptor keeps the VM alive."""
+
+    def __init__(self, vm_fd, kind):
+        made = bytearray(struct.pack("<III", kind, 0, 0))
+        ioctl("KVM_CREATE_DEVICE", vm_fd, _CREATE_DEVICE, made)
+        self.fd = struct.unpack("<III", made)[1]
+
+    def set(self, group, attribute, value):
+        """Set an attribute to a 64-bit value."""
+        buffer = ctypes.create_string_buffer(struct.pack("<Q", value))
+        self._attribute("KVM_SET_DEVICE_ATTR", _SET_ATTR, group, attribute, buffer)
+
+    def get(self, group, attribute):
+        buffer = ctypes.create_string_buffer(8)
+        self._attribute("KVM_GET_DEVICE_ATTR", _GET_ATTR, group, attribute, buffer)
+        return int.from_bytes(buffer.raw[:8], "little")
+
+    def _attribute(self, call, request, group, attribute, buffer):
+        address = ctypes.addressof(buffer)
+        ioctl(call, self.fd, request, struct.pack("<IIQQ", 0, group, attribute, address))
+
+    def close(self):
+        os.close(self.fd)
+
+
+def irq_line(vm_fd, irq, level):
+    ioctl("KVM_IRQ_LINE", vm_fd, _IRQ_LINE, struct.pack("<II", irq, level))

@@ -1,0 +1,39 @@
+"""Kernel samepage merging, driven by hand (Documentation/admin-guide/mm/ksm): ksmd runs only while a pass is wanted."""
+
+import time
+
+_HOME = "/sys/kernel/mm/ksm"
+_PATIENCE = 10.0
+#: A page is merged when it was seen unchanged in one pass and finds its like in the next.
+_PASSES = 3
+
+
+def _set(name, value):
+    with open(f"{_HOME}/{name}", "w") as f:
+        f.write(str(value))
+
+
+def _get(name):
+    with open(f"{_HOME}/{name}") as f:
+        return int(f.read())
+
+
+def merge() -> None:
+    """Merge what can be merged of the memory that was advised MERGEABLE. OSError when ksmd makes no progress."""
+    _set("pages_to_scan", 100_000)
+    _set("sleep_millisecs", 0)
+    until, patience = _get("full_scans") + _PASSES, time.monotonic() + _PATIENCE
+    _set("run", 1)
+    try:
+        while _get("full_scans") < until:
+            if time.monotonic() > patience:
+                raise OSError(110, "Connection timed out", "ksmd")
+            time.sleep(0.002)
+    finally:
+        _set("run", 0)
+
+
+def unmerge() -> None:
+    """Give every merged page a copy of its own again."""
+    _set("run", 2)
+    _set("run", 0)

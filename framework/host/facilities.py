@@ -1,0 +1,74 @@
+"""What the memory management of a host can be given for a while: swap, a file system, a memory cgroup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .host import Host
+
+_CGROUPS = "/sys/fs/cgroup"
+_GROUP = f"{_CGROUPS}/arm-kvm"
+
+
+@contextmanager
+def _zram(host: Host, size: int) -> Iterator[str]:
+    """A disk of this many bytes in compressed memory, /dev/zramN."""
+    number = host.ssh.run("cat /sys/class/zram-control/hot_add").strip()
+    try:
+        host.ssh.run(f"echo {size} > /sys/block/zram{number}/disksize")
+        yield f"/dev/zram{number}"
+    finally:
+        host.ssh.run(f"echo 1 > /sys/block/zram{number}/reset; echo {number} > /sys/class/zram-control/hot_remove")
+
+
+@contextmanager
+def swap(host: Host, size: int = 64 << 20) -> Iterator[None]:
+    """Within the block the host can swap."""
+    with _zram(host, size) as disk:
+        host.ssh.run(f"mkswap {disk} >/dev/null && swapon {disk}")
+        try:
+            yield
+        finally:
+            host.ssh.run(f"swapoff {disk}")
+
+
+@contextmanager
+def filesystem(host: Host, size: int = 32 << 20) -> Iterator[str]:
+    """A folder on a file system that writes back and evicts, unlike the host's root, which is memory."""
+    folder = "/run/disk"
+    with _zram(host, size) as disk:
+        host.ssh.run(f"mke2fs -b 4096 -F {disk} >/dev/null 2>&1 && mkdir -p {folder} && mount -t ext2 {disk} {folder}")
+        try:
+            yield folder
+        finally:
+            host.ssh.run(f"umount {folder}")
+
+
+class MemoryCgroup:
+    """A memory cgroup that holds the VMM: what it touches first from now on is charged there."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def usage(self) -> int:
+        """Bytes charged."""
+        return int(self._host.ssh.run(f"cat {_GROUP}/memory.current"))
+
+    def reclaim(self, size: int) -> None:
+        """Have the kernel take about this many bytes back, by a limit below the usage (memory.high)."""
+        limit = max(0, self.usage() - size)
+        self._host.ssh.run(f"echo {limit} > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high")
+
+
+@contextmanager
+def memory_cgroup(host: Host) -> Iterator[MemoryCgroup]:
+    """Within the block the VMM is in a memory cgroup of its own (cgroup v2)."""
+    mounted = f"mountpoint -q {_CGROUPS} || mount -t cgroup2 none {_CGROUPS}"
+    host.ssh.run(f"{mounted}; echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_GROUP}")
+    pid = host.agent.hello["pid"]
+    host.ssh.run(f"echo {pid} > {_GROUP}/cgroup.procs")
+    try:
+        yield MemoryCgroup(host)
+    finally:
+        host.ssh.run(f"echo {pid} > {_CGROUPS}/cgroup.procs; rmdir {_GROUP}")

@@ -1,0 +1,131 @@
+"""An operation of the host, witnessed: stage 2 before it and after it, and what the kernel traced of its notifiers.
+
+The reference model (framework/model/notifier.py) says what the operation owes; this holds the kernel to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from framework.host.host import Host
+from framework.host.memory import Memory
+from framework.host.vm import Vm
+from framework.model import notifier
+from framework.model.memslots import Memslot
+from framework.model.notifier import Call, Leaves, Notice, Operation, Span, Told
+
+from . import trace
+from .oracle import Oracle
+from .stage2 import Stage2
+from .verdicts import Finding, Kind, Violation
+
+_PAGE = 0x1000
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+def calls_in(text: str) -> list[tuple[Call, Span]]:
+    """The notifier calls in the text of a trace, with the HVA range ``[start, end)`` that each names."""
+    calls = {call.value: call for call in Call}
+    found = []
+    for event in trace.parse(text):
+        if event.name in calls:
+            start, *end = (int(word, 16) for word in _ADDRESS.findall(event.text))
+            found.append((calls[event.name], (start, end[0] if end else start + _PAGE)))
+    return found
+
+
+@dataclass
+class Testimony:
+    """What was seen of one operation: stage 2 of each VM before and after, and the notifier calls in order."""
+
+    before: dict[int, Stage2] = field(default_factory=dict)
+    after: dict[int, Stage2] = field(default_factory=dict)
+    calls: list[tuple[Call, Span]] = field(default_factory=list)
+
+    def count(self, call: Call) -> int:
+        return sum(c is call for c, _ in self.calls)
+
+
+class Witness:
+    """Witnesses operations on one host."""
+
+    def __init__(self, oracle: Oracle, host: Host) -> None:
+        self._oracle = oracle
+        self._host = host
+        self._kernel = host.kernel_version
+
+    @contextmanager
+    def __call__(
+        self, operation: Operation, memory: Memory, offset: int = 0, size: int | None = None, *, exact: bool = True
+    ) -> Iterator[Testimony]:
+        """Within the block the host does this to ``[offset, offset + size)`` of the memory, and no guest runs.
+
+        Afterwards every VM that has run is compared with what the model demands and allows. Raises Violation. With
+        guests running (``exact`` false) only safety and the trace are judged.
+        """
+        notices = self._notices(operation, memory, offset, memory.size - offset if size is None else size)
+        vms = [vm for vm in self._host.vms if vm.alive and any(guest.entered for guest in vm.guests)]
+        seen = Testimony(before=self._look(vms))
+        with self._tracing(seen):
+            yield seen
+        seen.after = self._look(vms)
+        findings = [f for vm in vms for f in self._compare(vm, notices, seen, exact)]
+        if findings:
+            raise Violation(f"{operation.value}: the notifiers did not do what they owe", findings)
+
+    @contextmanager
+    def _tracing(self, seen: Testimony) -> Iterator[None]:
+        agent = self._host.agent
+        agent("trace_start", events=[f"kvm:{call.value}" for call in Call])
+        text = b""
+        try:
+            yield
+        finally:
+            text = agent("trace_stop")
+            seen.calls = calls_in((text or b"").decode())
+
+    def _look(self, vms: list[Vm]) -> dict[int, Stage2]:
+        """Stage 2 of each VM; safety is judged here. Raises Violation."""
+        looks = self._oracle.examine(*vms) if vms else []
+        if findings := [f for _, found in looks for f in found]:
+            raise Violation("stage 2 breaks the contract", findings)
+        return {vm.id: stage2 for vm, (stage2, _) in zip(vms, looks, strict=True)}
+
+    def _notices(self, operation: Operation, memory: Memory, offset: int, size: int) -> list[Notice]:
+        """What is announced. A fork tells of every private mapping of the process."""
+        start, end = memory.hva + offset, memory.hva + offset + size
+        vmas = [tuple(span) for span in self._host.agent("memory_vmas", private=operation is Operation.FORK)]
+        if notifier.RULES[operation].told is Told.VMA:
+            return [Notice(operation, *vma, vma, self._kernel) for vma in vmas]
+        own = [vma for vma in vmas if vma[0] <= start < vma[1]]
+        vma = (min(own[0][0], start), max(own[0][1], end)) if own else (start, end)
+        return [Notice(operation, start, end, vma, self._kernel)]
+
+    def _compare(self, vm: Vm, notices: list[Notice], seen: Testimony, exact: bool) -> Iterator[Finding]:
+        slots = tuple(vm.slots.values())
+        before, after = leaves_of(seen.before[vm.id]), leaves_of(seen.after[vm.id])
+        broken = notifier.unheard(notices, slots, before, seen.calls)
+        if exact:
+            broken += notifier.violations(notices, slots, before, after)
+        else:
+            broken = [b for b in broken if b.breach is not notifier.Breach.TOLD]  # guests have their own reasons
+        yield from _findings(broken, slots, seen.before[vm.id], seen.after[vm.id])
+
+
+def leaves_of(stage2: Stage2) -> Leaves:
+    """A table as the model compares it."""
+    leaves = stage2.leaves
+    rows = zip(leaves.ia.tolist(), leaves.level.tolist(), leaves.desc.tolist(), strict=True)
+    return {ipa: (level, desc) for ipa, level, desc in rows}
+
+
+def _findings(
+    broken: Iterable[notifier.Violation], slots: tuple[Memslot, ...], before: Stage2, after: Stage2
+) -> Iterator[Finding]:
+    for violation in broken:  # a report shows the first few
+        was, now = before.leaf(violation.ipa), after.leaf(violation.ipa)
+        expected = f"not this: {violation.breach.value} (before: {was or 'nothing mapped'})"
+        yield Finding(Kind[violation.breach.name], violation.ipa, _PAGE, expected, str(now or "nothing mapped"))

@@ -1,0 +1,231 @@
+"""The GICv2's CPU interface in the guest: the board's own registers, mapped by KVM at the first run.
+
+virt/kvm/arm/vgic/vgic-v2.c vgic_v2_map_resources, virt/kvm/arm/mmu.c (5.4) kvm_phys_addr_ioremap: two pages, whatever
+their place, device memory, read-write, never executable.
+"""
+
+import pytest
+
+from framework.guest.isa import GuestException
+from framework.host.memory import BLOCK, PAGE, Advice, Child
+from framework.host.vgic import (
+    CPU_INTERFACE_SIZE,
+    GICC_CTLR,
+    GICC_EOIR,
+    GICC_IAR,
+    GICC_IIDR,
+    GICC_PMR,
+    GICD_CTLR,
+    GICD_ICFGR,
+    GICD_ISENABLER,
+    GICD_TYPER,
+    NOTHING_PENDING,
+    Frame,
+    gicv_of,
+)
+from framework.host.vm import Mmio
+from framework.model.memslots import SlotFlags
+
+GICD, GICC = 0x2C00_1000, 0x2C00_2000
+SPI = 40
+DEVICE_NGNRE = 0b0001
+
+
+@pytest.fixture
+def vgic(vm, make_vgic):
+    """A GICv2 with its frames at GICD and GICC; the VM has not run."""
+    vgic = make_vgic(vm)
+    vgic.place(Frame.DISTRIBUTOR, GICD)
+    vgic.place(Frame.CPU_INTERFACE, GICC)
+    return vgic
+
+
+def mapped(stage2, vm, ipa=GICC):
+    return stage2(vm).mapped(ipa, CPU_INTERFACE_SIZE)
+
+
+def switch_on(guest, spi=SPI):
+    """What a guest's driver does first: enable the distributor, one interrupt, and its own interface."""
+    guest.write(GICD + GICD_ISENABLER + 4 * (spi // 32), 1 << spi % 32)
+    guest.write(GICD + GICD_CTLR, 1)
+    guest.write(GICC + GICC_PMR, 0xFF)
+    guest.write(GICC + GICC_CTLR, 1)
+
+
+# -- where it is, and what it is -------------------------------------------------------------------------------
+
+
+def test_mapped_at_the_first_run(vm, vgic, stage2, host):
+    """Both pages, at the place that was chosen, of the board's GICV, without a fault."""
+    vm.guest.ping()
+    tables, gicv = stage2(vm), gicv_of(host)
+    assert mapped(stage2, vm) == [GICC, GICC + PAGE]
+    for offset in (0, PAGE):
+        leaf = tables.leaf(GICC + offset)
+        assert leaf.pa == gicv + offset and leaf.level == 3
+        assert leaf.readable and leaf.writable and not leaf.executable
+        assert leaf.memattr == DEVICE_NGNRE
+
+
+def test_distributor_is_not_mapped(vm, vgic, stage2):
+    """It is emulated: every access is a trap, and none reaches user space."""
+    assert vm.guest.read(GICD + GICD_TYPER) & 0x1F == 7  # 256 interrupts
+    assert stage2(vm).leaf(GICD) is None
+    assert vm.exits == []
+
+
+@pytest.mark.parametrize("ipa", [0, BLOCK - PAGE, 0x7FFF_F000, 0xFFFF_0000], ids=hex)
+def test_any_page_will_do(vm, make_vgic, stage2, ipa):
+    """The last page of a table and the first of the next, too."""
+    vgic = make_vgic(vm)
+    vgic.place(Frame.DISTRIBUTOR, GICD)
+    vgic.place(Frame.CPU_INTERFACE, ipa)
+    vm.guest.ping()
+    assert mapped(stage2, vm, ipa) == [ipa, ipa + PAGE]
+
+
+def test_all_vcpus_share_the_mapping(make_vm, make_vgic, stage2):
+    """One mapping for all: which vCPU's registers it shows, the board decides by CPU."""
+    vm = make_vm(vcpus=2)
+    vgic = make_vgic(vm)
+    vgic.place(Frame.DISTRIBUTOR, GICD)
+    vgic.place(Frame.CPU_INTERFACE, GICC)
+    assert vm.guests[0].read(GICC + GICC_IIDR) == vm.guests[1].read(GICC + GICC_IIDR)
+    assert mapped(stage2, vm) == [GICC, GICC + PAGE]
+
+
+def test_every_vm_has_its_own(make_vm, make_vgic, stage2):
+    """Two VMs, two places, the same frames."""
+    for place in (GICC, GICC + 0x10_0000):
+        vm = make_vm()
+        vgic = make_vgic(vm)
+        vgic.place(Frame.DISTRIBUTOR, GICD)
+        vgic.place(Frame.CPU_INTERFACE, place)
+        vm.guest.ping()
+        assert mapped(stage2, vm, place) == [place, place + PAGE]
+
+
+# -- the guest drives it -----------------------------------------------------------------------------------------
+
+
+def test_identification_register(vm, vgic):
+    """GICC_IIDR of QEMU's GICv2: revision 2, implementer Arm. No exit to user space."""
+    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    assert vm.exits == []
+
+
+def test_registers_are_registers_and_not_memory(vm, vgic):
+    """GICC_PMR keeps five bits of priority of what is written to it."""
+    vm.guest.write(GICC + GICC_PMR, 0xFF)
+    assert vm.guest.read(GICC + GICC_PMR) == 0xF8
+    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+
+
+def test_injected_interrupt_is_acknowledged(vm, vgic, stage2):
+    switch_on(vm.guest)
+    vgic.line(SPI, 1)
+    assert vm.guest.read(GICC + GICC_IAR) == SPI
+    vm.guest.write(GICC + GICC_EOIR, SPI)
+    vgic.line(SPI, 0)
+    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+    stage2(vm)
+
+
+def test_injected_interrupt_is_taken(vm, vgic):
+    """The guest sleeps in WFI; the interrupt's exception wakes it."""
+    switch_on(vm.guest)
+    vm.guest.await_interrupt(GICC)
+    vgic.line(SPI, 1)
+    assert vm.guest.interrupt_taken() == SPI
+
+
+def test_level_comes_again_until_it_is_lowered(vm, vgic):
+    vm.guest.write(GICD + GICD_ICFGR + 4 * (SPI // 16), 0)
+    switch_on(vm.guest)
+    vgic.line(SPI, 1)
+    for _ in range(3):
+        vm.guest.await_interrupt(GICC)
+        assert vm.guest.interrupt_taken() == SPI
+    vgic.line(SPI, 0)
+    vm.guest.ping()
+    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+
+
+def test_execution_from_it_is_refused(vm, vgic):
+    """An instruction fetch from a device: the guest gets the abort, the host stays as it is."""
+    vm.guest.ping()
+    with pytest.raises(GuestException):
+        vm.guest.execute(GICC)
+    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+
+
+# -- memslots at the same place ------------------------------------------------------------------------------------
+# No version forbids them, and nothing maps the interface again once its mapping is gone (vgic_ready).
+
+
+@pytest.fixture(params=["before the first run", "after it"])
+def covered(request, vm, vgic):
+    """A memslot of RAM over the CPU interface."""
+    if request.param == "after it":
+        vm.guest.ping()
+    return vm.add_memory(GICC & -BLOCK, BLOCK)
+
+
+def test_a_memslot_does_not_hide_it(vm, covered, stage2):
+    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    assert mapped(stage2, vm) == [GICC, GICC + PAGE]
+    assert covered.read(GICC % BLOCK, 4) == bytes(4)
+
+
+def test_deleting_the_memslot_takes_it_away(vm, covered, stage2):
+    vm.guest.ping()
+    vm.delete_slot(GICC)
+    assert mapped(stage2, vm) == []
+    vm.guest.read(GICC + GICC_IIDR)
+    assert vm.exits == [Mmio(ipa=GICC + GICC_IIDR, size=4, write=False)]
+
+
+def test_dropping_the_memslots_pages_takes_it_away(vm, covered, stage2):
+    """The notifier unmaps IPAs, whatever is there; then the guest sees the memslot's RAM."""
+    vm.guest.ping()
+    covered.advise(Advice.DONTNEED)
+    assert mapped(stage2, vm) == []
+    assert vm.guest.read(GICC + GICC_IIDR) == 0
+    assert stage2(vm).leaf(GICC).pa == covered.frame(GICC % BLOCK)
+
+
+def test_fork_takes_it_away_with_the_memslots_pages(vm, covered, stage2, host):
+    covered.write(0, b"x")  # a private mapping without pages of its own is not copied
+    vm.guest.ping()
+    Child(host.agent).end()
+    assert mapped(stage2, vm) == []
+
+
+def test_unmapped_memory_elsewhere_leaves_it_alone(vm, vgic, stage2):
+    memory = vm.add_memory(GICC - BLOCK, BLOCK - 0x2000)
+    vm.guest.fill(GICC - BLOCK, 16)
+    memory.advise(Advice.DONTNEED)
+    vm.delete_slot(GICC - BLOCK)
+    assert mapped(stage2, vm) == [GICC, GICC + PAGE]
+    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+
+
+def test_dirty_logging_of_the_memslot(vm, covered, stage2):
+    """Write protection reaches the interface, too; the guest's next store gets through all the same."""
+    vm.guest.ping()
+    vm.set_flags(GICC & -BLOCK, SlotFlags.LOG_DIRTY_PAGES)
+    assert all(not stage2(vm).leaf(ipa).writable for ipa in mapped(stage2, vm))
+    vm.guest.write(GICC + GICC_PMR, 0xFF)
+    assert vm.guest.read(GICC + GICC_PMR) in (0xF8, 0xFF)  # 5.4: RAM from now on; since 5.10 still the device
+    stage2(vm)
+
+
+def test_vm_that_never_ran(vm, vgic):
+    """Nothing was mapped, nothing is to be given back."""
+    vm.destroy()
+
+
+def test_no_vgic_no_mapping(vm, stage2):
+    vm.guest.read(GICC + GICC_IIDR)
+    assert vm.exits == [Mmio(ipa=GICC + GICC_IIDR, size=4, write=False)]
+    assert mapped(stage2, vm) == []

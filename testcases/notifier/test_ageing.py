@@ -1,0 +1,87 @@
+"""Ageing: the host asks whether a page was used, and clears the accessed flag, in stage 2, too.
+
+mm/page_idle.c (clear_young), mm/rmap.c page_referenced (clear_flush_young), virt/kvm/arm/mmu.c kvm_age_hva. Nothing may
+be unmapped or lose a right; a guest's access must set the flag again, and the host must learn of it (cf2d23e0bac9).
+"""
+
+import pytest
+
+from framework.host.memory import PAGE, Advice
+from framework.model import descriptors as d
+from framework.model.notifier import Call, Operation
+
+IPA = 0x8000_0000
+pytestmark = pytest.mark.native
+idle = pytest.mark.needs("idle-tracking")
+
+
+def young(scene, page):
+    return bool(d.AF.of(scene.leaf(page).desc))
+
+
+@idle
+def test_marking_idle_clears_the_access_flag(scene):
+    with scene.host_does(Operation.AGE, 8, 16):
+        scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
+    if not scene.busy:
+        assert not any(young(scene, page) for page in range(8, 24))
+        assert young(scene, 7) and young(scene, 24)
+    scene.settle()
+
+
+@idle
+def test_the_guests_access_is_seen(scene):
+    scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
+    if scene.busy:
+        with scene.guests_at_work():
+            pass
+        assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [False] * 16
+        scene.settle()
+        return
+    assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [True] * 16
+    scene.vm.guest.read(IPA + 8 * PAGE)
+    scene.vm.guest.write(IPA + 9 * PAGE, 1)
+    assert young(scene, 8) and young(scene, 9) and not young(scene, 10)
+    assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [False] * 2 + [True] * 14
+
+
+@idle
+def test_ageing_costs_a_fault_and_no_more(scene, trace):
+    """The next access sets the flag: no translation fault, nothing mapped anew."""
+    if scene.busy:
+        with scene.guests_at_work():
+            for _ in range(8):
+                scene.memory.mark_idle()
+        scene.settle()
+        return
+    leaf = scene.leaf(8)
+    scene.memory.mark_idle(8 * PAGE, PAGE)
+    scene.vm.guest.read(IPA + 8 * PAGE)
+    assert scene.leaf(8) == leaf
+
+
+def test_reclaim_ages_first(scene, host, swap):
+    """Up to 6.8 MADV_PAGEOUT asks whether a page was used before it takes it: clear_flush_young."""
+    if host.kernel_version >= (6, 9):
+        pytest.skip("since 6.9 MADV_PAGEOUT does not ask (mm/vmscan.c reclaim_folio_list, ignore_references)")
+    host.agent("memory_drain")
+    with scene.host_does(Operation.AGE, 8, 16):
+        scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
+    if not scene.busy:
+        assert not any(young(scene, page) for page in range(8, 24))
+        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+        assert young(scene, 8) and not young(scene, 9)
+    scene.settle()
+
+
+def test_reclaim_asks_before_it_takes(scene, cgroup, swap, trace):
+    """A memory cgroup under pressure: pages are aged first, then taken; no store is lost."""
+    more = scene.vm.memory(4 << 20)  # of the cgroup: what the scene has was charged before
+    more.write(0, bytes(4 << 20))
+    scene.vm.add_memory(IPA + (1 << 24), 4 << 20, memory=more)
+    scene.vm.guest.fill(IPA + (1 << 24), 1024)
+    with scene.hammering_if_busy(), trace(f"kvm:{Call.AGE.value}", f"kvm:{Call.UNMAP.value}") as events:
+        cgroup.reclaim(2 << 20)
+    assert {Call(event.name) for event in events} == {Call.AGE, Call.UNMAP}
+    assert scene.vm.guest.check(IPA + (1 << 24), 1024) == []
+    scene.settle()

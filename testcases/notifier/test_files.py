@@ -1,0 +1,95 @@
+"""Guest memory that is a file: memfd, and a file on a file system whose pages are written back and evicted.
+
+mm/shmem.c shmem_fallocate, mm/memory.c unmap_mapping_range, mm/truncate.c; reclaim of file pages: mm/rmap.c
+try_to_unmap_one. Beyond the end of a file there is no memory: KVM_RUN answers EFAULT, as a load would get SIGBUS.
+"""
+
+import pytest
+
+from framework.guest.driver import RunFailed
+from framework.host.memory import BLOCK, PAGE, File
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+SIZE = 64 * PAGE
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def file(host):
+    """A memfd of the scene's size."""
+    file = File(host.agent, SIZE)
+    yield file
+    file.close()
+
+
+@pytest.fixture
+def file_on_disk(host, disk):
+    """A file of the scene's size on a file system. No VM may have it when the disk goes."""
+    file = File(host.agent, SIZE, f"{disk}/guest")
+    yield file
+    host.reset()
+    file.close()
+
+
+@pytest.fixture
+def scene(make_scene, file):
+    """64 pages of a memfd, shared."""
+    return make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file))
+
+
+def test_punched_hole(scene, file):
+    with scene.host_does(Operation.PUNCH_HOLE, 8, 16):
+        file.punch_hole(8 * PAGE, 16 * PAGE)
+    if not scene.busy:
+        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
+    scene.settle(lost=range(8, 24))
+
+
+def test_hole_of_parts_of_pages(scene, file):
+    """Only the whole page goes; the rest is cleared where it is."""
+    with scene.host_does(Operation.PUNCH_HOLE, 9, 1):
+        file.punch_hole(8 * PAGE + 0x800, 2 * PAGE)
+    scene.settle(lost=[9, 10])
+
+
+def test_truncated_and_grown_again(scene, file):
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.TRUNCATE, 32, 32):
+            file.truncate(32 * PAGE)
+        if not scene.busy:
+            with pytest.raises(RunFailed):
+                scene.vm.guest.read(IPA + 32 * PAGE)
+        file.truncate(SIZE)
+    scene.settle(lost=range(32, 64))
+
+
+def test_two_mappings_of_one_file(scene, file):
+    """The VMM's other mapping of the file and the guest see each other's stores, also after a hole."""
+    other = scene.vm.memory(SIZE, shared=True, file=file)
+    other.write(3 * PAGE + 0x800, b"\xfe\xca\0\0")
+    assert scene.vm.guest.read(IPA + 3 * PAGE + 0x800) == 0xCAFE
+    with scene.host_does(Operation.PUNCH_HOLE, 3, 1):
+        file.punch_hole(3 * PAGE, PAGE)
+    scene.vm.guest.write(IPA + 3 * PAGE + 0x800, 0xBEEF)
+    assert other.read(3 * PAGE + 0x800, 2) == b"\xef\xbe"
+    scene.settle(lost=[3])
+
+
+def test_private_mapping_of_a_file(make_scene, file):
+    """A private page is the VMM's own once it was written: a hole in the file must not take it."""
+    scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, file=file))
+    with scene.host_does(Operation.PUNCH_HOLE, 8, 16):
+        file.punch_hole(8 * PAGE, 16 * PAGE)
+    scene.settle()
+
+
+def test_page_cache_eviction(make_scene, file_on_disk):
+    """Pages that were written back are evicted and read again from the disk."""
+    scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
+    file_on_disk.sync()
+    scene.page_out(Operation.FILE_OUT, 8, 16)
+    if not scene.busy:
+        assert not scene.memory.frames(8 * PAGE, 16 * PAGE).any()
+        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    scene.settle()

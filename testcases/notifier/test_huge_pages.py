@@ -1,0 +1,93 @@
+"""Blocks: transparent huge pages that are split and made, and hugetlbfs.
+
+mm/huge_memory.c __split_huge_pmd tells of the aligned 2 MiB, whoever asked for how little; khugepaged.c
+collapse_huge_page moves 512 pages into one. A block must never map what is no longer one huge page (127393fbe597).
+"""
+
+import pytest
+
+from framework.host.memory import BLOCK, PAGE, Advice, Prot
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+IN_A_BLOCK = BLOCK // PAGE
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def huge(make_scene):
+    """Two transparent huge pages, each mapped by a block."""
+
+    def memory(vm):
+        memory = vm.memory(2 * BLOCK, align=BLOCK)
+        memory.advise(Advice.HUGEPAGE)
+        return memory
+
+    scene = make_scene(memory=memory)
+    assert scene.leaf(0).is_block and scene.leaf(IN_A_BLOCK).is_block
+    return scene
+
+
+def test_dontneed_of_a_page_in_a_block(huge):
+    with huge.host_does(Operation.DONTNEED, 5, 1):
+        huge.memory.advise(Advice.DONTNEED, 5 * PAGE, PAGE)
+    if not huge.busy:
+        assert huge.vm.guest.read(IPA + 5 * PAGE) == 0
+        assert not huge.leaf(5).is_block and huge.leaf(IN_A_BLOCK).is_block
+    huge.settle(lost=[5])
+
+
+def test_protecting_a_page_in_a_block(huge):
+    with huge.hammering_if_busy():
+        with huge.host_does(Operation.MPROTECT_READ, 9, 1):
+            huge.memory.protect(Prot.READ, 9 * PAGE, PAGE)
+        with huge.host_does(Operation.MPROTECT_WIDER, 9, 1):
+            huge.memory.protect(Prot.READ_WRITE, 9 * PAGE, PAGE)
+    huge.settle()
+
+
+def test_split_by_moving_a_page(huge):
+    """mremap of one page splits the block; its neighbours stay what and where they were."""
+    elsewhere = huge.vm.memory(PAGE)
+    page = huge.memory.part(7 * PAGE, PAGE)
+    with huge.hammering_if_busy():
+        with huge.host_does(Operation.MREMAP, 7, 1):
+            page.move(elsewhere)
+        elsewhere.move(page)
+    elsewhere.replace()
+    huge.settle()
+
+
+def test_split_of_the_page_itself(huge, host):
+    """debugfs split_huge_pages: the frame is no longer one, and no block may map it."""
+    host.agent("memory_drain")  # a page that waits for the LRU is in use
+    with huge.host_does(Operation.THP_SPLIT_PAGE):
+        host.ssh.run("echo 1 > /sys/kernel/debug/split_huge_pages")
+    if not huge.busy:
+        assert huge.vm.guest.read(IPA + 8) == 1
+        assert not huge.leaf(0).is_block
+    huge.settle()
+
+
+def test_collapse(make_scene, khugepaged):
+    """512 pages become a huge page: the old frames go, and the guest's next fault may map a block."""
+    scene = make_scene(2 * IN_A_BLOCK)
+    assert not scene.leaf(0).is_block
+    with scene.host_does(Operation.THP_COLLAPSE):
+        scene.memory.advise(Advice.HUGEPAGE)
+        khugepaged()
+    if not scene.busy:
+        assert scene.vm.guest.read(IPA + 8) == 1
+        assert scene.leaf(0).is_block
+    scene.settle()
+
+
+def test_hugetlbfs(make_scene):
+    """Explicit huge pages: taken away as a whole, given back as a whole."""
+    scene = make_scene(2 * IN_A_BLOCK, huge=True)
+    assert scene.leaf(0).is_block
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.MPROTECT_NONE, 0, IN_A_BLOCK):
+            scene.memory.protect(Prot.NONE, 0, BLOCK)
+        scene.memory.protect(Prot.READ_WRITE, 0, BLOCK)
+    scene.settle()

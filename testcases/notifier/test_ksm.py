@@ -1,0 +1,79 @@
+"""Samepage merging: pages of the same content become one frame, read-only; a store unmerges.
+
+mm/ksm.c write_protect_page, replace_page: both tell of each page, and up to 6.9 call change_pte with the frame that is
+now shared (kvm_set_spte_hva): stage 2 may map it, read-only.
+"""
+
+import pytest
+
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Call, Operation
+
+IPA = 0x8000_0000
+SAME = range(8, 24)
+#: Pages that are written all the time are not merged.
+resting = pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def alike(scene):
+    """Pages 8 to 23 of the scene hold the same."""
+    for page in SAME:
+        scene.memory.write(page * PAGE, b"alike " * 100 + bytes(PAGE - 600))
+    scene.memory.advise(Advice.MERGEABLE)
+    yield scene
+    scene.memory.advise(Advice.UNMERGEABLE)
+
+
+def merge(scene):
+    return scene.vm.agent("memory_merge", deadline=60.0)
+
+
+def frames(scene):
+    return {int(frame) for frame in scene.memory.frames(SAME.start * PAGE, len(SAME) * PAGE)}
+
+
+@resting
+def test_merge(alike, host, witness):
+    """All alike become one frame; the guest reads it there, and may not write it."""
+    vm = alike.vm
+    with witness(Operation.KSM_PROTECT, alike.memory, SAME.start * PAGE, len(SAME) * PAGE) as seen:
+        merge(alike)
+    assert len(frames(alike)) == 1
+    assert seen.count(Call.UNMAP) >= len(SAME)
+    assert (seen.count(Call.SET) >= len(SAME)) == (host.kernel_version < (6, 10))
+    assert all(vm.guest.read(IPA + page * PAGE) == int.from_bytes(b"alik", "little") for page in SAME)
+    leaves = [alike.leaf(page) for page in SAME]
+    assert len({leaf.pa for leaf in leaves}) == 1 and not any(leaf.writable for leaf in leaves)
+
+
+@resting
+def test_a_store_of_the_guest_unmerges(alike):
+    merge(alike)
+    alike.vm.guest.write(IPA + 9 * PAGE, 0xCAFE)
+    assert alike.leaf(9).writable
+    assert len(frames(alike)) == 2
+    assert alike.vm.guest.read(IPA + 10 * PAGE) == int.from_bytes(b"alik", "little")
+    assert alike.memory.read(9 * PAGE, 2) == b"\xfe\xca"
+
+
+@resting
+def test_a_store_of_the_host_unmerges(alike, witness):
+    merge(alike)
+    assert alike.vm.guest.read(IPA + 9 * PAGE) == alike.vm.guest.read(IPA + 10 * PAGE)
+    with witness(Operation.KSM_UNSHARE, alike.memory, 9 * PAGE, PAGE):
+        alike.memory.write(9 * PAGE, b"\xfe\xca\0\0")
+    assert alike.vm.guest.read(IPA + 9 * PAGE) == 0xCAFE
+    assert alike.vm.guest.read(IPA + 10 * PAGE) == int.from_bytes(b"alik", "little")
+
+
+def test_merging_while_guests_write(scene):
+    """ksmd write-protects, compares and gives up: no store may be lost between its steps."""
+    scene.memory.advise(Advice.MERGEABLE)
+    with scene.guests_at_work():
+        if scene.busy:
+            merge(scene)
+            scene.stage2()
+    scene.settle()
+    scene.memory.advise(Advice.UNMERGEABLE)

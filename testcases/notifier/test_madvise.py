@@ -1,0 +1,47 @@
+"""madvise(2) that takes pages away.
+
+mm/madvise.c: madvise_dontneed_single_vma, madvise_free_single_vma. virt/kvm/arm/mmu.c (5.4) kvm_unmap_hva_range.
+"""
+
+import pytest
+
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Operation
+
+pytestmark = pytest.mark.native
+
+
+def test_dontneed(scene):
+    """The pages are gone at once, and the guest finds zeroes."""
+    with scene.host_does(Operation.DONTNEED, 8, 16) as seen:
+        scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+    if not scene.busy:
+        assert all(seen.after[scene.vm.id].leaf(0x8000_0000 + page * PAGE) is None for page in range(8, 24))
+        assert scene.vm.guest.read(0x8000_0000 + 8 * PAGE) == 0
+    scene.settle(lost=range(8, 24))
+
+
+def test_dontneed_of_all(scene):
+    with scene.host_does(Operation.DONTNEED):
+        scene.memory.advise(Advice.DONTNEED)
+    scene.settle(lost=range(scene.pages))
+
+
+def test_dontneed_again_and_again(scene):
+    """Faults and notifications race for the same pages."""
+    for _ in range(8):
+        with scene.host_does(Operation.DONTNEED, 30, 4):
+            scene.memory.advise(Advice.DONTNEED, 30 * PAGE, 4 * PAGE)
+    scene.settle(lost=range(30, 34))
+
+
+def test_free_keeps_what_is_written_again(scene):
+    """MADV_FREE gives pages up without taking them; a page that is written again is kept.
+
+    So no leaf may stay writable: the host would not see the store, and drop it.
+    """
+    with scene.host_does(Operation.FREE, 0, 32):
+        scene.memory.advise(Advice.FREE, 0, 32 * PAGE)
+    with scene.guests_at_work():
+        pass
+    scene.settle()

@@ -1,0 +1,89 @@
+"""munmap, mremap, mprotect: the VMM changes its own address space under a memslot that stays.
+
+mm/mmap.c unmap_region, mm/mremap.c move_page_tables, mm/mprotect.c change_pmd_range. Where the process has no mapping,
+or not the right, KVM_RUN answers EFAULT; the guest can be run again when it has.
+"""
+
+import errno
+
+import pytest
+
+from framework.guest.driver import RunFailed
+from framework.host.memory import PAGE, Prot
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+pytestmark = pytest.mark.native
+
+
+def refused(access, *args):
+    """Whether KVM_RUN answers EFAULT to this access of the guest."""
+    with pytest.raises(RunFailed) as failure:
+        access(*args)
+    return failure.value.errno == errno.EFAULT
+
+
+def test_munmap_with_the_memslot_left(scene):
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.MUNMAP, 16, 8):
+            scene.memory.unmap(16 * PAGE, 8 * PAGE)
+        if not scene.busy:
+            assert refused(scene.vm.guest.read, IPA + 16 * PAGE)
+            assert refused(scene.vm.guest.write, IPA + 23 * PAGE, 1)
+        scene.memory.replace(16 * PAGE, 8 * PAGE)
+    scene.settle(lost=range(16, 24))
+
+
+def test_other_memory_mapped_over_it(scene):
+    """MAP_FIXED: munmap and mmap in one; the guest must see the new pages only."""
+    with scene.host_does(Operation.MUNMAP, 16, 8):
+        scene.memory.replace(16 * PAGE, 8 * PAGE)
+    scene.settle(lost=range(16, 24))
+
+
+def test_mremap_away_and_back(scene):
+    """The pages move to another address and return: nothing is lost."""
+    elsewhere = scene.vm.memory(scene.memory.size)
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.MREMAP):
+            scene.memory.move(elsewhere)
+        if not scene.busy:
+            assert refused(scene.vm.guest.read, IPA)
+        elsewhere.move(scene.memory)
+    elsewhere.replace()
+    scene.settle()
+
+
+def test_mprotect_to_read_only_and_back(scene):
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.MPROTECT_READ, 8, 16):
+            scene.memory.protect(Prot.READ, 8 * PAGE, 16 * PAGE)
+        if not scene.busy:
+            assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+            assert not scene.leaf(8).writable
+            assert refused(scene.vm.guest.write, IPA + 9 * PAGE, 1)
+        with scene.host_does(Operation.MPROTECT_WIDER, 8, 16):
+            scene.memory.protect(Prot.READ_WRITE, 8 * PAGE, 16 * PAGE)
+    scene.settle()
+
+
+def test_mprotect_to_none_and_back(scene):
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.MPROTECT_NONE, 8, 16):
+            scene.memory.protect(Prot.NONE, 8 * PAGE, 16 * PAGE)
+        if not scene.busy:
+            assert refused(scene.vm.guest.read, IPA + 8 * PAGE)
+            assert refused(scene.vm.guest.write, IPA + 23 * PAGE, 1)
+        with scene.host_does(Operation.MPROTECT_WIDER, 8, 16):
+            scene.memory.protect(Prot.READ_WRITE, 8 * PAGE, 16 * PAGE)
+    scene.settle()
+
+
+def test_mprotect_of_one_page_again_and_again(scene):
+    with scene.hammering_if_busy():
+        for _ in range(6):
+            with scene.host_does(Operation.MPROTECT_READ, 40, 1):
+                scene.memory.protect(Prot.READ, 40 * PAGE, PAGE)
+            with scene.host_does(Operation.MPROTECT_WIDER, 40, 1):
+                scene.memory.protect(Prot.READ_WRITE, 40 * PAGE, PAGE)
+    scene.settle()

@@ -1,0 +1,41 @@
+"""Memory failure: a frame is found bad, taken out of every mapping, and its user is told with SIGBUS.
+
+mm/memory-failure.c (CONFIG_MEMORY_FAILURE: not on 32-bit Arm), arch/arm64/kvm/mmu.c kvm_send_hwpoison_signal.
+"""
+
+import pytest
+
+from framework.guest.driver import RunFailed
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+pytestmark = [pytest.mark.native, pytest.mark.needs("memory-failure")]
+
+
+def test_guest_that_reads_a_bad_page(vm, witness, stage2):
+    """Stage 2 loses the page at once; the guest's next access is the VMM's SIGBUS, again and again."""
+    memory = vm.add_memory(IPA, 16 * PAGE)
+    vm.guest.fill(IPA, 16)
+    with witness(Operation.POISON, memory, 8 * PAGE, PAGE):
+        memory.advise(Advice.HWPOISON, 8 * PAGE, PAGE)
+    assert stage2(vm).leaf(IPA + 8 * PAGE) is None
+    for _ in range(2):
+        with pytest.raises(RunFailed) as failure:
+            vm.guest.read(IPA + 8 * PAGE)
+        assert failure.value.exit.kind == "bus-error"
+    memory.replace(8 * PAGE, PAGE)
+    assert vm.guest.read(IPA + 8 * PAGE) == 0
+    assert vm.guest.check(IPA, 8) == vm.guest.check(IPA + 9 * PAGE, 7) == []
+    stage2(vm)
+
+
+def test_guests_that_go_on_beside_it(make_vm, stage2):
+    """One page fails while both vCPUs work on its neighbours."""
+    vm = make_vm(vcpus=2)
+    memory = vm.add_memory(IPA, 16 * PAGE)
+    vm.guest.fill(IPA + 15 * PAGE, 1)
+    with vm.guests[0].hammering(IPA, 8), vm.guests[1].hammering(IPA + 4, 8):
+        memory.advise(Advice.HWPOISON, 15 * PAGE, PAGE)
+        assert stage2(vm).leaf(IPA + 15 * PAGE) is None
+    memory.replace(15 * PAGE, PAGE)

@@ -1,0 +1,54 @@
+"""Pages that move to another frame: compaction, and soft offlining of a frame that may be bad.
+
+mm/migrate.c unmap_and_move, mm/compaction.c, mm/memory-failure.c soft_offline_page.
+"""
+
+import numpy as np
+import pytest
+
+from framework.host.memory import BLOCK, PAGE, Advice
+from framework.model.notifier import Call, Operation
+
+IPA = 0x8000_0000
+PAGES = 2048
+_HOG = 400 << 20
+pytestmark = pytest.mark.native
+
+
+@pytest.mark.needs("memory-failure")
+def test_soft_offline(scene):
+    """Each page leaves its frame, which is not used again; the content goes with it."""
+    before = scene.memory.frames(8 * PAGE, 4 * PAGE)
+    with scene.host_does(Operation.MIGRATE, 8, 4):
+        scene.memory.advise(Advice.SOFT_OFFLINE, 8 * PAGE, 4 * PAGE)
+    assert not np.isin(scene.memory.frames(8 * PAGE, 4 * PAGE), before).any()
+    scene.settle()
+
+
+def test_compaction(make_scene, host, trace):
+    """Memory full of holes is compacted: some pages of the guest find themselves elsewhere, which, is its affair."""
+    hog = None
+
+    def memory(vm):
+        """Two halves at either end of the host's free memory: compaction moves what lies low."""
+        nonlocal hog
+        memory, hog = vm.memory(PAGES * PAGE, align=BLOCK), vm.memory(_HOG, align=BLOCK)
+        hog.advise(Advice.HUGEPAGE)
+        memory.write(0, bytes(PAGES // 2 * PAGE))
+        for offset in range(0, _HOG, BLOCK):
+            hog.write(offset, b"x")
+        memory.write(PAGES // 2 * PAGE, bytes(PAGES // 2 * PAGE))
+        return memory
+
+    scene = make_scene(memory=memory)
+    hog.advise(Advice.DONTNEED)
+    kept = np.arange(0, PAGES, 8)
+    for page in range(0, PAGES, 8):
+        scene.memory.advise(Advice.DONTNEED, (page + 1) * PAGE, 7 * PAGE)
+    before = scene.memory.frames()[kept]
+    with scene.hammering_if_busy(), trace(f"kvm:{Call.UNMAP.value}") as events:
+        host.ssh.run("echo 1 > /proc/sys/vm/compact_memory")
+        scene.stage2()
+    moved = np.count_nonzero(before != scene.memory.frames()[kept])
+    assert 0 < moved <= len(events)
+    scene.settle(lost=np.setdiff1d(np.arange(PAGES), kept))

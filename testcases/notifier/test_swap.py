@@ -1,0 +1,48 @@
+"""Swap to zram and back, and the pages that MADV_FREE gave up.
+
+mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only when no leaf can write it any more.
+"""
+
+import pytest
+
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("swap")]
+
+
+def test_out_and_back(scene):
+    scene.page_out(Operation.SWAP_OUT, 8, 32)
+    if not scene.busy:
+        assert not scene.memory.frames(8 * PAGE, 32 * PAGE).any()
+        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    scene.settle()
+
+
+def test_in_by_the_host(scene):
+    """The host's own touch brings the page back; KVM is told nothing, and maps it when the guest asks."""
+    with scene.hammering_if_busy():
+        scene.page_out(Operation.SWAP_OUT, 8, 8)
+        with scene.host_does(Operation.SWAP_IN, 8, 8):
+            scene.memory.read(8 * PAGE, 8 * PAGE)
+    scene.settle()
+
+
+def test_out_again_and_again(scene):
+    with scene.hammering_if_busy():
+        for _ in range(4):
+            scene.page_out(Operation.SWAP_OUT)
+            scene.memory.read(0, scene.memory.size)
+    scene.settle()
+
+
+def test_freed_pages_are_reclaimed(scene):
+    """Given up with MADV_FREE and not written since: reclaim drops them, and the guest finds zeroes."""
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.FREE, 8, 16):
+            scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
+        scene.page_out(Operation.FREE_RECLAIMED, 8, 16)
+    if not scene.busy:
+        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
+    scene.settle(lost=range(8, 24))

@@ -1,0 +1,58 @@
+"""userfaultfd: the VMM answers the page faults of its memory itself, those of its guests included.
+
+mm/userfaultfd.c, fs/userfaultfd.c (handle_userfault). Post-copy migration and live snapshots stand on it.
+"""
+
+import pytest
+
+from framework.agent.uffd import content_of
+from framework.errors import HostOsError
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+pytestmark = pytest.mark.native
+
+
+def test_missing_pages_are_filled_in(scene):
+    """The guest waits in its fault until the VMM has given the page, and then finds its content."""
+    if scene.busy:
+        with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults, scene.guests_at_work():
+            scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+        assert {offset // PAGE for offset, _ in faults.seen} == set(range(8, 24))
+        return
+    scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+    with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults:
+        got = [scene.vm.guest.read(IPA + page * PAGE) for page in range(8, 24)]
+    assert got == [content_of(scene.memory.hva + page * PAGE) for page in range(8, 24)]
+    assert faults.seen == [(page * PAGE, "missing") for page in range(8, 24)]
+    scene.stage2()
+
+
+def test_write_protected_pages(scene, witness):
+    """Stores wait for the VMM's permission; loads do not."""
+    try:
+        with scene.memory.userfaults(0, PAGE, protect=True):
+            pass
+    except HostOsError as e:
+        pytest.skip(f"userfaultfd of this kernel cannot write-protect ({e.call})")
+    with scene.hammering_if_busy(), scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True) as faults:
+        if not scene.busy:
+            scene.vm.guest.read(IPA + 8 * PAGE)
+            assert not scene.leaf(8).writable
+            scene.vm.guest.fill(IPA + 8 * PAGE + 0x800, 4)
+    assert {page // PAGE for page, _ in faults.seen} >= set(range(8, 12))
+    scene.settle()
+
+
+def test_dontneed_under_userfaultfd(scene):
+    """A page that is dropped again and again is asked for again and again."""
+    with scene.memory.userfaults(8 * PAGE, PAGE) as faults, scene.hammering_if_busy():
+        for _ in range(3):
+            with scene.host_does(Operation.DONTNEED, 8, 1):
+                scene.memory.advise(Advice.DONTNEED, 8 * PAGE, PAGE)
+            if not scene.busy:
+                scene.vm.guest.read(IPA + 8 * PAGE)
+    assert len(faults.seen) >= (1 if scene.busy else 3)
+    assert {offset for offset, _ in faults.seen} == {8 * PAGE}
+    scene.stage2()
