@@ -21,6 +21,7 @@ from .events.violations import ProtocolBroken
 from .host.host import Host
 from .host.vgic import Vgic, gicv_of
 from .host.vm import Vm
+from .host.vmm import Vmm
 from .machine import version
 from .oracle import Oracle
 from .oracle import trace as trace_
@@ -354,6 +355,20 @@ def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
         return Vgic(vm, gicv)
 
     return make
+
+
+@pytest.fixture
+def make_vmm(host: Host) -> Iterator[Callable[[], Vmm]]:
+    """``make_vmm()``: another VMM process on the host, to be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
+    made: list[Vmm] = []
+
+    def make() -> Vmm:
+        made.append(Vmm(host))
+        return made[-1]
+
+    yield make
+    for vmm in made:
+        vmm.end()
 
 
 @pytest.fixture

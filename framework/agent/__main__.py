@@ -4,9 +4,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 
-from . import ageing, children, device, ksm, kvm, libc, memory, streams, trace, uffd, wire
+from . import ageing, children, device, failing, ksm, kvm, libc, memory, streams, trace, uffd, wire
 
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
@@ -48,6 +49,16 @@ class Agent:
     def vm_destroy(self, vm):
         self._vms.pop(vm).close()
 
+    def vm_close(self, vm, what):
+        """Close one of the handles that keep a VM: "vm", "vcpu" (the descriptor) or "run" (its mapping), of vCPU 0."""
+        self._vms[vm].close_part(what)
+
+    def vm_destroy_elsewhere(self, vm):
+        """Destroy a VM in a thread that has nothing to do with it."""
+        thread = threading.Thread(target=self._vms.pop(vm).close)
+        thread.start()
+        thread.join()
+
     def vm_memslot(self, vm, slot, ipa, size, hva, flags):
         self._vms[vm].set_memslot(slot, ipa, size, hva, flags)
 
@@ -67,6 +78,23 @@ class Agent:
 
     def vm_irq_line(self, vm, irq, level):
         device.irq_line(self._vms[vm].fd, irq, level)
+
+    def fail_nth(self, n, op, args):
+        """Carry out one request whose n-th allocation fails: [whether there was an n-th, its errno or 0, its result].
+
+        Of ``vcpu_run`` it is the allocations of KVM_RUN alone.
+        """
+        failing.prepare()
+        nth = failing.Nth(n)
+        try:
+            if op == "vcpu_run":
+                result = self._vms[args["vm"]].vcpus[args["vcpu"]].run_once(nth)
+                return [nth.injected, result.get("errno", 0), result]
+            with nth:
+                result = getattr(self, op)(**args)
+        except OSError as e:
+            return [nth.injected, e.errno, None]
+        return [nth.injected, 0, result]
 
     # -- vCPUs -----------------------------------------------------------------------------------
 
@@ -139,6 +167,14 @@ class Agent:
     file_punch_hole = staticmethod(memory.punch_hole)
     file_sync = staticmethod(memory.sync)
 
+    def storm_begin(self, hva, size, advice):
+        """madvise this memory again and again in a thread, until :meth:`storm_end`."""
+        self._storm = memory.Storm(hva, size, advice)
+
+    def storm_end(self):
+        """How often it was done."""
+        return self._storm.end()
+
     def userfault_begin(self, hva, size, protect):
         """Answer the page faults of this memory from now on; a number to end it with."""
         handler = uffd.Handler(hva, size, protect)
@@ -160,6 +196,12 @@ class Agent:
 
     def child_end(self, pid):
         self._children.pop(pid).end()
+
+    def process_alive(self, pid):
+        return os.path.exists(f"/proc/{pid}")
+
+    def process_kill(self, pid):
+        os.kill(pid, signal.SIGKILL)
 
     # -- the kernel's own words ---------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Structures are packed by hand: modern headers have no asm/kvm.h for 32-bit Arm. 
 Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h; numbers are common to both widths.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -66,6 +67,7 @@ def ioctl(call, fd, request, argument=0):
         raise OSError(e.errno, e.strerror, call) from None
 
 
+_NOTHING = contextlib.nullcontext()
 _bus_errors = []
 
 
@@ -145,10 +147,11 @@ class Vcpu:
             raise
         self._worker = Worker(f"vcpu{index}")
 
-    def run_once(self):
-        """KVM_RUN until one exit, decoded."""
+    def run_once(self, around=_NOTHING):
+        """KVM_RUN until one exit, decoded; the ioctl alone is in the context ``around``."""
         try:
-            fcntl.ioctl(self.fd, RUN, 0)
+            with around:
+                fcntl.ioctl(self.fd, RUN, 0)
         except OSError as e:
             if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
@@ -276,6 +279,12 @@ class Vm:
         request = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
         ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
         return bitmap.raw
+
+    def close_part(self, what):
+        if what == "run":
+            self.vcpus[0].run.close()
+        else:
+            os.close(self.fd if what == "vm" else self.vcpus[0].fd)
 
     def close(self):
         for vcpu in self.vcpus.values():

@@ -1,6 +1,7 @@
 """Host-virtual memory for guests: map it, change it, look at it. Addresses and sizes are bytes."""
 
 import os
+import threading
 
 from . import libc
 
@@ -101,3 +102,22 @@ def pagemap(hva, size) -> "tuple[None, bytes]":
     """The u64 words of /proc/self/pagemap for each page of the range (Documentation/admin-guide/mm/pagemap)."""
     with open("/proc/self/pagemap", "rb", buffering=0) as f:
         return None, os.pread(f.fileno(), size // PAGE * 8, hva // PAGE * 8)
+
+
+class Storm:
+    """madvise of one range, again and again, in a thread."""
+
+    def __init__(self, hva, size, advice):
+        self._over, self._count = threading.Event(), 0
+        self._thread = threading.Thread(target=self._blow, args=(hva, size, advice), daemon=True)
+        self._thread.start()
+
+    def _blow(self, hva, size, advice):
+        while not self._over.is_set():
+            advise(hva, size, advice)
+            self._count += 1
+
+    def end(self):
+        self._over.set()
+        self._thread.join()
+        return self._count

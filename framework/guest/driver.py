@@ -171,6 +171,10 @@ class Guest:
             (result,) = self._end(1)
         hammer.rounds = self.checked(result).value
 
+    def start_hammer(self, ipa: int, count: int, stride: int = 0x1000) -> None:
+        """Begin what :meth:`hammering` does, for a VM that will not live to see its end."""
+        self._begin([Order("hammer", ipa, 0, count, stride, wrote=(ipa, count * stride))], wait=0.0, persistent=True)
+
     def await_interrupt(self, gicc: int) -> None:
         """Wait for an interrupt, without waiting for the guest; :meth:`interrupt_taken` says which came.
 

@@ -61,6 +61,7 @@ class Agent:
         self._next = 0
         self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
         self.listener = Listener()
+        self.suffix = ""  #: of the names of its VMs, when it is not the host's only VMM
         self._broken: AgentError | None = None
         self.hello = self("hello", deadline=timeout)
 

@@ -75,11 +75,12 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
         raise
 
 
-def start_agent(machine: Machine, ssh: Ssh, timeout: float, port: str = "") -> Agent:
+def start_agent(machine: Machine, ssh: Ssh, timeout: float, port: str = "", log: str = "") -> Agent:
     """Start an agent and wait for its first answer.
 
     The first has the board's serial ``port`` to itself, five times as fast as ssh; what it leaves there when it is
     killed would confuse another, so later ones speak over ssh.
     """
     channel = ssh.open(f"{_AGENT_COMMAND} {port}".strip())
-    return Agent(channel, machine.logs.agent, machine.check, timeout, machine.port if port else None)
+    path = machine.logs.folder / log if log else machine.logs.agent
+    return Agent(channel, path, machine.check, timeout, machine.port if port else None)

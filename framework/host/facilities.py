@@ -55,6 +55,14 @@ class MemoryCgroup:
         """Bytes charged."""
         return int(self._host.ssh.run(f"cat {_GROUP}/memory.current"))
 
+    def limit(self, size: int) -> None:
+        """Never more than this many bytes (memory.max): beyond, the OOM killer comes."""
+        self._host.ssh.run(f"echo {size} > {_GROUP}/memory.max")
+
+    def oom_kills(self) -> int:
+        """How many processes of the group the OOM killer has taken."""
+        return int(self._host.ssh.run(f"awk '/^oom_kill / {{print $2}}' {_GROUP}/memory.events"))
+
     def reclaim(self, size: int) -> None:
         """Have the kernel take about this many bytes back, by a limit below the usage (memory.high)."""
         limit = max(0, self.usage() - size)
@@ -62,13 +70,14 @@ class MemoryCgroup:
 
 
 @contextmanager
-def memory_cgroup(host: Host) -> Iterator[MemoryCgroup]:
-    """Within the block the VMM is in a memory cgroup of its own (cgroup v2)."""
+def memory_cgroup(host: Host, pid: int = 0) -> Iterator[MemoryCgroup]:
+    """Within the block a VMM, the host's first unless another is named, is in a memory cgroup of its own (v2)."""
     mounted = f"mountpoint -q {_CGROUPS} || mount -t cgroup2 none {_CGROUPS}"
     host.ssh.run(f"{mounted}; echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_GROUP}")
-    pid = host.agent.hello["pid"]
+    pid = pid or host.agent.hello["pid"]
     host.ssh.run(f"echo {pid} > {_GROUP}/cgroup.procs")
     try:
         yield MemoryCgroup(host)
     finally:
-        host.ssh.run(f"echo {pid} > {_CGROUPS}/cgroup.procs; rmdir {_GROUP}")
+        # A process that was killed has left it already.
+        host.ssh.run(f"echo {pid} > {_CGROUPS}/cgroup.procs; rmdir {_GROUP}", check=False)

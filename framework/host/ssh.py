@@ -46,9 +46,9 @@ class Ssh:
             remedy="see on the console whether dropbear started; raise timeouts.ssh in the host file if it is slow",
         )
 
-    def run(self, command: str, timeout: float = 30.0) -> str:
-        """Run a shell command; its output. Raises SshUnreachable when it fails or does not end."""
-        return self._execute(command, b"", timeout)
+    def run(self, command: str, timeout: float = 30.0, *, check: bool = True) -> str:
+        """Run a shell command; its output. Raises SshUnreachable when it fails (unless not to ``check``) or hangs."""
+        return self._execute(command if check else f"{command}; true", b"", timeout)
 
     def put(self, data: bytes, path: str, timeout: float = 30.0) -> None:
         """Write a file on the host."""

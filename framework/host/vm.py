@@ -224,7 +224,7 @@ class Vm:
 
     @property
     def name(self) -> str:
-        return f"VM {self.id}"
+        return f"VM {self.id}{self.agent.suffix}"
 
     @property
     def guest(self) -> Guest:
@@ -349,11 +349,13 @@ def destroy(vms: Sequence[Vm]) -> None:
     alive = [vm for vm in vms if vm.alive]
     for vm in alive:
         vm.alive = False
-    for some in _batches([("vm_destroy", {"vm": vm.id}) for vm in alive]):
-        alive[0].agent.batch(some, _PATIENCE)
-    gone = [memory.release() for vm in alive for memory in vm.memories]
-    for some in _batches([request for request in gone if request]):
-        alive[0].agent.batch(some, _PATIENCE)
+    for agent in {vm.agent for vm in alive}:
+        own = [vm for vm in alive if vm.agent is agent]
+        for some in _batches([("vm_destroy", {"vm": vm.id}) for vm in own]):
+            agent.batch(some, _PATIENCE)
+        gone = [memory.release() for vm in own for memory in vm.memories]
+        for some in _batches([request for request in gone if request]):
+            agent.batch(some, _PATIENCE)
 
 
 def add_memory(vms: Sequence[Vm], ipa: int, size: int) -> None:

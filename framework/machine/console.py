@@ -18,6 +18,8 @@ from pexpect.fdpexpect import fdspawn
 
 from framework.errors import HostError, HostLockup, HostOops, HostPanic
 
+from .pump import Pump
+
 #: What a line on the console means, most severe first. Linux 3.9 to 6.12 print these words:
 #: kernel/panic.c, arch/arm*/kernel/traps.c, kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/.
 FATAL: tuple[tuple[re.Pattern[str], type[HostError], str], ...] = (
@@ -43,7 +45,7 @@ class Console:
     """Lines of the host's console, in ``log`` as they are read; ``tail()`` is what an error shows."""
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
-        self._sock = sock
+        self._sock = sock = Pump(sock).end
         self._file = log.open("w", encoding="utf-8", errors="replace", buffering=1)
         self._spawn = fdspawn(sock, encoding="utf-8", codec_errors="replace", timeout=0)
         self._spawn.logfile_read = self._file

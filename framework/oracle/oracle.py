@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -59,13 +60,13 @@ class Oracle:
     def _look(self, vms: Sequence[Vm]) -> list[tuple[Stage2, list[Finding]]]:
         for vm in vms:
             self.sight.stage2_regime(vm)
-        space = self.sight.vmm_space()
+        spaces = [self.sight.vmm_space(vm.agent) for vm in vms]
         slots = {vm.name: tuple(vm.slots.values()) for vm in vms}
         with self.sight.gdb.pause():
             tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
             views = {
-                name: judge.look(tables[name].leaves, own, lambda hvas: sweep.translate(space, self._ram, hvas))
-                for name, own in slots.items()
+                vm.name: judge.look(tables[vm.name].leaves, slots[vm.name], partial(sweep.translate, space, self._ram))
+                for vm, space in zip(vms, spaces, strict=True)
             }
         shared = judge.shared_tables(tables)
         out = []

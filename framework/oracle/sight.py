@@ -16,6 +16,7 @@ import numpy as np
 
 from framework.errors import MachineError, NoLiveMachine
 from framework.guest.payload import MAILBOX
+from framework.host.agent import Agent
 from framework.host.host import Host
 from framework.host.vm import Vm
 from framework.machine.gdb import Gdb
@@ -83,15 +84,15 @@ class Sight:
     def gdb(self) -> Gdb:
         return self._host.machine.gdb
 
-    def vmm_space(self) -> Regime:
+    def vmm_space(self, agent: Agent) -> Regime:
         """Stage 1 of the process that holds the VMs."""
-        pid = self._host.agent.hello["pid"]
+        pid = agent.hello["pid"]
         if pid not in self._spaces:
-            self._spaces[pid] = self._find_vmm_space()
+            self._spaces[pid] = self._find_vmm_space(agent)
         return self._spaces[pid]
 
-    def _find_vmm_space(self) -> Regime:
-        agent, cookie = self._host.agent, os.urandom(16)
+    def _find_vmm_space(self, agent: Agent) -> Regime:
+        cookie = os.urandom(16)
         hva = agent("memory_map", size=0x1000)["hva"]
         agent("memory_write", hva=hva, blob=cookie)
 
@@ -129,7 +130,7 @@ class Sight:
 
     def sample(self, vm: Vm) -> Regime:
         """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
-        space = self.vmm_space()
+        space = self.vmm_space(vm.agent)
         hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
 
         def look() -> Regime | None:

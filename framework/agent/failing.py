@@ -1,0 +1,43 @@
+"""Fault injection: the N-th allocation of a task fails (Documentation/fault-injection, fail-nth)."""
+
+import os
+
+_KNOBS = {
+    "/sys/kernel/debug/fail_page_alloc": {
+        "min-order": 0,
+        "ignore-gfp-wait": "N",
+        "ignore-gfp-highmem": "Y",
+        "verbose": 0,
+    },
+    "/sys/kernel/debug/failslab": {"ignore-gfp-wait": "N", "verbose": 0},
+}
+
+
+def prepare():
+    """Let the kernel's own allocations fail, single pages too; those of user pages do not."""
+    for folder, knobs in _KNOBS.items():
+        for name, value in knobs.items():
+            with open(f"{folder}/{name}", "w") as f:
+                f.write(str(value))
+
+
+class Nth:
+    """``with Nth(3) as nth:`` the third allocation within the block, of this thread, fails.
+
+    ``nth.injected`` says afterwards whether there was a third. The file is open before: opening allocates, too.
+    """
+
+    def __init__(self, n):
+        self._n = n
+        self.injected = False
+
+    def __enter__(self):
+        self._fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
+        os.pwrite(self._fd, b"%d" % self._n, 0)
+        return self
+
+    def __exit__(self, *_):
+        left = os.pread(self._fd, 16, 0)
+        os.pwrite(self._fd, b"0", 0)
+        os.close(self._fd)
+        self.injected = int(left) == 0

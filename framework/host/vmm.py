@@ -1,0 +1,64 @@
+"""A VMM process of its own: another agent, whose VMs die with it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from framework.errors import AgentTimeout, LabError
+from framework.guest.isa import ISAS
+
+from .boot import start_agent
+from .host import Host
+from .vm import Vm
+
+_PATIENCE = 10.0
+
+
+class Vmm:
+    """Made by the host's :class:`Host`; its VMs are judged like any other while it lives."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.agent = start_agent(host.machine, host.ssh, host.config.timeouts["agent"], log="vmm.log")
+        self.pid: int = self.agent.hello["pid"]
+        self.agent.suffix = f" of process {self.pid}"
+        self.vms: list[Vm] = []
+
+    def create_vm(self, isa: str, **kind) -> Vm:
+        """A VM of this process; as :meth:`framework.host.host.Host.create_vm`."""
+        (vm,) = Vm.create(self.agent, ISAS[isa], 1, **kind)
+        self.vms.append(vm)
+        self._host.vms.append(vm)
+        return vm
+
+    @property
+    def alive(self) -> bool:
+        return self._host.agent("process_alive", pid=self.pid)
+
+    def await_end(self) -> None:
+        """Wait until the process is gone. Raises AgentTimeout when it does not go."""
+        deadline = time.monotonic() + _PATIENCE
+        while self.alive:
+            if time.monotonic() > deadline:
+                raise AgentTimeout(f"the VMM (pid {self.pid}) does not end", remedy="see the console for a hung task")
+            time.sleep(0.02)
+        self._forget()
+
+    def kill(self) -> None:
+        """SIGKILL, whatever its threads do, and wait for the end."""
+        self._host.agent("process_kill", pid=self.pid)
+        self.await_end()
+
+    def _forget(self) -> None:
+        for vm in self.vms:
+            vm.alive = False
+            if vm in self._host.vms:
+                self._host.vms.remove(vm)
+        self.agent.close()
+
+    def end(self) -> None:
+        """End it if it still lives."""
+        with suppress(LabError):
+            if self.alive:
+                self.kill()

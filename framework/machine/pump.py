@@ -1,0 +1,49 @@
+"""Whatever QEMU writes to the console is taken at once, whether anybody reads it or not.
+
+The board's serial port sends single bytes, of which a socket takes some 280; then QEMU waits, its lock held, and the
+whole board stands still (seen when the kernel printed an OOM report while the lab waited for ssh).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from contextlib import suppress
+
+_CHUNK = 1 << 16
+_FAREWELL = 1.0
+
+
+class Pump(threading.Thread):
+    """Copies both ways between ``sock`` and :attr:`end`, of which the latter may be read as late as one likes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(name="console", daemon=True)
+        self._sock = sock
+        self._inner, self.end = socket.socketpair()
+        self._inner.setblocking(False)
+        self.start()
+
+    def run(self) -> None:
+        with self._sock, self._inner, suppress(OSError):
+            waiting = bytearray()
+            while self._turn(waiting):
+                pass
+            self._inner.settimeout(_FAREWELL)
+            self._inner.sendall(waiting)
+
+    def _turn(self, waiting: bytearray) -> bool:
+        """Move what can be moved; False when either side is gone."""
+        readable, writable, _ = select.select([self._sock, self._inner], [self._inner] if waiting else [], [])
+        if self._sock in readable:
+            if not (data := self._sock.recv(_CHUNK)):
+                return False
+            waiting += data
+        if self._inner in readable:
+            if not (data := self._inner.recv(_CHUNK)):
+                return False
+            self._sock.sendall(data)
+        if writable:
+            del waiting[: self._inner.send(waiting)]
+        return True

@@ -1,0 +1,165 @@
+"""The tables of a VM: the root comes and goes with the VM, the others come with faults and go with what they map.
+
+virt/kvm/arm/mmu.c (5.4) kvm_alloc_stage2_pgd, kvm_free_stage2_pgd, clear_stage2_pmd_entry; arch/arm64/kvm/hyp/pgtable.c
+kvm_pgtable_stage2_init, kvm_pgtable_stage2_destroy, stage2_unmap_walker. Frames are compared with the page allocator's
+own trace events.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from framework.host.fleet import Fleet
+from framework.host.memory import PAGE, Advice, Child
+
+IPA = 0x8000_0000
+GIB = 1 << 30
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def busy_vm(make_vm):
+    """A VM with pages in three GiB of its address space, its payload's among them: three tables each of levels 2, 3."""
+
+    def make():
+        vm = make_vm()
+        for gib in (2, 3):
+            vm.add_memory(gib * GIB, 4 * PAGE)
+            vm.guest.fill(gib * GIB, 4)
+        return vm
+
+    return make
+
+
+def test_root_comes_with_the_vm_zeroed(make_vm, page_trace, root, entries):
+    """Its frames are given out while the VM is made; once it has run, they hold what faults put there and no more."""
+    with page_trace() as pages:
+        vm = make_vm()
+    vm.guest.ping()
+    assert root(vm) <= pages.allocated
+    assert root(vm) <= pages.zeroed
+    words = entries(root(vm))
+    assert np.count_nonzero(words) == 1  # the GiB of the payload
+
+
+def test_every_page_goes_with_the_vm(busy_vm, page_trace, tables):
+    vm = busy_vm()
+    own = tables(vm)
+    assert len(own) == 2 + 3 + 4  # payload and mailbox are 16 MiB apart
+    with page_trace() as pages:
+        vm.destroy()
+    assert own <= pages.freed
+
+
+def test_root_of_a_vm_that_never_ran(make_vm, page_trace):
+    """As many frames of that size and kind go as came; that it was the root, nobody has seen."""
+    with page_trace() as pages:
+        vm = make_vm()
+        vm.destroy()
+    assert pages.zeroed <= pages.freed
+
+
+def test_table_goes_with_the_last_page_it_maps(vm, page_trace, tables):
+    """And not before: one page left keeps the table."""
+    memory = vm.add_memory(IPA, 2 * PAGE)
+    vm.guest.ping()
+    before = tables(vm)
+    vm.guest.fill(IPA, 2)
+    added = tables(vm) - before
+    assert len(added) == 2
+    with page_trace() as pages:
+        memory.advise(Advice.DONTNEED, 0, PAGE)
+    assert not added & pages.freed and tables(vm) == before | added
+    with page_trace() as pages:
+        memory.advise(Advice.DONTNEED, PAGE, PAGE)
+    assert added <= pages.freed and tables(vm) == before
+
+
+def test_tables_go_with_their_memslot(vm, page_trace, tables):
+    vm.add_memory(IPA, 512 * PAGE)
+    vm.guest.ping()
+    before = tables(vm)
+    vm.guest.fill(IPA, 512)
+    added = tables(vm) - before
+    with page_trace() as pages:
+        vm.delete_slot(IPA)
+    assert added <= pages.freed and tables(vm) == before
+
+
+def test_tables_are_there_while_anybody_holds_the_vm(make_vm, page_trace, tables, host):
+    """The VM's descriptor, the vCPU's and the mapping of its run page, in every order: the last one closed frees."""
+    for order in itertools.permutations(("vm", "vcpu", "run")):
+        vm = make_vm()
+        vm.add_memory(IPA, PAGE)
+        vm.guest.write(IPA, 1)
+        own = tables(vm)
+        vm.alive = False
+        for number, what in enumerate(order, 1):
+            with page_trace() as pages:
+                host.agent("vm_close", vm=vm.id, what=what)
+            assert own <= pages.freed if number == len(order) else not own & pages.freed, f"{order}, after {what}"
+
+
+def test_memory_unmapped_before_and_after_the_vm(make_vm, tables, page_trace):
+    """The process's memory may go first or last: both leave nothing."""
+    for memory_first in (True, False):
+        vm = make_vm()
+        memory = vm.add_memory(IPA, 16 * PAGE)
+        vm.guest.fill(IPA, 16)
+        own = tables(vm)
+        with page_trace() as pages:
+            if memory_first:
+                memory.unmap()
+            vm.destroy()
+        assert own <= pages.freed
+
+
+def test_destroyed_from_another_thread(make_vm, tables, page_trace, host):
+    vm = make_vm()
+    vm.add_memory(IPA, 16 * PAGE)
+    vm.guest.fill(IPA, 16)
+    own = tables(vm)
+    vm.alive = False
+    with page_trace() as pages:
+        host.agent("vm_destroy_elsewhere", vm=vm.id)
+    assert own <= pages.freed
+
+
+def test_a_forked_child_holds_the_vm(make_vm, tables, page_trace, host):
+    """The VMM closes everything; the child's copies of the descriptors keep the tables until it exits."""
+    vm = make_vm()
+    memory = vm.add_memory(IPA, 16 * PAGE)
+    vm.memories.remove(memory)  # stays mapped: its end would take tables, too
+    child = Child(host.agent)
+    vm.guest.fill(IPA, 16)
+    own = tables(vm)
+    vm.alive = False
+    with page_trace() as pages:
+        host.agent("vm_destroy", vm=vm.id)
+    assert not own & pages.freed
+    with page_trace() as pages:
+        child.end()
+    assert own <= pages.freed
+
+
+def test_two_thousand_vms_leave_nothing_behind(host, make_vms):
+    """Made, run and destroyed, 200 at a time: afterwards less than a page a VM is missing.
+
+    A VM needs at least four: two of the root and one each of levels 2 and 3.
+    """
+
+    def generation():
+        fleet = Fleet(make_vms(200))
+        fleet.ping()
+        fleet.destroy()
+
+    def free():
+        host.ssh.run("echo 3 > /proc/sys/vm/drop_caches; sleep 0.1")
+        return int(host.ssh.run("awk '/MemFree/ {print $2}' /proc/meminfo")) * 1024
+
+    generation()  # what is allocated once
+    before = free()
+    for _ in range(10):
+        generation()
+    assert before - free() < 2000 * PAGE

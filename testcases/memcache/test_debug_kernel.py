@@ -1,0 +1,22 @@
+"""A kernel that checks itself: that its checks are on. The proof is the whole suite passing on it without a splat.
+
+``arm-kvm`` fails every test during which the kernel complains (framework/oracle/splats.py); with these options it
+complains of a sleeping allocation under kvm->mmu_lock, of lock order, of a freed page that is written.
+"""
+
+import gzip
+
+import pytest
+
+WANTED = ["PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_VM", "SLUB_DEBUG_ON", "PAGE_POISONING"]
+pytestmark = pytest.mark.needs("debug")
+
+
+def test_the_checks_are_compiled_in(host):
+    config = gzip.decompress(bytes.fromhex(host.ssh.run("od -An -v -tx1 /proc/config.gz"))).decode()
+    assert [name for name in WANTED if f"CONFIG_{name}=y" not in config] == []
+
+
+def test_the_checks_are_switched_on(host):
+    assert "page_poison=1" in host.ssh.run("cat /proc/cmdline")
+    assert int(host.ssh.run("awk '/ debug_locks:/ {print $2}' /proc/lockdep_stats")) == 1

@@ -1,0 +1,77 @@
+"""How many table pages a mapping needs, and that the cache which is filled before the lock is taken never lacks one.
+
+virt/kvm/arm/mmu.c (5.4) mmu_topup_memory_cache, KVM_NR_MEM_OBJS 40; later kvm_mmu_topup_memory_cache. With a 40-bit IPA
+space a page far from all others needs a table of level 2 and one of level 3.
+"""
+
+import pytest
+
+from framework.host.memory import BLOCK, PAGE
+from framework.model.memcache import CAPACITY, pages_needed
+
+IPA = 0x8000_0000
+GIB = 1 << 30
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def pages(stage2):
+    """``pages(vm)``: how many table pages the VM has, its root's among them."""
+    return lambda vm: len(stage2(vm).tables.pages)
+
+
+@pytest.mark.parametrize(
+    ("where", "more"), [(GIB, 2), (BLOCK, 1), (PAGE, 0)], ids=["another GiB", "another block", "another page"]
+)
+def test_tables_that_a_page_needs(vm, pages, where, more):
+    """From nothing in common with what is mapped to everything."""
+    vm.add_memory(IPA, PAGE)
+    vm.add_memory(IPA + where, PAGE)
+    vm.guest.write(IPA, 1)
+    before = pages(vm)
+    vm.guest.write(IPA + where, 1)
+    assert pages(vm) == before + more
+
+
+def test_a_block_needs_no_table_of_its_own(vm, pages):
+    vm.add_memory(IPA, 2 * BLOCK, align=BLOCK, huge=True)
+    vm.guest.write(IPA, 1)
+    before = pages(vm)
+    vm.guest.write(IPA + BLOCK, 1)
+    assert pages(vm) == before
+
+
+def test_no_mapping_needs_more_than_the_model_says(vm, stage2, pages):
+    """The worst case is what KVM tops its cache up to."""
+    vm.add_memory(IPA, PAGE)
+    vm.guest.ping()
+    before = pages(vm)
+    vm.guest.write(IPA, 1)
+    assert pages(vm) - before == pages_needed(stage2(vm).regime) == 2
+
+
+def test_more_tables_than_the_cache_holds(vm, pages, stage2):
+    """80 far-apart blocks in one GiB and more: the cache of 40 runs dry and is filled again, in the middle of a run."""
+    count = 2 * CAPACITY
+    memory = vm.add_memory(IPA, count * BLOCK)
+    vm.guest.ping()
+    before = pages(vm)
+    vm.guest.fill(IPA, count, stride=BLOCK)
+    assert vm.guest.check(IPA, count, stride=BLOCK) == []
+    assert pages(vm) == before + 1 + count
+    assert len(stage2(vm).mapped(IPA, memory.size)) == count
+
+
+def test_two_vcpus_with_a_cache_each(make_vm, pages):
+    """Both fault in far-apart places at once; no table is made twice."""
+    vm = make_vm(vcpus=2)
+    vm.add_memory(IPA, 80 * BLOCK)
+    for cpu, vcpu in enumerate(vm.vcpus):
+        vcpu.pin(cpu)
+    vm.guest.ping()
+    before = pages(vm)
+    for number, guest in enumerate(vm.guests):
+        guest.start_fill(IPA + 4 * number, 80, stride=BLOCK)
+    for guest in vm.guests:
+        guest.finish()
+    assert pages(vm) == before + 1 + 80

@@ -1,0 +1,138 @@
+"""Allocation failures, one at a time: the N-th allocation of a call fails, for every N there is.
+
+Fault injection of the kernel (fail-nth), configured by the project's own fragments. KVM_RUN answers ENOMEM; nothing is
+mapped half; the next run succeeds (virt/kvm/arm/mmu.c user_mem_abort, kvm_mmu_topup_memory_cache).
+"""
+
+import errno
+
+import pytest
+
+from framework.guest.driver import Order
+from framework.guest.payload import MAILBOX_SIZE
+from framework.host.memory import BLOCK, PAGE
+from framework.model.memcache import pages_needed
+
+IPA = 0x8000_0000
+MOST = 200  #: allocations of one call that are tried
+pytestmark = [pytest.mark.native, pytest.mark.needs("fail-nth")]
+
+
+def every_failure(host, op, undo=lambda: None, **args):
+    """Carry a request out with its first allocation failing, its second, ... until none is left: the errnos."""
+    answers = []
+    for n in range(1, MOST):
+        injected, code, result = host.agent("fail_nth", n=n, op=op, args=args)
+        if not injected:
+            assert code == 0
+            undo(result)
+            return answers
+        answers.append(code)
+        if code == 0:  # a fallback served
+            undo(result)
+    raise AssertionError(f"{op} makes more than {MOST} allocations")
+
+
+@pytest.fixture
+def vm(make_vm):
+    """A VM whose second vCPU has an empty cache, and nothing to fault on but what it is told to touch."""
+    vm = make_vm(vcpus=2)
+    vm.guest.write(vm.vcpus[1].mailbox, 0)
+    return vm
+
+
+@pytest.fixture
+def store_failing(host, vm):
+    """``store_failing(n)``: vCPU 1 stores to IPA, and the n-th allocation of its KVM_RUN fails, if there is one."""
+
+    def attempt(n):
+        guest = vm.guests[1]
+        vm.mailboxes.write(MAILBOX_SIZE, guest.mailbox([Order("fill", IPA, 0, 1, PAGE, wrote=(IPA, 4))]))
+        injected, code, _ = host.agent("fail_nth", n=n, op="vcpu_run", args={"vm": vm.id, "vcpu": 1})
+        guest.running = False
+        return injected, code
+
+    return attempt
+
+
+def test_table_pages_of_a_fault(vm, stage2, store_failing):
+    """A far-apart page with an empty cache: each of the pages that fill it fails once."""
+    vm.add_memory(IPA, PAGE).write(0, b"host")  # the page itself is there: only KVM allocates
+    tables = len(stage2(vm).tables.pages)
+    refused = 0
+    while (answer := store_failing(refused + 1)) != (False, 0):
+        assert answer == (True, errno.ENOMEM)
+        refused += 1
+        now = stage2(vm)
+        assert now.leaf(IPA) is None and len(now.tables.pages) == tables
+    # What was got before a failure is kept: the n-th try needs n - 1 pages less, so each page failed in about half.
+    assert refused >= pages_needed(stage2(vm).regime)
+    assert stage2(vm).leaf(IPA).writable
+    assert vm.guest.read(IPA) == IPA  # what fill stores
+
+
+def test_run_after_a_failure_succeeds(vm, store_failing):
+    vm.add_memory(IPA, PAGE).write(0, b"host")
+    assert store_failing(1) == (True, errno.ENOMEM)
+    vm.guests[1].write(IPA, 7)
+    assert vm.guest.read(IPA) == 7
+
+
+def test_a_block_or_nothing(vm, stage2, store_failing):
+    """A huge page whose table cannot be had is not mapped in part."""
+    vm.add_memory(IPA, BLOCK, align=BLOCK, huge=True).write(0, b"host")
+    assert store_failing(1) == (True, errno.ENOMEM)
+    assert stage2(vm).mapped(IPA, BLOCK) == []
+    vm.guests[1].write(IPA, 7)
+    assert stage2(vm).leaf(IPA).is_block
+
+
+def test_page_of_the_host(vm, stage2, store_failing):
+    """Nothing behind the address yet: where the host's own page, or its table, cannot be had, KVM_RUN says EFAULT."""
+    vm.add_memory(IPA, PAGE, align=BLOCK)
+    vm.guests[1].ping()
+    answers = set()
+    for n in range(1, MOST):
+        injected, code = store_failing(n)
+        if not injected:
+            break
+        answers.add(code)
+        assert code == 0 or stage2(vm).leaf(IPA) is None
+    assert answers <= {0, errno.ENOMEM, errno.EFAULT}
+    assert stage2(vm).leaf(IPA).writable
+
+
+def test_creation_of_a_vm(host, vm):
+    """KVM_CREATE_VM, its root table included: refused as a whole each time, and made in the end."""
+    answers = every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number))
+    assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
+
+
+def test_creation_of_a_memslot(host, vm, stage2):
+    """KVM_SET_USER_MEMORY_REGION: no memslot comes of a failure."""
+    memory = vm.memory(64 * PAGE)
+    where = {"vm": vm.id, "slot": 7, "ipa": IPA, "size": memory.size, "hva": memory.hva}
+
+    def delete(_):
+        host.agent("vm_memslot", **where | {"size": 0}, flags=0)
+
+    answers = every_failure(host, "vm_memslot", delete, **where, flags=1)
+    assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
+    vm.guest.read(IPA)
+    assert [exit_.ipa for exit_ in vm.exits] == [IPA]
+
+
+def test_failures_leave_no_table_behind(host, make_vm):
+    """200 VMs whose creation failed somewhere: less than a page each is missing afterwards."""
+
+    def free():
+        host.ssh.run("echo 3 > /proc/sys/vm/drop_caches; sleep 0.1")
+        return int(host.ssh.run("awk '/MemFree/ {print $2}' /proc/meminfo")) * 1024
+
+    make_vm()  # the process's first VM registers its notifier
+    every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number))
+    before = free()
+    failures = 0
+    while failures < 200:
+        failures += len(every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number)))
+    assert before - free() < failures * PAGE
