@@ -17,7 +17,7 @@ from . import cache, config, progress, setup
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
-from .errors import LabError, NoLiveMachine, NonConformance, ProtocolViolation, SetupError
+from .errors import LabError, NoLiveMachine, NonConformance, ProtocolViolation, SequenceFailed, SetupError
 from .events import checker, picture
 from .events.trace import Enter, Invalidate, Trace
 from .events.world import full
@@ -28,7 +28,11 @@ from .host.kernel.sources import build_for
 from .lab import cache_root, offline
 from .machine import version
 from .machine.rundir import live_machines, run_directory
+from .model import notifier
+from .oracle.oracle import Oracle
 from .oracle.sight import watch
+from .sequences import player as sequence_player
+from .sequences import steps as sequence_steps
 from .terminal import attach
 
 _out = Console(highlight=False)
@@ -200,6 +204,32 @@ def cmd_trace_draw(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_replay(args: argparse.Namespace) -> int:
+    """A saved sequence on a fresh host, step by step."""
+    steps = sequence_steps.load(args.file)
+    host_config = config.find(args.host)
+    host = Host.boot(host_config, obtain(host_config, args.kernel), run_directory() / "logs")
+    try:
+        host.require_kvm()
+        played = sequence_player.play(host, Oracle(host), host_config.guests[0], steps)
+        for number, step in enumerate(played, 1):
+            print(f"{number:3}  {step}", flush=True)
+    except sequence_player.Broken as e:
+        raise SequenceFailed(f"{host.release} is not as the models say", evidence=str(e)) from e
+    except ValueError as e:
+        raise SetupError(f"{args.file}: {e}", remedy="correct the sequence") from e
+    finally:
+        host.shutdown()
+    print(f"{len(steps)} steps on {host_config.name}, {host.release}: as the models say")
+    return 0
+
+
+def cmd_obligations(args: argparse.Namespace) -> int:
+    """The notifier model as a table: docs/notifiers.md is what this prints."""
+    print(notifier.document(), end="")
+    return 0
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -246,6 +276,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
     conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
+    replay = command("replay", cmd_replay, "play a saved sequence of steps, judged after each")
+    replay.add_argument("file", type=Path, metavar="FILE")
+    replay.add_argument("--host", default="arm64", metavar="HOST", help="where (default: arm64)")
+    replay.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
+    command("obligations", cmd_obligations, "what each memory operation of the host owes to stage 2, as Markdown")
     trace = commands.add_parser(
         "trace", help="check and draw recorded traces", description="Recorded traces of events."
     )

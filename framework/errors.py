@@ -198,3 +198,9 @@ class ProtocolViolation(LabError):
     """The hypervisor broke the rules of VMIDs and TLB maintenance, says a recorded trace."""
 
     exit_code = 29
+
+
+class SequenceFailed(LabError):
+    """A replayed sequence ended with a host that is not as the models say."""
+
+    exit_code = 30

@@ -65,6 +65,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
     )
+    group.addoption(
+        "--sequences",
+        choices=("quick", "nightly"),
+        default="quick",
+        help="random sequences: the same few in every run (default), or many, seeded by the date",
+    )
+    group.addoption("--count", type=int, metavar="N", help="play N random sequences, not the profile's number")
     group.addoption("--slow", action="store_true", help="run the cases marked slow, too: minutes each")
     group.addoption(
         "--recorder",
@@ -469,6 +476,18 @@ def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
     so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run.
     """
     return Witness(request.node.stash[_SESSION].oracle, host)
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
+    """``keep(name, text)``: a file among the test's artifacts; its path."""
+    folder = request.node.stash[_SESSION].folder
+
+    def write(name: str, text: str) -> Path:
+        folder.write(name, text)
+        return folder.folder / name
+
+    return write
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from . import libc, memory
 _BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 _FRAME = (1 << 55) - 1
 #: More than the per-CPU lists hold on which new pages wait before reclaim and idle tracking know them.
-_MANY = 64
+_MANY = 33
 
 
 def drain():
@@ -17,8 +17,7 @@ def drain():
     for cpu in allowed:
         os.sched_setaffinity(0, {cpu})
         hva = memory.map_memory(_MANY * memory.PAGE)["hva"]
-        for page in range(_MANY):
-            libc.write_memory(hva + page * memory.PAGE, b"x")
+        libc.write_memory(hva, bytes(_MANY * memory.PAGE))
         libc.munmap(hva, _MANY * memory.PAGE)
     os.sched_setaffinity(0, allowed)
 

@@ -1,5 +1,6 @@
 """Forked children of the VMM: they share its memory copy on write, and hold its file descriptors, until they exit."""
 
+import contextlib
 import os
 
 from . import libc
@@ -37,7 +38,8 @@ class Child:
             raise OSError(10, "No child processes", "child")
 
     def end(self):
-        os.write(self._tell, _END)
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            os.write(self._tell, _END)
         os.close(self._tell)
         os.close(self._answers)
         os.waitpid(self.pid, 0)

@@ -25,6 +25,7 @@ _PAGE = KIB4.size
 _HUGE = 1 << KIB4.level_shift(2)
 
 Kernel = tuple[int, int]
+CHANGE_PTE_GONE: Kernel = (6, 10)  #: the first without that notifier
 Span = tuple[int, int]  #: ``[start, end)``, bytes
 Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), as tables.Stage2Tables.leaves() gives them
 
@@ -196,11 +197,36 @@ class Notice:
     @property
     def maps_read_only(self) -> bool:
         """Whether KVM itself maps the new frame, read-only, where a level 3 table is left (change_pte; up to 6.9)."""
-        return self.rule.change_pte and self.kernel < (6, 10)
+        return self.rule.change_pte and self.kernel < CHANGE_PTE_GONE
 
 
 def _around(start: int, end: int, size: int) -> Span:
     return start & -size, -(-end // size) * size
+
+
+# -- as documentation ------------------------------------------------------------------------------------------------
+
+
+def document() -> str:
+    """docs/notifiers.md, whole."""
+    text = """# What the host's memory management owes to stage 2
+
+Made by `arm-kvm obligations` from the reference model (framework/model/notifier.py), which names the kernel's sources.
+From the moment the MMU notifiers have told KVM of a range, stage 2 may hold no more there than this. KVM on Arm unmaps
+whatever it is told of; the aligned 2 MiB around the range, and blocks that reach into it, may go, too.
+
+"""
+    return text + "\n".join(table()) + "\n"
+
+
+def table() -> list[str]:
+    """The rules as a table in Markdown, a line an operation."""
+    head = ["| what the host does | stage 2 | who is told | up to 6.9 change_pte then maps |", "|---|---|---|---|"]
+    words = {True: "the new frame, read-only", False: ""}
+    return head + [
+        f"| {operation.value} | {rule.duty.value} | {rule.told.value} | {words[rule.change_pte]} |"
+        for operation, rule in RULES.items()
+    ]
 
 
 # -- holding a kernel to it --------------------------------------------------------------------------------------

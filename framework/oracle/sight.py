@@ -30,6 +30,7 @@ from .stage2 import Stage2
 
 _PATIENCE = 5.0
 _POSE = 0.1
+_BETWEEN_LOOKS = 0.005  #: the machine stands still while it is looked at
 
 
 def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
@@ -37,7 +38,7 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
     while time.monotonic() < deadline:
         if (found := look()) is not None:
             return found
-        time.sleep(0.002)
+        time.sleep(_BETWEEN_LOOKS)
     raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
 
 

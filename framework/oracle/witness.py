@@ -15,7 +15,7 @@ from framework.host.memory import Memory
 from framework.host.vm import Vm
 from framework.model import notifier
 from framework.model.memslots import Memslot
-from framework.model.notifier import Call, Leaves, Notice, Operation, Span, Told
+from framework.model.notifier import CHANGE_PTE_GONE, Call, Leaves, Notice, Operation, Span, Told
 
 from . import trace
 from .oracle import Oracle
@@ -79,7 +79,8 @@ class Witness:
     @contextmanager
     def _tracing(self, seen: Testimony) -> Iterator[None]:
         agent = self._host.agent
-        agent("trace_start", events=[f"kvm:{call.value}" for call in Call])
+        calls = [call for call in Call if call is not Call.SET or self._kernel < CHANGE_PTE_GONE]
+        agent("trace_start", events=[f"kvm:{call.value}" for call in calls])
         text = b""
         try:
             yield

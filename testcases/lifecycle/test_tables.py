@@ -155,10 +155,12 @@ def test_two_thousand_vms_leave_nothing_behind(host, make_vms):
         fleet.destroy()
 
     def free():
-        host.ssh.run("echo 3 > /proc/sys/vm/drop_caches; sleep 0.1")
-        return int(host.ssh.run("awk '/MemFree/ {print $2}' /proc/meminfo")) * 1024
+        """The most that is free within a while: what is freed by RCU or in a worker takes its time."""
+        ask = "echo 3 > /proc/sys/vm/drop_caches; awk '/MemFree/ {print $2}' /proc/meminfo; sleep 0.3"
+        return max(int(host.ssh.run(ask)) for _ in range(8)) * 1024
 
-    generation()  # what is allocated once
+    for _ in range(2):
+        generation()  # what is allocated once
     before = free()
     for _ in range(10):
         generation()

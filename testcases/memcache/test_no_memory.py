@@ -50,6 +50,8 @@ def store_failing(host, vm):
         vm.mailboxes.write(MAILBOX_SIZE, guest.mailbox([Order("fill", IPA, 0, 1, PAGE, wrote=(IPA, 4))]))
         injected, code, _ = host.agent("fail_nth", n=n, op="vcpu_run", args={"vm": vm.id, "vcpu": 1})
         guest.running = False
+        if code:
+            vm.vcpus[1].restart()  # or it would go on where it failed
         return injected, code
 
     return attempt

@@ -217,3 +217,9 @@ def test_granules():
     assert [g.level_shift(2) for g in (KIB4, KIB16, KIB64)] == [21, 25, 29]
     assert [g.entries for g in (KIB4, KIB16, KIB64)] == [512, 2048, 8192]
     assert [str(g) for g in (KIB4, KIB16, KIB64)] == ["4 KiB", "16 KiB", "64 KiB"]
+
+
+@pytest.mark.parametrize(("desc", "level", "leads"), [(3, 2, True), (1, 2, False), (3, 3, False), (0, 1, False)])
+def test_what_leads_to_a_table(desc, level, leads):
+    assert d.is_table(desc, level) == leads
+    assert d.is_table(np.array([desc], dtype=np.uint64), level).tolist() == [leads]

@@ -4,10 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framework.lab import ROOT
 from framework.model import descriptors as d
 from framework.model.memslots import Memslot
-from framework.model.notifier import RULES, Breach, Duty, Notice, Operation, Told, violations
+from framework.model.notifier import (
+    RULES,
+    Breach,
+    Call,
+    Duty,
+    Notice,
+    Operation,
+    Told,
+    document,
+    table,
+    unheard,
+    violations,
+)
 
+DOCS = ROOT / "docs"
 PAGE, HUGE = 0x1000, 2 << 20
 HVA, IPA, PA = 0x7000_0000, 0x8000_0000, 0x6000_0000
 VMA = (HVA, HVA + 4 * HUGE)
@@ -24,7 +38,7 @@ def leaf(n, level=3, **kind):
 
 
 def breaches(operation, before, after, **more):
-    return [v.breach for v in violations(notice(operation, **more), [SLOT], before, after)]
+    return [v.breach for v in violations([notice(operation, **more)], [SLOT], before, after)]
 
 
 GO, RO, STAY = Duty.GO, Duty.READ_ONLY, Duty.STAY
@@ -58,6 +72,9 @@ EXPECTED = {
     Operation.SWAP_IN: (STAY, NOBODY),
     Operation.PUNCH_HOLE: (GO, RANGE),
     Operation.TRUNCATE: (GO, RANGE),
+    Operation.FILE_OUT: (GO, RANGE),
+    Operation.POISON: (GO, RANGE),
+    Operation.UFFD_PROTECT: (RO, RANGE),
     Operation.AGE: (STAY, NOBODY),
 }
 
@@ -118,7 +135,7 @@ def test_a_giant_block_reaches_beyond_what_was_said():
     vma = (0x4000_0000, 0x8000_0000)
     slot = Memslot(0, 0x4000_0000, 1 << 30, 0x4000_0000)
     said = Notice(Operation.DONTNEED, 0x4000_5000, 0x4000_6000, vma)
-    assert violations(said, [slot], {0x4000_0000: (1, d.encode(d.Leaf(0x4000_0000), 1))}, {}) == []
+    assert violations([said], [slot], {0x4000_0000: (1, d.encode(d.Leaf(0x4000_0000), 1))}, {}) == []
 
 
 def test_a_leaf_nobody_spoke_of_must_not_change():
@@ -151,6 +168,72 @@ def test_change_pte_maps_the_new_frame_read_only_up_to_6_9():
     assert breaches(Operation.KSM_MERGE, leaf(5), writable, kernel=(5, 4)) == [Breach.WRITABLE]
 
 
+def test_change_pte_must_map_where_a_table_is_left():
+    new = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 3))}
+    before = leaf(5) | leaf(6)
+    assert breaches(Operation.COW_COPY, before, leaf(6)) == [Breach.NOT_MAPPED]
+    assert breaches(Operation.COW_COPY, before, leaf(6) | new) == []
+    assert breaches(Operation.COW_COPY, before, leaf(6), kernel=(6, 10)) == []
+    assert breaches(Operation.COW_COPY, leaf(6), leaf(6)) == [Breach.NOT_MAPPED]  # also where nothing was mapped
+    assert breaches(Operation.COW_COPY, before, {}) == []
+    assert breaches(Operation.COW_COPY, leaf(5) | leaf(600), leaf(600)) == []  # another table
+    assert breaches(Operation.COW_COPY, leaf(5), leaf(6)) == [Breach.APPEARED]  # a new table is no old one
+    assert breaches(Operation.COW_COPY, leaf(5) | leaf(512, level=2), leaf(512, level=2)) == []
+
+
+def test_several_operations_between_two_looks():
+    """What one of them takes may be gone, what one of them demands must be done."""
+    said = [notice(Operation.MPROTECT_READ), notice(Operation.DONTNEED, HVA + 600 * PAGE, HVA + 601 * PAGE)]
+    both = leaf(5) | leaf(600)
+    found = violations(said, [SLOT], both, both)
+    assert [v.breach for v in found] == [Breach.WRITABLE, Breach.STALE]
+    assert violations(said, [SLOT], both, leaf(5, s2ap=d.Grant.READ)) == violations(said, [SLOT], both, {}) == []
+
+
+# -- the calls ---------------------------------------------------------------------------------------------------
+
+
+def heard(operation, before, *calls):
+    return [(v.breach, v.ipa) for v in unheard([notice(operation)], [SLOT], before, calls)]
+
+
+def test_a_mapped_page_must_be_named():
+    assert heard(Operation.DONTNEED, leaf(5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
+    assert heard(Operation.DONTNEED, leaf(5), (Call.AGE, PAGE_5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
+    assert heard(Operation.DONTNEED, leaf(5), (Call.UNMAP, PAGE_5)) == heard(Operation.DONTNEED, leaf(6)) == []
+    assert heard(Operation.AGE, leaf(5), (Call.AGE, PAGE_5)) == []
+    assert heard(Operation.AGE, leaf(5), (Call.UNMAP, PAGE_5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
+
+
+def test_calls_may_come_in_pieces_and_overlap():
+    whole = {ipa: word for n in range(8) for ipa, word in leaf(n).items()}
+    said = notice(Operation.DONTNEED, HVA, HVA + 8 * PAGE)
+    pieces = [(Call.UNMAP, (HVA + a * PAGE, HVA + b * PAGE)) for a, b in ((4, 8), (0, 3), (2, 4), (5, 6))]
+    assert unheard([said], [SLOT], whole, pieces) == []
+    assert [v.ipa for v in unheard([said], [SLOT], whole, pieces[:2])] == [IPA + 3 * PAGE]
+
+
+def test_where_nobody_is_to_be_told_nobody_may_be():
+    for call in (Call.UNMAP, Call.SET):
+        assert heard(Operation.COW_REUSE, leaf(5), (call, PAGE_5)) == [(Breach.TOLD, IPA + 5 * PAGE)]
+    elsewhere = (VMA[1], VMA[1] + PAGE)
+    assert heard(Operation.COW_REUSE, leaf(5), (Call.TEST, PAGE_5), (Call.UNMAP, elsewhere)) == []
+
+
+def test_the_documentation_is_the_models():
+    assert (DOCS / "notifiers.md").read_text() == document()
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_the_table_has_a_line_for_every_operation(operation):
+    (line,) = [line for line in table() if line.startswith(f"| {operation.value} |")]
+    assert RULES[operation].duty.value in line and RULES[operation].told.value in line
+    assert ("read-only" in line.split("|")[4]) == RULES[operation].change_pte
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("operation", "start", "end", "owed"),
     [
@@ -169,16 +252,16 @@ def test_ranges(operation, start, end, owed):
 def test_a_hole_within_a_page_owes_nothing_and_may_split_the_huge_page_around_it():
     said = notice(Operation.PUNCH_HOLE, HVA + 1, HVA + 2)
     assert said.may_go == (HVA, HVA + HUGE)
-    assert violations(said, [SLOT], leaf(0), leaf(0)) == violations(said, [SLOT], leaf(0), {}) == []
+    assert violations([said], [SLOT], leaf(0), leaf(0)) == violations([said], [SLOT], leaf(0), {}) == []
 
 
 def test_every_alias_of_a_page_counts():
     alias = Memslot(1, 0, HUGE, HVA)
-    found = violations(notice(Operation.DONTNEED), [SLOT, alias], leaf(5), leaf(5))
+    found = violations([notice(Operation.DONTNEED)], [SLOT, alias], leaf(5), leaf(5))
     low = {5 * PAGE: leaf(5)[IPA + 5 * PAGE]}
     assert [v.ipa for v in found] == [IPA + 5 * PAGE]
-    assert [v.ipa for v in violations(notice(Operation.DONTNEED), [SLOT, alias], low, low)] == [5 * PAGE]
-    assert violations(notice(Operation.DONTNEED), [], leaf(5), leaf(5)) == []
+    assert [v.ipa for v in violations([notice(Operation.DONTNEED)], [SLOT, alias], low, low)] == [5 * PAGE]
+    assert violations([notice(Operation.DONTNEED)], [], leaf(5), leaf(5)) == []
 
 
 def test_a_range_must_lie_in_its_vma():
@@ -200,4 +283,4 @@ def test_a_kernel_that_drops_all_it_may_is_always_right(operation, pages):
     before = {ipa: word for n in pages for ipa, word in leaf(n).items()}
     may_go = notice(operation).may_go or (0, 0)
     after = {ipa: word for ipa, word in before.items() if not may_go[0] <= ipa - IPA + HVA < may_go[1]}
-    assert violations(notice(operation), [SLOT], before, after) == []
+    assert violations([notice(operation)], [SLOT], before, after) == []

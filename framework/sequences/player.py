@@ -1,0 +1,258 @@
+"""Carries steps out on a host, one after the other, and holds the host against the world after each."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+import numpy as np
+
+from framework.errors import LabError
+from framework.guest.driver import RunFailed
+from framework.host.host import Host
+from framework.host.memory import BLOCK, Advice, Child, Prot
+from framework.model import sweep
+from framework.model.memslots import SlotFlags
+from framework.oracle.oracle import Oracle
+from framework.oracle.witness import leaves_of
+
+from .steps import PAGES, Kind, Step
+from .world import IPAS, PAGE, Answer, Look, World, spare_tables
+
+_SIZE = PAGES * PAGE
+
+
+class Broken(AssertionError):
+    """A step after which the host is not as the models say. ``steps`` are all that led there, it included."""
+
+    def __init__(self, steps: list[Step], complaints: list[str]) -> None:
+        self.steps = list(steps)
+        self.complaints = complaints
+        lines = [f"after step {len(steps)}:", *(f"    {complaint}" for complaint in complaints), "the sequence:"]
+        super().__init__("\n".join([*lines, *(f"    {step}" for step in steps)]))
+
+
+class Player:
+    """One sequence on one host. :meth:`do` raises Broken at the first step that goes wrong; :meth:`end` cleans up.
+
+    After a sequence that did not go wrong, :meth:`begin_anew` is faster than another player.
+    """
+
+    def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
+        self._host, self._oracle, self._isa = host, oracle, isa
+        self.steps: list[Step] = []
+        self._child: Child | None = None
+        self._idle_tracking = "idle-tracking" in host.config.can
+        self._vm = self._host.create_vm(isa, vcpus=2)
+        self._memory = self._vm.memory(_SIZE, align=BLOCK)
+        self._vm.memories.remove(self._memory)  # outlives its VM
+        self._ages = self._idle_tracking or host.kernel_version < (6, 9)
+        self._furnish()
+        self._begin()
+
+    def _furnish(self) -> None:
+        for slot, ipa in IPAS.items():
+            self._vm.add_memory(ipa, _SIZE, slot=slot + 1, memory=self._memory)
+        self._vm.guest.ping()
+
+    def _begin(self) -> None:
+        self.steps = []
+        self.broken = True
+        self.world = World(self._memory.hva, self._host.kernel_version, self._ages)
+        self._before = self._look()
+        self._demand([f"IPA {ipa:#x} is mapped at the beginning" for ipa in self._before.leaves])
+        self.broken = False
+
+    def begin_anew(self) -> None:
+        """Another sequence with the same VM: no child, new memory, new memslots."""
+        self._end_child()
+        self._memory.replace()
+        for slot, ipa in IPAS.items():
+            if slot + 1 in self._vm.slots:
+                self._vm.delete_slot(ipa)
+            self._vm.add_memory(ipa, _SIZE, slot=slot + 1, memory=self._memory)
+        self._vm.exits.clear()
+        self._begin()
+
+    def _end_child(self) -> None:
+        if self._child:
+            self._child.end()
+        self._child = None
+
+    def end(self) -> None:
+        """Give everything back."""
+        with suppress(LabError):
+            self._end_child()
+            self._vm.destroy()
+            if self._vm in self._host.vms:
+                self._host.vms.remove(self._vm)
+            self._memory.unmap()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def do(self, step: Step) -> None:
+        """Carry it out and judge. Raises Broken; ValueError for a step that makes no sense now."""
+        if not self.world.allows(step):
+            raise ValueError(f"step {len(self.steps) + 1} makes no sense here: {step}")
+        self.steps.append(step)
+        self.broken = True  # whatever it fails with
+        owed = self._carry_out(step)
+        after = self._look()
+        self._demand(self.world.complaints(step, self._before, after, owed))
+        self._before, self.broken = after, False
+
+    def _demand(self, complaints: list[str]) -> None:
+        if complaints:
+            raise Broken(self.steps, complaints)
+
+    def _carry_out(self, step: Step) -> tuple[tuple[int, int], ...]:
+        """The IPA ranges that a memslot operation owes to be gone."""
+        match step.kind:
+            case Kind.GUEST_READS | Kind.GUEST_WRITES:
+                self._guest(step)
+            case Kind.HOST_READS | Kind.HOST_WRITES:
+                self._touch(step)
+            case Kind.SLOT_DELETE | Kind.SLOT_CREATE | Kind.LOG_ON | Kind.LOG_OFF:
+                return self._memslot(step)
+            case Kind.DIRTY_LOG:
+                self._dirty_log(step)
+            case Kind.NEW_VM:
+                self._new_vm()
+                return tuple((ipa, _SIZE) for ipa in IPAS.values())
+            case _:
+                self._host_operation(step)
+        return ()
+
+    def _guest(self, step: Step) -> None:
+        guest, ipa = self._vm.guests[step.vcpu], IPAS[step.slot] + step.page * PAGE
+        value, exits = self.world.value_for(step), len(self._vm.exits)
+        answer, got = Answer.DONE, 0
+        try:
+            if step.kind is Kind.GUEST_WRITES:
+                guest.write(ipa, value)
+            else:
+                got = guest.read(ipa)
+        except RunFailed as e:
+            if e.errno != errno.EFAULT:
+                raise
+            answer = Answer.EFAULT
+        if len(self._vm.exits) > exits:
+            answer = Answer.MMIO
+        expected = self.world.answer(step)
+        if answer is not expected:
+            self._demand([f"{step}: {answer.value}, where {expected.value} was due"])
+        if answer is Answer.DONE:
+            self._saw(step, value, got)
+
+    def _touch(self, step: Step) -> None:
+        value, got, offset = self.world.value_for(step), 0, step.page * PAGE
+        if step.kind is Kind.HOST_WRITES:
+            self._memory.write(offset, value.to_bytes(4, "little"))
+        else:
+            got = int.from_bytes(self._memory.read(offset, 4), "little")
+        self._saw(step, value, got)
+
+    def _saw(self, step: Step, value: int, got: int) -> None:
+        """A store was carried out, or a load found ``got``."""
+        if step.kind in (Kind.GUEST_WRITES, Kind.HOST_WRITES):
+            self.world.stored(step, value)
+        elif got not in (may := self.world.content[step.page]):
+            self._demand([f"page {step.page} reads {got:#x}, where {' or '.join(map(hex, sorted(may)))} was stored"])
+
+    def _host_operation(self, step: Step) -> None:
+        memory, (offset, size) = self._memory, (step.page * PAGE, (step.last + 1 - step.page) * PAGE)
+        match step.kind:
+            case Kind.DONTNEED:
+                memory.advise(Advice.DONTNEED, offset, size)
+            case Kind.FREE:
+                memory.advise(Advice.FREE, offset, size)
+            case Kind.REPLACE:
+                memory.replace(offset, size)
+            case Kind.PROTECT_NONE:
+                memory.protect(Prot.NONE, offset, size)
+            case Kind.PROTECT_READ:
+                memory.protect(Prot.READ, offset, size)
+            case Kind.PROTECT_WRITE:
+                memory.protect(Prot.READ_WRITE, offset, size)
+            case Kind.FORK:
+                self._child = Child(self._vm.agent)
+            case Kind.CHILD_WRITES:
+                self._child.write(memory, offset, b"the child's own")
+            case Kind.CHILD_EXITS:
+                self._end_child()
+            case Kind.AGE:
+                self._age(offset, size)
+        self.world.host_did(step)
+
+    def _age(self, offset: int, size: int) -> None:
+        if self._idle_tracking:
+            self._memory.mark_idle(offset, size)
+            return
+        self._vm.agent("memory_drain")
+        self._memory.advise(Advice.PAGEOUT, offset, size)
+
+    def _memslot(self, step: Step) -> tuple[tuple[int, int], ...]:
+        ipa, slots = IPAS[step.slot], self.world.slots
+        slot = self.world.slot(step.slot)
+        match step.kind:
+            case Kind.SLOT_DELETE:
+                self._vm.delete_slot(ipa)
+                slot = self.world.slot(step.slot, size=0)
+            case Kind.SLOT_CREATE:
+                self._vm.add_memory(ipa, _SIZE, slot=step.slot + 1, memory=self._memory)
+            case Kind.LOG_ON:
+                self._vm.set_flags(ipa, SlotFlags.LOG_DIRTY_PAGES)
+                slot = slot.with_flags(SlotFlags.LOG_DIRTY_PAGES)
+            case Kind.LOG_OFF:
+                self._vm.set_flags(ipa, SlotFlags.NONE)
+        return slots.set(slot).must_go
+
+    def _dirty_log(self, step: Step) -> None:
+        ipa = IPAS[step.slot]
+        pages, _ = self.world.slots.take_dirty_log(step.slot)
+        expected = [ipa + page * PAGE for page in pages]
+        if (found := self._vm.dirty_pages(ipa)) != expected:
+            self._demand([f"the dirty log says {_hex(found)}, guests have written {_hex(expected)}"])
+
+    def _new_vm(self) -> None:
+        self._vm.destroy()
+        self._host.vms.remove(self._vm)
+        self._vm = self._host.create_vm(self._isa, vcpus=2)
+        self._furnish()
+        self.world.new_vm()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def _look(self) -> Look:
+        """The host as it stands; safety is judged here."""
+        ((stage2, findings),) = self._oracle.examine(self._vm)
+        self._demand([str(finding) for finding in findings])
+        leaves = leaves_of(stage2)
+        spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
+        return Look({i: leaf for i, leaf in leaves.items() if _watched(i)}, spare, self._frames())
+
+    def _frames(self) -> tuple[int, ...]:
+        """The host's frame of each page, by its own stage 1."""
+        hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
+        space = self._oracle.sight.vmm_space(self._vm.agent)
+        return tuple(sweep.translate(space, self._host.machine.ram, hvas)[1].tolist())
+
+
+def _watched(ipa: int) -> bool:
+    return any(start <= ipa < start + _SIZE for start in IPAS.values())
+
+
+def _hex(addresses: list[int]) -> str:
+    return " ".join(map(hex, addresses)) or "nothing"
+
+
+def play(host: Host, oracle: Oracle, isa: str, steps: Iterable[Step]) -> Iterator[Step]:
+    """A whole sequence, each step as it was carried out. Raises Broken."""
+    player = Player(host, oracle, isa)
+    try:
+        for step in steps:
+            player.do(step)
+            yield step
+    finally:
+        player.end()

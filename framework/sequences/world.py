@@ -1,0 +1,243 @@
+"""What must hold after each step: the state that the models give the VM, its memory and its memslots. Pure.
+
+The frames behind the pages are not predicted but observed: whether a store after fork copies a page depends on
+references that nobody sees. Everything else follows from the models of memslots and MMU notifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from framework.model import descriptors as d
+from framework.model import notifier
+from framework.model.granule import KIB4, LAST_LEVEL
+from framework.model.memslots import Memslot, Memslots
+from framework.model.notifier import Kernel, Leaves, Notice, Operation
+
+from .steps import PAGES, SLOTS, Kind, Step
+
+PAGE = KIB4.size
+#: Where the two memslots show the same memory to the guest.
+IPAS = dict(zip(SLOTS, (0x8000_0000, 0x9000_0000), strict=True))
+#: What a page holds when nobody has written it.
+ZERO = 0
+
+
+class Answer(Enum):
+    """How a guest's access must end."""
+
+    DONE = "it is carried out"
+    MMIO = "an MMIO exit"
+    EFAULT = "KVM_RUN answers EFAULT"
+
+
+class Rights(Enum):
+    NONE = 0
+    READ = 1
+    WRITE = 3
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is seen of the host at one moment: what stage 2 maps of the memslots, and the frame of each page."""
+
+    leaves: Leaves
+    spare_tables: int  #: table pages that nothing needs
+    frames: tuple[int, ...]  #: physical address of each page; 0: none
+
+
+@dataclass
+class World:
+    """One VM's world: two memslots onto the same 16 pages at ``hva``."""
+
+    hva: int
+    kernel: Kernel
+    ages: bool = True  #: the host can be made to age pages
+    rights: list[Rights] = field(default_factory=lambda: [Rights.WRITE] * PAGES)
+    #: What each page may hold: one value, or two after MADV_FREE.
+    content: list[set[int]] = field(default_factory=lambda: [{ZERO} for _ in range(PAGES)])
+    child: list[Rights] | None = None  #: what a forked child may do, which is what the VMM might when it forked
+    written: int = 0  #: stores so far; each stores another value
+
+    def __post_init__(self) -> None:
+        self.new_vm()
+
+    def new_vm(self) -> None:
+        """A VM that has not run, with both memslots."""
+        self.slots = Memslots(ipa_bits=40)
+        for number in IPAS:
+            self.slots.set(self.slot(number))
+
+    def slot(self, number: int, size: int = PAGES * PAGE) -> Memslot:
+        """This memslot, without flags; size 0 deletes it."""
+        return Memslot(number, IPAS[number], size, self.hva)
+
+    # -- which steps make sense ------------------------------------------------------------------------------------
+
+    def allows(self, step: Step) -> bool:
+        """Whether the step can be carried out now."""
+        slot = self.slots.at(IPAS[step.slot])
+        if step.kind in _NEED_WRITABLE and set(self.rights) != {Rights.WRITE}:
+            return False
+        match step.kind:
+            case Kind.HOST_WRITES:
+                return self.rights[step.page] is Rights.WRITE
+            case Kind.HOST_READS:
+                return self.rights[step.page] is not Rights.NONE
+            case Kind.CHILD_WRITES:
+                return self.child is not None and self.child[step.page] is Rights.WRITE
+            case Kind.CHILD_EXITS:
+                return self.child is not None
+            case Kind.FORK:
+                return self.child is None
+            case Kind.SLOT_CREATE:
+                return slot is None
+            case Kind.SLOT_DELETE:
+                return slot is not None
+            case Kind.LOG_ON:
+                return slot is not None and not slot.logging
+            case Kind.LOG_OFF | Kind.DIRTY_LOG:
+                return slot is not None and slot.logging
+            case Kind.AGE if not self.ages:
+                return False
+        return True
+
+    def value_for(self, step: Step) -> int:
+        """What a store of this step stores."""
+        return (self.written + 1) << 8 | step.page | 0x4000_0000
+
+    # -- guests ------------------------------------------------------------------------------------------------------
+
+    def answer(self, step: Step) -> Answer:
+        """How a guest's access must end."""
+        if self.slots.at(IPAS[step.slot]) is None:
+            return Answer.MMIO
+        needed = {Rights.WRITE} if step.kind is Kind.GUEST_WRITES else {Rights.READ, Rights.WRITE}
+        return Answer.DONE if self.rights[step.page] in needed else Answer.EFAULT
+
+    def stored(self, step: Step, value: int) -> None:
+        """A store of guest or host was carried out."""
+        self.written += 1
+        self.content[step.page] = {value}
+        if step.kind is Kind.GUEST_WRITES:
+            self.slots.written(IPAS[step.slot] + step.page * PAGE)
+
+    # -- what the host owes --------------------------------------------------------------------------------------
+
+    def pages(self, step: Step) -> range:
+        return range(step.page, step.last + 1)
+
+    def host_did(self, step: Step) -> None:
+        """The host's memory operation was carried out."""
+        match step.kind:
+            case Kind.DONTNEED | Kind.REPLACE:
+                for page in self.pages(step):
+                    self.content[page] = {ZERO}
+                    if step.kind is Kind.REPLACE:
+                        self.rights[page] = Rights.WRITE
+            case Kind.FREE:
+                for page in self.pages(step):
+                    self.content[page] |= {ZERO}
+            case Kind.PROTECT_NONE | Kind.PROTECT_READ | Kind.PROTECT_WRITE:
+                for page in self.pages(step):
+                    self.rights[page] = _RIGHTS[step.kind]
+            case Kind.FORK:
+                self.child = list(self.rights)
+            case Kind.CHILD_EXITS:
+                self.child = None
+
+    def notices(self, step: Step, before: Look, after: Look) -> list[Notice]:
+        """What the step owes stage 2 by way of the notifiers."""
+        whole = (self.hva, self.hva + PAGES * PAGE)
+        if step.kind in _OPERATIONS:
+            start, end = self.hva + step.page * PAGE, self.hva + (max(step.page, step.last) + 1) * PAGE
+            if step.kind is Kind.FORK:
+                start, end = whole
+            return [Notice(_OPERATIONS[step.kind], start, end, whole, self.kernel)]
+        if step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES, Kind.HOST_READS, Kind.HOST_WRITES):
+            start = self.hva + step.page * PAGE
+            operation = _what_became(before.frames[step.page], after.frames[step.page])
+            return [Notice(operation, start, start + PAGE, whole, self.kernel)]
+        return []
+
+    # -- the verdict ----------------------------------------------------------------------------------------------
+
+    def complaints(self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
+        slots = [slot for slot in self.slots if slot.slot in IPAS]
+        own = IPAS[step.slot] + step.page * PAGE
+        accessed = step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES) and self.answer(step) is Answer.DONE
+        gone = lambda ipa: any(ipa in range(start, start + size) for start, size in owed)  # noqa: E731
+        was = {ipa: leaf for ipa, leaf in before.leaves.items() if not gone(ipa)}
+        now = {ipa: leaf for ipa, leaf in after.leaves.items() if not gone(ipa)}
+        out = [f"IPA {ipa:#x} is still mapped" for ipa in after.leaves if gone(ipa)]
+        if accessed:
+            out += self._accessed(step, own, now.pop(own, None))
+            was.pop(own, None)
+        relaxed = self._protected(step, was, slots)
+        broken = notifier.violations(self.notices(step, before, after), slots, relaxed, now)
+        out += [f"IPA {v.ipa:#x}: {v.breach.value}" for v in broken if not (accessed and v.ipa == own)]
+        if after.spare_tables:
+            out.append(f"{after.spare_tables} table pages map nothing")
+        return out + self._aged(step, after)
+
+    def _accessed(self, step: Step, ipa: int, leaf: tuple[int, int] | None) -> list[str]:
+        """The page that a guest has just used."""
+        if leaf is None:
+            return [f"IPA {ipa:#x} is not mapped after the guest's access"]
+        if not d.AF.of(leaf[1]):
+            return [f"IPA {ipa:#x} is not young after the guest's access"]
+        if step.kind is Kind.GUEST_WRITES and not d.s2_writable(leaf[1]):
+            return [f"IPA {ipa:#x} is not writable after the guest's store"]
+        return []
+
+    def _protected(self, step: Step, leaves: Leaves, slots: Sequence[Memslot]) -> Leaves:
+        """The leaves as the dirty log obliges: what it makes read-only must be found so."""
+        if step.kind not in (Kind.LOG_ON, Kind.DIRTY_LOG):
+            return leaves
+        start = IPAS[step.slot]
+        end = start + PAGES * PAGE
+        unwritable = ~d.S2AP.put(d.Grant.WRITE)
+        return {i: (n, w & unwritable if start <= i < end else w) for i, (n, w) in leaves.items()}
+
+    def _aged(self, step: Step, after: Look) -> list[str]:
+        """Ageing must reach the guest's accessed flag; with a child about, the host may leave a page out."""
+        if step.kind is not Kind.AGE or self.child:
+            return []
+        # The zero page is none that ages, nor does the host look at what it may not touch.
+        pages = [p for p in self.pages(step) if self.rights[p] is Rights.WRITE and ZERO not in self.content[p]]
+        aged = {IPAS[n] + page * PAGE for n in IPAS for page in pages}
+        young = [ipa for ipa in sorted(aged & after.leaves.keys()) if d.AF.of(after.leaves[ipa][1])]
+        return [f"IPA {ipa:#x} is still young" for ipa in young]
+
+
+#: A memslot of memory that the process may not write is refused (EPERM, kvm_arch_prepare_memory_region up to 5.10).
+_NEED_WRITABLE = (Kind.SLOT_CREATE, Kind.LOG_ON, Kind.LOG_OFF, Kind.NEW_VM)
+_RIGHTS = {Kind.PROTECT_NONE: Rights.NONE, Kind.PROTECT_READ: Rights.READ, Kind.PROTECT_WRITE: Rights.WRITE}
+_OPERATIONS = {
+    Kind.DONTNEED: Operation.DONTNEED,
+    Kind.FREE: Operation.FREE,
+    Kind.REPLACE: Operation.MUNMAP,
+    Kind.PROTECT_NONE: Operation.MPROTECT_NONE,
+    Kind.PROTECT_READ: Operation.MPROTECT_READ,
+    Kind.PROTECT_WRITE: Operation.MPROTECT_WIDER,
+    Kind.FORK: Operation.FORK,
+    Kind.CHILD_WRITES: Operation.CHILD_WRITE,
+    Kind.AGE: Operation.AGE,
+}
+
+
+def _what_became(before: int, after: int) -> Operation:
+    """Which operation a touch was, by the frames: a first page, the same page, or a copy."""
+    if not before:
+        return Operation.SWAP_IN
+    return Operation.COW_REUSE if before == after else Operation.COW_COPY
+
+
+def spare_tables(pages: int, leaves: Leaves) -> int:
+    """How many of a VM's table pages below the root nothing needs: each 2 MiB of pages needs one, each GiB one."""
+    blocks = {ipa >> KIB4.level_shift(2) for ipa, (level, _) in leaves.items() if level == LAST_LEVEL}
+    gibs = {ipa >> KIB4.level_shift(1) for ipa in leaves}
+    return pages - len(blocks) - len(gibs)

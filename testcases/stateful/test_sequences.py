@@ -1,0 +1,23 @@
+"""Random sequences of guest accesses, host memory operations, memslot and VM operations, against the reference models.
+
+After every step safety holds, and what the models claim exactly. A failure is shrunk, printed in the words of
+framework/sequences/steps.py, and kept as a file that ``arm-kvm replay FILE`` plays on any host and kernel.
+"""
+
+import pytest
+
+from framework.sequences.player import Broken, Player
+from framework.sequences.search import Profile, search
+
+pytestmark = pytest.mark.native
+
+
+def test_random_sequences(request, host, oracle, isa, keep):
+    """``--sequences quick``: the same few in every run; ``nightly``: many, seeded by the date."""
+    profile = Profile(request.config.getoption("--sequences"))
+    try:
+        tally = search(lambda: Player(host, oracle, isa), profile, request.config.getoption("--count"))
+    except Broken as e:
+        path = keep("sequence.txt", "".join(f"{step}\n" for step in e.steps))
+        pytest.fail(f"{e}\nplay it again: arm-kvm replay {path} --host {host.config.name}", pytrace=False)
+    assert tally.sequences and tally.steps

@@ -1,0 +1,56 @@
+"""The vocabulary as text: every step comes back as it was written, and what is wrong is named with its line."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from framework.errors import ConfigError
+from framework.sequences.steps import PAGES, SLOTS, VCPUS, Kind, Step, load, parse
+
+
+@st.composite
+def steps(draw):
+    first = draw(st.integers(0, PAGES - 1))
+    arguments = {
+        "page": first,
+        "last": draw(st.integers(first, PAGES - 1)),
+        "vcpu": draw(st.integers(0, VCPUS - 1)),
+        "slot": draw(st.sampled_from(SLOTS)),
+    }
+    kind = draw(st.sampled_from(Kind))
+    return Step(kind, **{name: value for name, value in arguments.items() if f"{{{name}}}" in kind.value})
+
+
+@given(steps())
+def test_a_step_reads_as_it_was_written(step):
+    assert parse(str(step)) == parse(f"  {step}  # why") == step
+
+
+def test_comments_and_empty_lines_are_no_steps(tmp_path):
+    file = tmp_path / "sequence.txt"
+    file.write_text("# found on a15\n\nfork\nhost writes page 3 # then\n")
+    assert load(file) == [Step(Kind.FORK), Step(Kind.HOST_WRITES, page=3)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "guest 0 jumps",
+        "host writes page 16",
+        "guest 2 reads page 0 through memslot 1",
+        "memslot 3 is deleted",
+        "madvise DONTNEED pages 5 to 4",
+        "host writes page -1",
+        "fork twice",
+    ],
+)
+def test_what_is_no_step_is_named_with_its_line(tmp_path, line):
+    file = tmp_path / "sequence.txt"
+    file.write_text(f"fork\n{line}\n")
+    with pytest.raises(ConfigError, match=r"sequence.txt:2"):
+        load(file)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "nothing")

@@ -1,0 +1,141 @@
+"""What a world complains of: each complaint by a table that deserves it, and none of what a healthy host does."""
+
+import pytest
+
+from framework.model import descriptors as d
+from framework.sequences.steps import PAGES, Kind, Step
+from framework.sequences.world import IPAS, PAGE, Answer, Look, Rights, World, spare_tables
+
+HVA, PA = 0xB600_0000, 0x5000_0000
+FRAMES = tuple(PA + n * PAGE for n in range(PAGES))
+
+
+def world(kernel=(5, 4), **more):
+    return World(HVA, kernel, **more)
+
+
+def leaf(page, slot=1, frame=None, **kind):
+    pa = PA + page * PAGE if frame is None else frame
+    return {IPAS[slot] + page * PAGE: (3, d.encode(d.Leaf(pa, **kind), 3))}
+
+
+def look(leaves=None, spare=0, frames=FRAMES):
+    return Look(leaves or {}, spare, frames)
+
+
+def complaints(step, before, after, of=None, owed=()):
+    return (of or world()).complaints(step, before, after, owed)
+
+
+def only(found, words):
+    return len(found) == 1 and words in found[0]
+
+
+READ, WRITE = Step(Kind.GUEST_READS, page=3), Step(Kind.GUEST_WRITES, page=3)
+
+
+def test_an_access_maps_its_page_and_nothing_else():
+    assert complaints(READ, look(), look(leaf(3))) == complaints(WRITE, look(leaf(4)), look(leaf(3) | leaf(4))) == []
+    assert only(complaints(READ, look(), look()), "not mapped")
+    assert only(complaints(READ, look(), look(leaf(3, af=False))), "not young")
+    assert only(complaints(WRITE, look(), look(leaf(3, s2ap=d.Grant.READ))), "not writable")
+    assert only(complaints(READ, look(), look(leaf(3) | leaf(9))), "no guest had asked")
+    assert only(complaints(READ, look(leaf(4)), look(leaf(3))), "outside what may go")
+
+
+def test_an_access_that_copies_takes_the_old_frame_from_the_alias():
+    copied = FRAMES[:3] + (PA + (1 << 20),) + FRAMES[4:]
+    before, new = look(leaf(3, slot=2)), leaf(3, frame=copied[3])
+    assert complaints(WRITE, before, look(new, frames=copied)) == []
+    assert only(complaints(WRITE, before, look(new | leaf(3, slot=2), frames=copied)), "still")
+
+
+def test_what_the_host_takes_must_be_gone():
+    drop = Step(Kind.DONTNEED, page=2, last=4)
+    assert complaints(drop, look(leaf(3)), look()) == []
+    assert only(complaints(drop, look(leaf(3)), look(leaf(3))), "old frame is still mapped")
+    assert only(complaints(drop, look(leaf(3, slot=2)), look(leaf(3, slot=2))), "old frame")
+    protect = Step(Kind.PROTECT_READ, page=3, last=3)
+    assert only(complaints(protect, look(leaf(3)), look(leaf(3))), "still writable")
+    assert only(complaints(Step(Kind.FORK), look(leaf(3)), look(leaf(3))), "still writable")
+
+
+def test_change_pte_is_expected_up_to_6_9():
+    touch = Step(Kind.HOST_WRITES, page=3)
+    copied = FRAMES[:3] + (PA + (1 << 20),) + FRAMES[4:]
+    before, after = look(leaf(3) | leaf(4)), look(leaf(4), frames=copied)
+    assert only(complaints(touch, before, after), "level 3 table was left")
+    assert complaints(touch, before, after, world(kernel=(6, 10))) == []
+
+
+def test_a_memslot_that_goes_takes_its_leaves():
+    w = world()
+    gone = w.slots.set(w.slot(1, size=0)).must_go
+    delete = Step(Kind.SLOT_DELETE, slot=1)
+    assert complaints(delete, look(leaf(3)), look(), w, gone) == []
+    assert only(complaints(delete, look(leaf(3)), look(leaf(3)), w, gone), "still mapped")
+
+
+def test_the_dirty_log_makes_pages_read_only():
+    log = Step(Kind.LOG_ON, slot=1)
+    both = leaf(3) | leaf(3, slot=2)
+    assert complaints(log, look(both), look(leaf(3, s2ap=d.Grant.READ) | leaf(3, slot=2))) == []
+    assert only(complaints(log, look(both), look(both)), "changed")
+
+
+def test_ageing_reaches_what_was_written():
+    w, age = world(), Step(Kind.AGE, page=3, last=3)
+    w.stored(WRITE, 7)
+    assert complaints(age, look(leaf(3)), look(leaf(3, af=False)), w) == []
+    assert only(complaints(age, look(leaf(3)), look(leaf(3)), w), "still young")
+    assert complaints(age, look(leaf(3)), look(leaf(3))) == []  # the zero page, for all the world knows
+    w.host_did(Step(Kind.FORK))
+    assert complaints(age, look(leaf(3)), look(leaf(3)), w) == []
+
+
+def test_a_table_that_maps_nothing_is_seen():
+    assert only(complaints(READ, look(), look(leaf(3), spare=1)), "table pages map nothing")
+    assert spare_tables(2, leaf(3)) == 0 and spare_tables(3, leaf(3) | leaf(3, slot=2)) == 0
+    assert spare_tables(3, leaf(3)) == 1 and spare_tables(1, {0: (2, 1)}) == 0
+
+
+@pytest.mark.parametrize(
+    ("rights", "read", "write"),
+    [
+        (Rights.WRITE, Answer.DONE, Answer.DONE),
+        (Rights.READ, Answer.DONE, Answer.EFAULT),
+        (Rights.NONE, Answer.EFAULT, Answer.EFAULT),
+    ],
+)
+def test_how_an_access_must_end(rights, read, write):
+    w = world()
+    w.rights[3] = rights
+    assert (w.answer(READ), w.answer(WRITE)) == (read, write)
+    w.slots.set(w.slot(1, size=0))
+    assert w.answer(READ) is w.answer(WRITE) is Answer.MMIO
+
+
+def test_which_steps_make_sense():
+    w = world()
+    assert w.allows(Step(Kind.FORK)) and not w.allows(Step(Kind.CHILD_EXITS)) and not w.allows(Step(Kind.SLOT_CREATE))
+    w.host_did(Step(Kind.PROTECT_READ, page=3, last=3))
+    assert w.allows(Step(Kind.HOST_READS, page=3)) and not w.allows(Step(Kind.HOST_WRITES, page=3))
+    assert not w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.NEW_VM))
+    w.host_did(Step(Kind.REPLACE, page=3, last=3))
+    assert w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.DIRTY_LOG))
+    w.host_did(Step(Kind.PROTECT_READ, page=3, last=3))
+    w.host_did(Step(Kind.FORK))
+    w.host_did(Step(Kind.PROTECT_WRITE, page=3, last=3))  # of the VMM, not of its child
+    assert w.allows(Step(Kind.CHILD_WRITES, page=4)) and not w.allows(Step(Kind.CHILD_WRITES, page=3))
+    assert not world(ages=False).allows(Step(Kind.AGE)) and world().allows(Step(Kind.AGE))
+
+
+def test_content_after_each_operation():
+    w = world()
+    w.stored(WRITE, 7)
+    w.host_did(Step(Kind.FREE, page=3, last=3))
+    assert w.content[3] == {7, 0}
+    w.stored(WRITE, 8)
+    assert w.content[3] == {8}
+    w.host_did(Step(Kind.DONTNEED, page=0, last=15))
+    assert w.content[3] == {0}

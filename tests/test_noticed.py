@@ -1,0 +1,124 @@
+"""Every path that changes a stage-2 table, disabled in the memory of a running kernel.
+
+The random sequences notice, and shrink what they found to a few steps. That tables are not freed, the page allocator's
+own trace shows (testcases/lifecycle).
+"""
+
+from contextlib import contextmanager
+
+import pytest
+
+from framework.recorder.points import ASK, KernelMap
+from framework.sequences.player import Broken, Player
+from framework.sequences.search import search
+from framework.sequences.steps import Kind
+
+SHORT = 6  #: steps that a failure is shrunk to, at most
+ENOUGH = 400  #: sequences within which it is found
+#: "return 0": mov r0, #0; bx lr and mov x0, #0; ret.
+RETURN = {"armv7": "0000a0e31eff2fe1", "armv8": "000080d2c0035fd6"}
+
+#: What does it, by kernel: the names that there are, of these.
+UNMAP = ("kvm_unmap_hva_range", "kvm_unmap_gfn_range")
+SET_PTE = ("kvm_set_spte_hva", "kvm_set_spte_gfn")
+AGE = ("kvm_age_hva", "kvm_age_gfn")
+WRITE_PROTECT = ("stage2_wp_range", "kvm_pgtable_stage2_wrprotect")
+FREE = ("kvm_free_stage2_pgd",)
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def without(host):
+    """``with without(names):`` those of these functions that the kernel has return 0 at once."""
+    kernel = KernelMap(host.ssh.run(ASK))
+
+    @contextmanager
+    def disabled(names):
+        pattern = "|".join(f" {name}$" for name in names)
+        found = host.ssh.run(f"grep -E '{pattern}' /proc/kallsyms", check=False).split("\n")
+        places = [kernel.pa(int(line.split()[0], 16)) for line in found if line]
+        assert places, f"no {' nor '.join(names)} in this kernel"
+        gdb, code = host.machine.gdb, bytes.fromhex(RETURN[host.config.architecture.name])
+        saved = {pa: host.machine.ram.read(pa, len(code)) for pa in places}
+        with gdb.pause():
+            for pa in places:
+                gdb.write_memory(pa, code)
+        try:
+            yield
+        finally:
+            with gdb.pause():
+                for pa, old in saved.items():
+                    gdb.write_memory(pa, old)
+
+    return disabled
+
+
+@pytest.fixture
+def shortest(host, oracle, isa):
+    """``shortest()``: the shortest sequence that fails, as (steps, complaints)."""
+
+    def look():
+        with pytest.raises(Broken) as found:
+            search(lambda: Player(host, oracle, isa), sequences=ENOUGH)
+        return found.value.steps, "\n".join(found.value.complaints)
+
+    return look
+
+
+def kinds(steps):
+    return {step.kind for step in steps}
+
+
+def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
+    """All kinds of steps were played, and no sequence failed."""
+    tally = search(lambda: Player(host, oracle, isa), sequences=120)
+    assert tally.kinds == set(Kind)
+
+
+def test_unmapping(without, shortest):
+    """A leaf outlives what the host has taken away or protected."""
+    with without(UNMAP):
+        steps, complaints = shortest()
+    assert len(steps) <= SHORT
+    assert any(word in complaints for word in ("wrong-frame", "excess-permission", "still mapped", "still writable"))
+
+
+def test_change_pte(without, shortest):
+    """After a copy on write, or the first store over the zero page, the new frame is not mapped where it should be."""
+    with without(SET_PTE):
+        steps, complaints = shortest()
+    assert len(steps) <= SHORT
+    assert "a level 3 table was left" in complaints
+
+
+def test_ageing(without, shortest):
+    """The host asks, and the guest's accessed flag stays."""
+    with without(AGE):
+        steps, complaints = shortest()
+    assert len(steps) <= SHORT
+    assert steps[-1].kind is Kind.AGE and "still young" in complaints
+
+
+def test_write_protection(without, shortest):
+    """A page that is clean in the dirty log can be written."""
+    with without(WRITE_PROTECT):
+        steps, complaints = shortest()
+    assert len(steps) <= SHORT
+    assert Kind.LOG_ON in kinds(steps) and "excess-permission" in complaints
+
+
+def test_freeing_of_tables(without, make_vm, stage2, trace):
+    """The page allocator never gets the tables of a destroyed VM."""
+    for healthy in (True, False):
+        vm = make_vm()
+        vm.guest.ping()
+        own = {pa >> 12 for pa in stage2(vm).tables.pages.tolist()}
+        with trace("kmem:mm_page_free", "kmem:mm_page_free_batched") as events:
+            if healthy:
+                vm.destroy()
+            else:
+                with without(FREE):
+                    vm.destroy()
+        freed = {event.fields["pfn"] + n for event in events for n in range(1 << event.fields.get("order", 0))}
+        assert own <= freed if healthy else not own & freed

@@ -1,0 +1,46 @@
+"""The console is taken off QEMU's hands: single bytes that nobody reads do not stop the writer."""
+
+import socket
+
+from framework.machine.pump import Pump
+
+
+def test_many_single_bytes_do_not_block_the_writer():
+    qemu, lab = socket.socketpair()
+    end = Pump(lab).end
+    qemu.settimeout(5.0)
+    for n in range(20_000):
+        qemu.send(bytes([n % 251]))
+    qemu.shutdown(socket.SHUT_WR)
+    end.settimeout(5.0)
+    got = bytearray()
+    while data := end.recv(65536):
+        got += data
+    assert got == bytes(n % 251 for n in range(20_000))
+    qemu.close()
+    end.close()
+
+
+def test_a_socket_alone_would_block():
+    """What the pump is for: if this fails, it is not needed any more."""
+    qemu, lab = socket.socketpair()
+    qemu.setblocking(False)
+    sent = 0
+    try:
+        while sent < 20_000:
+            sent += qemu.send(b"x")
+    except BlockingIOError:
+        pass
+    assert sent < 2_000
+    qemu.close()
+    lab.close()
+
+
+def test_what_a_person_types_arrives():
+    qemu, lab = socket.socketpair()
+    end = Pump(lab).end
+    end.sendall(b"ls\n")
+    qemu.settimeout(5.0)
+    assert qemu.recv(16) == b"ls\n"
+    end.close()
+    assert qemu.recv(16) == b""
