@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from framework.model import descriptors as d
-from framework.model import regime, stage1, sweep
-from framework.model.memslots import Memslot, SlotFlags
-from framework.oracle import judge
+from framework.model import notifier, regime, stage1, sweep
+from framework.model.memslots import Memslot, SlotFlags, Window
+from framework.oracle import judge, witness
 from framework.oracle.verdicts import Kind, Violation
 
 from .memory import Pages, Table
@@ -33,6 +33,7 @@ class World:
         self.slots = (Memslot(2, IPA, 2 * BLOCK, HVA, flags),)
         self.frame = self.ram.page(512)
         self.written = False
+        self.windows = ()
 
     def host_maps(self, page, pa, writable=True):
         self.host.put(HVA + page * PAGE, 3, stage1.leaf(pa, 3) | (0 if writable else d.ARM_L_PTE_RDONLY.mask))
@@ -48,7 +49,7 @@ class World:
         view = judge.look(tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas))
         written = np.full(len(view.ipa), self.written)
         writable = d.linux_arm_writable(view.host_desc)
-        return judge.Case(tables, self.slots, view, writable, written, self.ram).findings()
+        return judge.Case(tables, self.slots, view, writable, written, self.ram, self.windows).findings()
 
 
 @pytest.fixture
@@ -185,3 +186,62 @@ def test_a_long_list_of_findings_is_cut_with_a_count(world):
     for page in range(0, 40, 2):
         world.maps(page + 1, world.frame)
     assert "... and 12 more" in str(Violation("stage 2", world.findings()))
+
+
+# -- windows onto devices ----------------------------------------------------------------------------------------
+
+DEVICE = {"memattr": d.MemAttr.DEVICE_nGnRE}
+
+
+@pytest.fixture
+def window(world):
+    """The world with a window of two pages onto a device, outside the memslot."""
+    world.windows = (Window(IPA - 2 * PAGE, 2 * PAGE, DEVICE_PA),)
+    return world
+
+
+def test_a_window_shows_its_device(window):
+    window.maps(-2, DEVICE_PA, **DEVICE)
+    window.maps(-1, DEVICE_PA + PAGE, **DEVICE)
+    assert window.findings() == []
+
+
+def test_a_window_over_a_memslot_is_no_wrong_frame(world):
+    world.windows = (Window(IPA, PAGE, DEVICE_PA),)
+    world.maps(0, DEVICE_PA, **DEVICE)
+    assert world.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("page", "pa", "kind", "verdict"),
+    [
+        (-1, DEVICE_PA, DEVICE, Kind.OUTSIDE_MEMSLOTS),  # the other page of the device
+        (-3, DEVICE_PA - PAGE, DEVICE, Kind.OUTSIDE_MEMSLOTS),  # beside the window
+        (-2, DEVICE_PA, {}, Kind.WRONG_MEMORY_TYPE),
+        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NOBODY}, Kind.EXCESS_PERMISSION),
+    ],
+)
+def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):
+    window.maps(page, pa, **kind)
+    assert window.kinds() == [verdict]
+
+
+# -- operations of the host -----------------------------------------------------------------------------------------
+
+
+def test_every_breach_of_the_notifier_model_is_a_verdict():
+    assert {breach.name for breach in notifier.Breach} <= {kind.name for kind in Kind}
+
+
+def test_notifier_calls_are_read_from_the_trace():
+    text = """
+ python3-60    [001] ....    12.345: kvm_unmap_hva_range: mmu notifier unmap range: 0xb6000000 -- 0xb6002000
+ python3-60    [001] ....    12.346: kvm_set_spte_hva: mmu notifier set pte hva: 0xb6000000
+ python3-60    [001] ....    12.347: kvm_age_hva: mmu notifier age hva: 0xb6000000 -- 0xb6001000
+ python3-60    [001] ....    12.348: kvm_entry: PC: 0x08000000
+"""
+    assert witness.calls_in(text) == [
+        (notifier.Call.UNMAP, (0xB600_0000, 0xB600_2000)),
+        (notifier.Call.SET, (0xB600_0000, 0xB600_1000)),
+        (notifier.Call.AGE, (0xB600_0000, 0xB600_1000)),
+    ]

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from framework.host.memory import Advice
+from framework.model.notifier import Operation
+from framework.oracle.verdicts import Kind as Verdict
+from framework.oracle.verdicts import Violation
 from framework.recorder.points import ASK, KernelMap
 from framework.sequences.player import Broken, Player
 from framework.sequences.search import search
@@ -106,6 +110,16 @@ def test_write_protection(without, shortest):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert Kind.LOG_ON in kinds(steps) and "excess-permission" in complaints
+
+
+def test_a_witness_names_it(without, vm, witness):
+    """One operation, before and after: what is still there has its name."""
+    memory = vm.add_memory(0x8000_0000, 0x1000)
+    vm.guest.write(0x8000_0000, 1)
+    with pytest.raises(Violation) as found, without(UNMAP), witness(Operation.DONTNEED, memory):
+        memory.advise(Advice.DONTNEED)
+    assert found.value.kinds & {Verdict.STALE, Verdict.WRONG_FRAME}
+    vm.destroy()
 
 
 def test_freeing_of_tables(without, make_vm, stage2, trace):

@@ -44,7 +44,7 @@ def test_an_access_maps_its_page_and_nothing_else():
 
 
 def test_an_access_that_copies_takes_the_old_frame_from_the_alias():
-    copied = FRAMES[:3] + (PA + (1 << 20),) + FRAMES[4:]
+    copied = (*FRAMES[:3], PA + (1 << 20), *FRAMES[4:])
     before, new = look(leaf(3, slot=2)), leaf(3, frame=copied[3])
     assert complaints(WRITE, before, look(new, frames=copied)) == []
     assert only(complaints(WRITE, before, look(new | leaf(3, slot=2), frames=copied)), "still")
@@ -62,7 +62,7 @@ def test_what_the_host_takes_must_be_gone():
 
 def test_change_pte_is_expected_up_to_6_9():
     touch = Step(Kind.HOST_WRITES, page=3)
-    copied = FRAMES[:3] + (PA + (1 << 20),) + FRAMES[4:]
+    copied = (*FRAMES[:3], PA + (1 << 20), *FRAMES[4:])
     before, after = look(leaf(3) | leaf(4)), look(leaf(4), frames=copied)
     assert only(complaints(touch, before, after), "level 3 table was left")
     assert complaints(touch, before, after, world(kernel=(6, 10))) == []
