@@ -64,9 +64,11 @@ class MemoryCgroup:
         return int(self._host.ssh.run(f"awk '/^oom_kill / {{print $2}}' {_GROUP}/memory.events"))
 
     def reclaim(self, size: int) -> None:
-        """Have the kernel take about this many bytes back, by a limit below the usage (memory.high)."""
+        """Have the kernel take about this many bytes back: memory.reclaim, or before 5.19 a limit below the usage."""
         limit = max(0, self.usage() - size)
-        self._host.ssh.run(f"echo {limit} > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high")
+        by_limit = f"echo {limit} > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high"
+        by_request = f"for i in 1 2 3; do echo {size} > {_GROUP}/memory.reclaim; done 2>/dev/null"
+        self._host.ssh.run(f"if [ -e {_GROUP}/memory.reclaim ]; then {by_request}; else {by_limit}; fi", check=False)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Scene:
         memory.write(0, np.pad(np.arange(1, self.pages + 1, dtype="<u4")[:, None], ((0, 0), (2, 1021))).tobytes())
         with self.guests_at_work():
             pass
+        self.stage2()  # found while nothing else goes on
 
     @contextmanager
     def guests_at_work(self):

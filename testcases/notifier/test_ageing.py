@@ -74,14 +74,16 @@ def test_reclaim_ages_first(scene, host, swap):
     scene.settle()
 
 
-def test_reclaim_asks_before_it_takes(scene, cgroup, swap, trace):
-    """A memory cgroup under pressure: pages are aged first, then taken; no store is lost."""
+def test_reclaim_asks_before_it_takes(scene, host, cgroup, swap, trace):
+    """A memory cgroup under pressure: pages are aged first (up to 6.8), then taken; no store is lost."""
     more = scene.vm.memory(4 << 20)  # of the cgroup: what the scene has was charged before
     more.write(0, bytes(4 << 20))
     scene.vm.add_memory(IPA + (1 << 24), 4 << 20, memory=more)
     scene.vm.guest.fill(IPA + (1 << 24), 1024)
     with scene.hammering_if_busy(), trace(f"kvm:{Call.AGE.value}", f"kvm:{Call.UNMAP.value}") as events:
         cgroup.reclaim(2 << 20)
-    assert {Call(event.name) for event in events} == {Call.AGE, Call.UNMAP}
+    calls = {Call(event.name) for event in events}
+    assert Call.UNMAP in calls
+    assert Call.AGE in calls or host.kernel_version >= (6, 9)
     assert scene.vm.guest.check(IPA + (1 << 24), 1024) == []
     scene.settle()

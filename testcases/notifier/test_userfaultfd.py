@@ -38,8 +38,11 @@ def test_write_protected_pages(scene, host):
             pass
     except HostOsError as e:
         pytest.skip(f"userfaultfd of this kernel cannot write-protect ({e.call})")
-    with scene.hammering_if_busy(), scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True) as faults:
-        if not scene.busy:
+    with scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True) as faults:
+        if scene.busy:
+            with scene.guests_at_work():
+                pass
+        else:
             scene.vm.guest.read(IPA + 8 * PAGE)
             assert not scene.leaf(8).writable
             scene.vm.guest.fill(IPA + 8 * PAGE + 0x800, 4)
