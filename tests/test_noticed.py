@@ -4,8 +4,6 @@ The random sequences notice, and shrink what they found to a few steps. That tab
 own trace shows (testcases/lifecycle).
 """
 
-from contextlib import contextmanager
-
 import pytest
 
 from framework.host.memory import Advice
@@ -37,23 +35,12 @@ def without(host):
     """``with without(names):`` those of these functions that the kernel has return 0 at once."""
     kernel = KernelMap(host.ssh.run(ASK))
 
-    @contextmanager
     def disabled(names):
         pattern = "|".join(f" {name}$" for name in names)
         found = host.ssh.run(f"grep -E '{pattern}' /proc/kallsyms", check=False).split("\n")
         places = [kernel.pa(int(line.split()[0], 16)) for line in found if line]
         assert places, f"no {' nor '.join(names)} in this kernel"
-        gdb, code = host.machine.gdb, bytes.fromhex(RETURN[host.config.architecture.name])
-        saved = {pa: host.machine.ram.read(pa, len(code)) for pa in places}
-        with gdb.pause():
-            for pa in places:
-                gdb.write_memory(pa, code)
-        try:
-            yield
-        finally:
-            with gdb.pause():
-                for pa, old in saved.items():
-                    gdb.write_memory(pa, old)
+        return host.machine.patched(places, bytes.fromhex(RETURN[host.config.architecture.name]))
 
     return disabled
 

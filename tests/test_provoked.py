@@ -6,7 +6,6 @@ knows of neither; the trace is what the CPUs then did.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 
@@ -28,22 +27,11 @@ pytestmark = pytest.mark.native
 def without(host, recorder):
     """``with without("__kvm_flush_vm_context"):`` that function of the hypervisor does nothing."""
 
-    @contextmanager
     def disabled(*names):
-        gdb, ram = host.machine.gdb, host.machine.ram
         kernel = recorder.kernel
         places = [kernel.pa(va) for name in names for va in kernel.copies_of(name)]
         assert places, f"no {names} in this kernel"
-        saved = {pa: ram.read(pa, 4) for pa in places}
-        with gdb.pause():
-            for pa in places:
-                gdb.write_memory(pa, RETURN[host.config.architecture.name].to_bytes(4, "little"))
-        try:
-            yield
-        finally:
-            with gdb.pause():
-                for pa, code in saved.items():
-                    gdb.write_memory(pa, code)
+        return host.machine.patched(places, RETURN[host.config.architecture.name].to_bytes(4, "little"))
 
     return disabled
 

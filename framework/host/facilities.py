@@ -11,6 +11,12 @@ _CGROUPS = "/sys/fs/cgroup"
 _GROUP = f"{_CGROUPS}/arm-kvm"
 
 
+def free_memory(host: Host, looks: int = 8) -> int:
+    """Bytes free, caches dropped: the most seen within a while, for what is freed by RCU or a worker takes its time."""
+    ask = "echo 3 > /proc/sys/vm/drop_caches; awk '/MemFree/ {print $2}' /proc/meminfo; sleep 0.3"
+    return max(int(host.ssh.run(ask)) for _ in range(looks)) * 1024
+
+
 @contextmanager
 def _zram(host: Host, size: int) -> Iterator[str]:
     """A disk of this many bytes in compressed memory, /dev/zramN."""

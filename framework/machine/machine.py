@@ -15,7 +15,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -182,6 +183,20 @@ class Machine:
             self._gdb = connect_gdb(self.folder / "gdb")
             self._gdb.resume()
         return self._gdb
+
+    @contextmanager
+    def patched(self, places: Iterable[int], code: bytes) -> Iterator[None]:
+        """Within the block this code stands at these physical addresses, whatever was translated from there before."""
+        saved = {pa: self.ram.read(pa, len(code)) for pa in places}
+        with self.gdb.pause() as gdb:
+            for pa in saved:
+                gdb.write_memory(pa, code)
+        try:
+            yield
+        finally:
+            with self.gdb.pause() as gdb:
+                for pa, old in saved.items():
+                    gdb.write_memory(pa, old)
 
     def release_gdb(self) -> None:
         """Hang up, so that another command (``arm-kvm stage2``, gdb) can have the gdbstub."""

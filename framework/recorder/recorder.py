@@ -96,7 +96,7 @@ class Recorder(Listener):
         self._earlier = any(g.entered for vm in self._host.vms if vm.alive for g in vm.guests)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
-        self._sight.vmm_space()  # finding it asks the agent, which is no part of the test
+        self._sight.vmm_space(self._host.agent)  # finding it asks the agent, which is no part of the test
         with self._machine.gdb.pause() as gdb:
             self._began = time.monotonic_ns()
             cpus = range(len(gdb.threads))
@@ -169,7 +169,7 @@ class Recorder(Listener):
         """Physical address of each VM's mailbox, per the VMM's own stage 1 -> the VM."""
         hvas = np.array([vm.mailboxes.hva for vm in vms], dtype=np.uint64)
         with self._machine.gdb.pause():
-            _, pas = sweep.translate(self._sight.vmm_space(), self._machine.ram, hvas)
+            _, pas = sweep.translate(self._sight.vmm_space(self._host.agent), self._machine.ram, hvas)
         return {int(pa): vm for pa, vm in zip(pas, vms, strict=True) if pa}
 
     # -- the trace ---------------------------------------------------------------------------------------------

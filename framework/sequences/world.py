@@ -213,7 +213,7 @@ class World:
         return [f"IPA {ipa:#x} is still young" for ipa in young]
 
 
-#: A memslot of memory that the process may not write is refused (EPERM, kvm_arch_prepare_memory_region up to 5.10).
+#: A memslot of memory that the process may not write is refused (EPERM: 5.4 kvm_arch_prepare_memory_region).
 _NEED_WRITABLE = (Kind.SLOT_CREATE, Kind.LOG_ON, Kind.LOG_OFF, Kind.NEW_VM)
 _RIGHTS = {Kind.PROTECT_NONE: Rights.NONE, Kind.PROTECT_READ: Rights.READ, Kind.PROTECT_WRITE: Rights.WRITE}
 _OPERATIONS = {

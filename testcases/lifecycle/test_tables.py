@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 
+from framework.host.facilities import free_memory
 from framework.host.fleet import Fleet
 from framework.host.memory import PAGE, Advice, Child
 
@@ -154,14 +155,9 @@ def test_two_thousand_vms_leave_nothing_behind(host, make_vms):
         fleet.ping()
         fleet.destroy()
 
-    def free():
-        """The most that is free within a while: what is freed by RCU or in a worker takes its time."""
-        ask = "echo 3 > /proc/sys/vm/drop_caches; awk '/MemFree/ {print $2}' /proc/meminfo; sleep 0.3"
-        return max(int(host.ssh.run(ask)) for _ in range(8)) * 1024
-
     for _ in range(2):
         generation()  # what is allocated once
-    before = free()
+    before = free_memory(host)
     for _ in range(10):
         generation()
-    assert before - free() < 2000 * PAGE
+    assert before - free_memory(host) < 2000 * PAGE

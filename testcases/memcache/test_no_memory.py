@@ -10,6 +10,7 @@ import pytest
 
 from framework.guest.driver import Order
 from framework.guest.payload import MAILBOX_SIZE
+from framework.host.facilities import free_memory
 from framework.host.memory import BLOCK, PAGE
 from framework.model.memcache import pages_needed
 
@@ -126,15 +127,10 @@ def test_creation_of_a_memslot(host, vm, stage2):
 
 def test_failures_leave_no_table_behind(host, make_vm):
     """200 VMs whose creation failed somewhere: less than a page each is missing afterwards."""
-
-    def free():
-        host.ssh.run("echo 3 > /proc/sys/vm/drop_caches; sleep 0.1")
-        return int(host.ssh.run("awk '/MemFree/ {print $2}' /proc/meminfo")) * 1024
-
     make_vm()  # the process's first VM registers its notifier
     every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number))
-    before = free()
+    before = free_memory(host)
     failures = 0
     while failures < 200:
         failures += len(every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number)))
-    assert before - free() < failures * PAGE
+    assert before - free_memory(host) < failures * PAGE

@@ -32,7 +32,7 @@ def test_missing_pages_are_filled_in(scene):
 def test_write_protected_pages(scene, host):
     """Stores wait for the VMM's permission; loads do not."""
     if host.kernel_version < (5, 14):
-        pytest.skip("userfaultfd of arm64 takes write protection before 5.14, and does nothing about it")
+        pytest.skip("userfaultfd of arm64 takes write protection in 5.10, and does nothing about it")
     try:
         with scene.memory.userfaults(0, PAGE, protect=True):
             pass
