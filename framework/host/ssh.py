@@ -17,6 +17,7 @@ _USER = "root"
 _BANNER_TIMEOUT = 10.0
 _RETRY = 0.05
 _SLICE = 0.2
+_CONSOLE_LAG = 0.2  #: seconds within which what the kernel said of it is on the console
 _OPEN_TIMEOUT = 10.0
 #: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
 _CIPHERS = ("aes128-ctr",)
@@ -63,6 +64,8 @@ class Ssh:
             output = b"".join(self._received(channel, command, timeout)).decode(errors="replace")
             status = channel.recv_exit_status()
         if status:
+            time.sleep(_CONSOLE_LAG)
+            self._check()  # an oops kills the command that met it
             raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output)
         return output
 

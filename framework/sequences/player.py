@@ -10,10 +10,11 @@ import numpy as np
 
 from framework.errors import LabError
 from framework.guest.driver import RunFailed
+from framework.host.agent import Request
 from framework.host.host import Host
 from framework.host.memory import BLOCK, Advice, Child, Prot
 from framework.model import sweep
-from framework.model.memslots import SlotFlags
+from framework.model.memslots import Memslot, SlotFlags
 from framework.oracle.oracle import Oracle
 from framework.oracle.witness import leaves_of
 
@@ -67,11 +68,12 @@ class Player:
     def begin_anew(self) -> None:
         """Another sequence with the same VM: no child, new memory, new memslots."""
         self._end_child()
-        self._memory.replace()
+        requests: list[Request] = [("memory_map", {"at": self._memory.hva, "size": _SIZE})]
         for slot, ipa in IPAS.items():
             if slot + 1 in self._vm.slots:
-                self._vm.delete_slot(ipa)
-            self._vm.add_memory(ipa, _SIZE, slot=slot + 1, memory=self._memory)
+                requests.append(self._vm.note(Memslot(slot + 1, ipa, 0, self._memory.hva)))
+            requests.append(self._vm.note(Memslot(slot + 1, ipa, _SIZE, self._memory.hva)))
+        self._vm.agent.batch(requests)
         self._vm.exits.clear()
         self._begin()
 
