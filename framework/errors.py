@@ -33,6 +33,7 @@
      +-- NonConformance      27  the reference model and the emulated CPU differ
      +-- TraceError          28  a saved trace cannot be read
      +-- ProtocolViolation   29  a trace breaks the rules of VMIDs and TLB maintenance
+     +-- SequenceFailed      30  a replayed sequence: the host is not as the models say
 
 Catch a meaning (``except KernelError``), not an enumeration of causes. The number is the
 exit code of ``arm-kvm``; pytest keeps its own.
