@@ -34,8 +34,11 @@ class TestFolder:
                     f.seek(start)
                     self.write(path.name, f.read())
 
-    def write(self, name: str, data: bytes | str) -> None:
-        self.path(name).write_bytes(data.encode() if isinstance(data, str) else data)
+    def write(self, name: str, data: bytes | str) -> Path:
+        """A file of this name; its path."""
+        path = self.path(name)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return path
 
     def path(self, name: str) -> Path:
         """Where a file of this name goes; it counts as written."""

@@ -208,7 +208,7 @@ class _HostSession:
     def judge(self) -> list[Finding]:
         """Every VM of the test that has run, and the kernel's log."""
         findings = []
-        vms = [vm for vm in self.host.vms if vm.alive and any(guest.entered for guest in vm.guests)]
+        vms = [vm for vm in self.host.vms if vm.alive and vm.entered]
         for vm, (stage2, found) in zip(vms, self.oracle.examine(*vms) if vms else [], strict=True):
             if found or len(vms) <= _DUMPED:
                 self.folder.write(f"stage2-{vm.id}.txt", stage2.dump())
@@ -456,14 +456,12 @@ def trace(request: pytest.FixtureRequest, host: Host):
 
     @contextmanager
     def record(*names: str) -> Iterator[list[trace_.Event]]:
-        events: list[trace_.Event] = []
-        host.agent("trace_start", events=list(names))
+        seen = trace_.Traced()
         try:
-            yield events
+            with trace_.traced(host.agent, names) as seen:
+                yield seen.events
         finally:
-            text = host.agent("trace_stop").decode()
-            folder.write(f"trace-{len(folder.files)}.txt", text)
-            events += trace_.parse(text)
+            folder.write(f"trace-{len(folder.files)}.txt", seen.text)
 
     return record
 
@@ -481,13 +479,7 @@ def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
 @pytest.fixture
 def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
     """``keep(name, text)``: a file among the test's artifacts; its path."""
-    folder = request.node.stash[_SESSION].folder
-
-    def write(name: str, text: str) -> Path:
-        folder.write(name, text)
-        return folder.folder / name
-
-    return write
+    return request.node.stash[_SESSION].folder.write
 
 
 @pytest.fixture

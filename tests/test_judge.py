@@ -12,7 +12,7 @@ import pytest
 from framework.model import descriptors as d
 from framework.model import notifier, regime, stage1, sweep
 from framework.model.memslots import Memslot, SlotFlags, Window
-from framework.oracle import judge, witness
+from framework.oracle import judge, trace, witness
 from framework.oracle.verdicts import Kind, Violation
 
 from .memory import Pages, Table
@@ -240,7 +240,7 @@ def test_notifier_calls_are_read_from_the_trace():
  python3-60    [001] ....    12.347: kvm_age_hva: mmu notifier age hva: 0xb6000000 -- 0xb6001000
  python3-60    [001] ....    12.348: kvm_entry: PC: 0x08000000
 """
-    assert witness.calls_in(text) == [
+    assert witness.calls_in(trace.parse(text)) == [
         (notifier.Call.UNMAP, (0xB600_0000, 0xB600_2000)),
         (notifier.Call.SET, (0xB600_0000, 0xB600_1000)),
         (notifier.Call.AGE, (0xB600_0000, 0xB600_1000)),

@@ -6,11 +6,13 @@ knows of neither; the trace is what the CPUs then did.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from framework.events.trace import root_of
 from framework.events.violations import Kind
+from framework.guest.isa import GuestException
 from framework.host.fleet import Fleet
 from framework.host.memory import Advice
 from framework.model.memslots import SlotFlags
@@ -75,7 +77,8 @@ def enter_under(host, recorder):
             served = pool.submit(serve, change, on)
             vm.guests[index].start_fill(IPA + 0x1000 * index, 1)
             served.result()
-        vm.guests[index].finish()
+        with suppress(GuestException):  # what a guest meets under tables that are not its own is anybody's guess
+            vm.guests[index].finish()
 
     return enter
 

@@ -67,8 +67,7 @@ class Agent:
 
     def vgic_create(self, vm, kind):
         target = self._vms[vm]
-        made = device.Device(target.fd, kind)
-        target.vgic = target.vgic or made
+        target.vgic = device.Device(target.fd, kind)
 
     def vgic_set(self, vm, group, attribute, value):
         self._vms[vm].vgic.set(group, attribute, value)

@@ -4,7 +4,7 @@ import ctypes
 import os
 import struct
 
-from .kvm import ioctl
+from .libc import ioctl
 
 _CREATE_DEVICE = 0xC00CAEE0
 _IRQ_LINE = 0x4008AE61

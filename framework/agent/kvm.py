@@ -16,6 +16,8 @@ import struct
 import threading
 import time
 
+from .libc import ioctl
+
 
 def _io(nr):
     return 0xAE00 | nr
@@ -57,14 +59,6 @@ EXIT_NAMES = {
     28: "no-syndrome",
     39: "memory-fault",
 }
-
-
-def ioctl(call, fd, request, argument=0):
-    """ioctl whose failure names the KVM call."""
-    try:
-        return fcntl.ioctl(fd, request, argument)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, call) from None
 
 
 _NOTHING = contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,6 +69,14 @@ def syscall(name, *arguments) -> int:
     if got < 0:
         raise _failed(name)
     return got
+
+
+def ioctl(call, fd, request, argument=0):
+    """ioctl(2); its failure names the ``call`` that it is."""
+    try:
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, call) from None
 
 
 def munmap(address, size) -> None:

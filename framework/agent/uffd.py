@@ -4,7 +4,6 @@ Structures by hand: include/uapi/linux/userfaultfd.h (5.4, 6.1), the same on bot
 """
 
 import ctypes
-import fcntl
 import os
 import select
 import struct
@@ -36,9 +35,9 @@ class Handler:
         self._fd = libc.syscall("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
         self.seen = []
         try:
-            self._ioctl("UFFDIO_API", _API, struct.pack("<QQQ", _VERSION, _FEATURE_WP if protect else 0, 0))
+            libc.ioctl("UFFDIO_API", self._fd, _API, struct.pack("<QQQ", _VERSION, _FEATURE_WP if protect else 0, 0))
             mode = _MODE_WP if protect else _MODE_MISSING
-            self._ioctl("UFFDIO_REGISTER", _REGISTER, struct.pack("<QQQQ", hva, size, mode, 0))
+            libc.ioctl("UFFDIO_REGISTER", self._fd, _REGISTER, struct.pack("<QQQQ", hva, size, mode, 0))
             if protect:
                 self._protect(hva, size, True)
         except OSError:
@@ -48,14 +47,10 @@ class Handler:
         self._thread = threading.Thread(target=self._serve, name="userfaultfd", daemon=True)
         self._thread.start()
 
-    def _ioctl(self, call, request, argument):
-        try:
-            fcntl.ioctl(self._fd, request, argument)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, call) from None
-
     def _protect(self, hva, size, on):
-        self._ioctl("UFFDIO_WRITEPROTECT", _WRITEPROTECT, struct.pack("<QQQ", hva, size, _PROTECT if on else 0))
+        libc.ioctl(
+            "UFFDIO_WRITEPROTECT", self._fd, _WRITEPROTECT, struct.pack("<QQQ", hva, size, _PROTECT if on else 0)
+        )
 
     def _serve(self):
         page = ctypes.create_string_buffer(2 * _PAGE)
@@ -73,7 +68,7 @@ class Handler:
             else:
                 self.seen.append([address, "missing"])
                 ctypes.memmove(source, struct.pack("<I", content_of(address)), 4)
-                self._ioctl("UFFDIO_COPY", _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
+                libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
 
     def end(self):
         self._over.set()

@@ -162,8 +162,7 @@ class Guest:
         An access that the host's own mapping forbids (KVM_RUN: EFAULT) is tried again until it is allowed.
         """
         hammer = Hammer()
-        wrote = (ipa, (count - 1) * stride + 4)
-        self._begin([Order("hammer", ipa, 0, count, stride, wrote=wrote)], wait=0.0, persistent=True)
+        self.start_hammer(ipa, count, stride)
         try:
             yield hammer
         finally:
@@ -173,7 +172,8 @@ class Guest:
 
     def start_hammer(self, ipa: int, count: int, stride: int = 0x1000) -> None:
         """Begin what :meth:`hammering` does, for a VM that will not live to see its end."""
-        self._begin([Order("hammer", ipa, 0, count, stride, wrote=(ipa, count * stride))], wait=0.0, persistent=True)
+        wrote = (ipa, (count - 1) * stride + 4)
+        self._begin([Order("hammer", ipa, 0, count, stride, wrote=wrote)], wait=0.0, persistent=True)
 
     def await_interrupt(self, gicc: int) -> None:
         """Wait for an interrupt, without waiting for the guest; :meth:`interrupt_taken` says which came.

@@ -78,7 +78,7 @@ def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progr
 def start_agent(machine: Machine, ssh: Ssh, timeout: float, port: str = "", log: str = "") -> Agent:
     """Start an agent and wait for its first answer.
 
-    The first has the board's serial ``port`` to itself, five times as fast as ssh; what it leaves there when it is
+    The first has the board's serial ``port`` to itself, twice as fast as ssh; what it leaves there when it is
     killed would confuse another, so later ones speak over ssh.
     """
     channel = ssh.open(f"{_AGENT_COMMAND} {port}".strip())

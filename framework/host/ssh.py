@@ -18,6 +18,7 @@ _BANNER_TIMEOUT = 10.0
 _RETRY = 0.05
 _SLICE = 0.2
 _CONSOLE_LAG = 0.2  #: seconds within which what the kernel said of it is on the console
+_OOPS_LAG = 3.0  #: the same for a command that a signal ended: an oops takes its time to be printed
 _OPEN_TIMEOUT = 10.0
 #: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
 _CIPHERS = ("aes128-ctr",)
@@ -64,10 +65,16 @@ class Ssh:
             output = b"".join(self._received(channel, command, timeout)).decode(errors="replace")
             status = channel.recv_exit_status()
         if status:
-            time.sleep(_CONSOLE_LAG)
-            self._check()  # an oops kills the command that met it
+            self._blame_the_kernel(_CONSOLE_LAG if 0 < status < 128 else _OOPS_LAG)
             raise SshUnreachable(f"`{command}` failed with status {status}", evidence=output)
         return output
+
+    def _blame_the_kernel(self, patience: float) -> None:
+        """An oops kills the command that met it: raise what the console says of the machine within ``patience`` s."""
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            time.sleep(_CONSOLE_LAG)
+            self._check()
 
     @contextmanager
     def _bounded(self, command: str, timeout: float) -> Iterator[None]:

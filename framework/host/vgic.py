@@ -49,13 +49,13 @@ class Vgic:
         self._gicv = gicv
         vm.agent("vgic_create", vm=vm.id, kind=_VGIC_V2)
         vm.vgic = self
-        self._windows: list[Window] = []
+        self.windows: list[Window] = []  #: where stage 2 may map the board's registers
 
     def place(self, frame: Frame, ipa: int) -> None:
         """Choose where the guest finds it."""
-        self._vm.agent("vgic_set", vm=self._vm.id, group=_ADDRESSES, attribute=int(frame), value=ipa)
+        self.set_attribute(_ADDRESSES, int(frame), ipa)
         if frame is Frame.CPU_INTERFACE:
-            self._windows = [Window(ipa, CPU_INTERFACE_SIZE, self._gicv)]
+            self.windows = [Window(ipa, CPU_INTERFACE_SIZE, self._gicv)]
 
     def place_of(self, frame: Frame) -> int:
         """Where the guest finds it; 2^64 - 1 while nobody has chosen."""
@@ -72,8 +72,3 @@ class Vgic:
     def line(self, spi: int, level: int) -> None:
         """Set the line of a shared peripheral interrupt, 32 and up (KVM_IRQ_LINE)."""
         self._vm.agent("vm_irq_line", vm=self._vm.id, irq=_SPI | spi, level=level)
-
-    @property
-    def windows(self) -> list[Window]:
-        """Where stage 2 may map the board's registers."""
-        return self._windows

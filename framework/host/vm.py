@@ -227,6 +227,11 @@ class Vm:
         return f"VM {self.id}{self.agent.suffix}"
 
     @property
+    def entered(self) -> bool:
+        """Whether any of its guests has run."""
+        return any(guest.entered for guest in self.guests)
+
+    @property
     def guest(self) -> Guest:
         """The guest on vCPU 0."""
         return self.guests[0]

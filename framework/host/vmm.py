@@ -16,7 +16,7 @@ _PATIENCE = 10.0
 
 
 class Vmm:
-    """Made by the host's :class:`Host`; its VMs are judged like any other while it lives."""
+    """Another VMM on a host. Its VMs are the host's, too, and judged like any other, while it lives."""
 
     def __init__(self, host: Host) -> None:
         self._host = host

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from framework.host.agent import Agent
 
 _LINE = re.compile(
     r"^\s*(?P<task>.+)-(?P<tid>\d+)\s+\[(?P<cpu>\d+)\].*?\s(?P<time>\d+\.\d+): (?P<name>\w+): (?P<text>.*)$"
@@ -29,3 +33,23 @@ def parse(text: str) -> list[Event]:
         fields = {key: int(value, 16 if value[:2] == "0x" else 10) for key, value in _FIELD.findall(match["text"])}
         events.append(Event(match["name"], int(match["cpu"]), float(match["time"]), match["text"], fields))
     return events
+
+
+@dataclass
+class Traced:
+    """What was traced, as text and as events; full after its block."""
+
+    text: str = ""
+    events: list[Event] = field(default_factory=list)
+
+
+@contextmanager
+def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
+    """Record these events (``kvm:kvm_guest_fault``) of the agent's host within the block."""
+    seen = Traced()
+    agent("trace_start", events=list(names))
+    try:
+        yield seen
+    finally:
+        seen.text = agent("trace_stop").decode()
+        seen.events += parse(seen.text)

@@ -14,7 +14,6 @@ from framework.host.host import Host
 from framework.host.memory import Memory
 from framework.host.vm import Vm
 from framework.model import notifier
-from framework.model.memslots import Memslot
 from framework.model.notifier import CHANGE_PTE_GONE, Call, Leaves, Notice, Operation, Span, Told
 
 from . import trace
@@ -26,11 +25,11 @@ _PAGE = 0x1000
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
-def calls_in(text: str) -> list[tuple[Call, Span]]:
-    """The notifier calls in the text of a trace, with the HVA range ``[start, end)`` that each names."""
+def calls_in(events: Iterable[trace.Event]) -> list[tuple[Call, Span]]:
+    """The notifier calls among trace events, with the HVA range ``[start, end)`` that each names."""
     calls = {call.value: call for call in Call}
     found = []
-    for event in trace.parse(text):
+    for event in events:
         if event.name in calls:
             start, *end = (int(word, 16) for word in _ADDRESS.findall(event.text))
             found.append((calls[event.name], (start, end[0] if end else start + _PAGE)))
@@ -67,26 +66,16 @@ class Witness:
         guests running (``exact`` false) only safety and the trace are judged.
         """
         notices = self._notices(operation, memory, offset, memory.size - offset if size is None else size)
-        vms = [vm for vm in self._host.vms if vm.alive and any(guest.entered for guest in vm.guests)]
+        vms = [vm for vm in self._host.vms if vm.alive and vm.entered]
         seen = Testimony(before=self._look(vms))
-        with self._tracing(seen):
+        calls = [call for call in Call if call is not Call.SET or self._kernel < CHANGE_PTE_GONE]
+        with trace.traced(self._host.agent, [f"kvm:{call.value}" for call in calls]) as traced:
             yield seen
+        seen.calls = calls_in(traced.events)
         seen.after = self._look(vms)
         findings = [f for vm in vms for f in self._compare(vm, notices, seen, exact)]
         if findings:
             raise Violation(f"{operation.value}: the notifiers did not do what they owe", findings)
-
-    @contextmanager
-    def _tracing(self, seen: Testimony) -> Iterator[None]:
-        agent = self._host.agent
-        calls = [call for call in Call if call is not Call.SET or self._kernel < CHANGE_PTE_GONE]
-        agent("trace_start", events=[f"kvm:{call.value}" for call in calls])
-        text = b""
-        try:
-            yield
-        finally:
-            text = agent("trace_stop")
-            seen.calls = calls_in((text or b"").decode())
 
     def _look(self, vms: list[Vm]) -> dict[int, Stage2]:
         """Stage 2 of each VM; safety is judged here. Raises Violation."""
@@ -113,7 +102,7 @@ class Witness:
             broken += notifier.violations(notices, slots, before, after)
         else:
             broken = [b for b in broken if b.breach is not notifier.Breach.TOLD]  # guests have their own reasons
-        yield from _findings(broken, slots, seen.before[vm.id], seen.after[vm.id])
+        yield from _findings(broken, seen.before[vm.id], seen.after[vm.id])
 
 
 def leaves_of(stage2: Stage2) -> Leaves:
@@ -123,10 +112,8 @@ def leaves_of(stage2: Stage2) -> Leaves:
     return {ipa: (level, desc) for ipa, level, desc in rows}
 
 
-def _findings(
-    broken: Iterable[notifier.Violation], slots: tuple[Memslot, ...], before: Stage2, after: Stage2
-) -> Iterator[Finding]:
-    for violation in broken:  # a report shows the first few
+def _findings(broken: Iterable[notifier.Violation], before: Stage2, after: Stage2) -> Iterator[Finding]:
+    for violation in broken:
         was, now = before.leaf(violation.ipa), after.leaf(violation.ipa)
         expected = f"not this: {violation.breach.value} (before: {was or 'nothing mapped'})"
         yield Finding(Kind[violation.breach.name], violation.ipa, _PAGE, expected, str(now or "nothing mapped"))

@@ -93,7 +93,7 @@ class Recorder(Listener):
         """Record from now on."""
         self._said: list[_Said] = []
         self._roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
-        self._earlier = any(g.entered for vm in self._host.vms if vm.alive for g in vm.guests)
+        self._earlier = any(vm.entered for vm in self._host.vms if vm.alive)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
         self._sight.vmm_space(self._host.agent)  # finding it asks the agent, which is no part of the test

@@ -42,7 +42,6 @@ class Player:
 
     def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
         self._host, self._oracle, self._isa = host, oracle, isa
-        self.steps: list[Step] = []
         self._child: Child | None = None
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
@@ -58,7 +57,7 @@ class Player:
         self._vm.guest.ping()
 
     def _begin(self) -> None:
-        self.steps = []
+        self.steps: list[Step] = []
         self.broken = True
         self.world = World(self._memory.hva, self._host.kernel_version, self._ages)
         self._before = self._look()

@@ -34,9 +34,11 @@ class Answer(Enum):
 
 
 class Rights(Enum):
-    NONE = 0
-    READ = 1
-    WRITE = 3
+    """What the VMM's own mapping of a page allows."""
+
+    NONE = "none"
+    READ = "read"
+    WRITE = "read and write"
 
 
 @dataclass(frozen=True)
@@ -166,18 +168,16 @@ class World:
 
     def complaints(self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()) -> list[str]:
         """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
-        slots = [slot for slot in self.slots if slot.slot in IPAS]
         own = IPAS[step.slot] + step.page * PAGE
         accessed = step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES) and self.answer(step) is Answer.DONE
-        gone = lambda ipa: any(ipa in range(start, start + size) for start, size in owed)  # noqa: E731
-        was = {ipa: leaf for ipa, leaf in before.leaves.items() if not gone(ipa)}
-        now = {ipa: leaf for ipa, leaf in after.leaves.items() if not gone(ipa)}
-        out = [f"IPA {ipa:#x} is still mapped" for ipa in after.leaves if gone(ipa)]
+        gone = {ipa for start, size in owed for ipa in range(start, start + size, PAGE)}
+        was = {ipa: leaf for ipa, leaf in before.leaves.items() if ipa not in gone}
+        now = {ipa: leaf for ipa, leaf in after.leaves.items() if ipa not in gone}
+        out = [f"IPA {ipa:#x} is still mapped" for ipa in after.leaves if ipa in gone]
         if accessed:
             out += self._accessed(step, own, now.pop(own, None))
             was.pop(own, None)
-        relaxed = self._protected(step, was, slots)
-        broken = notifier.violations(self.notices(step, before, after), slots, relaxed, now)
+        broken = notifier.violations(self.notices(step, before, after), self.slots, self._protected(step, was), now)
         out += [f"IPA {v.ipa:#x}: {v.breach.value}" for v in broken if not (accessed and v.ipa == own)]
         if after.spare_tables:
             out.append(f"{after.spare_tables} table pages map nothing")
@@ -193,7 +193,7 @@ class World:
             return [f"IPA {ipa:#x} is not writable after the guest's store"]
         return []
 
-    def _protected(self, step: Step, leaves: Leaves, slots: Sequence[Memslot]) -> Leaves:
+    def _protected(self, step: Step, leaves: Leaves) -> Leaves:
         """The leaves as the dirty log obliges: what it makes read-only must be found so."""
         if step.kind not in (Kind.LOG_ON, Kind.DIRTY_LOG):
             return leaves

@@ -19,7 +19,7 @@ MOST = 200  #: allocations of one call that are tried
 pytestmark = [pytest.mark.native, pytest.mark.needs("fail-nth")]
 
 
-def every_failure(host, op, undo=lambda: None, **args):
+def every_failure(host, op, undo, **args):
     """Carry a request out with its first allocation failing, its second, ... until none is left: the errnos."""
     answers = []
     for n in range(1, MOST):
@@ -91,7 +91,7 @@ def test_a_block_or_nothing(vm, stage2, store_failing):
 
 
 def test_page_of_the_host(vm, stage2, store_failing):
-    """Nothing behind the address yet: where the host's own page, or its table, cannot be had, KVM_RUN says EFAULT."""
+    """Nothing behind the address yet, so that the host allocates, too: a run that fails has mapped nothing."""
     vm.add_memory(IPA, PAGE, align=BLOCK)
     vm.guests[1].ping()
     answers = set()

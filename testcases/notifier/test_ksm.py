@@ -68,12 +68,12 @@ def test_a_store_of_the_host_unmerges(alike, witness):
     assert alike.vm.guest.read(IPA + 10 * PAGE) == int.from_bytes(b"alik", "little")
 
 
+@pytest.mark.parametrize("busy", [True], indirect=True, ids=["hammering"])
 def test_merging_while_guests_write(scene):
     """ksmd write-protects, compares and gives up: no store may be lost between its steps."""
     scene.memory.advise(Advice.MERGEABLE)
     with scene.guests_at_work():
-        if scene.busy:
-            merge(scene)
-            scene.stage2()
+        merge(scene)
+        scene.stage2()
     scene.settle()
     scene.memory.advise(Advice.UNMERGEABLE)

@@ -26,7 +26,7 @@ def test_soft_offline(scene):
 
 
 def test_compaction(make_scene, host, trace):
-    """Memory full of holes is compacted: some pages of the guest find themselves elsewhere, which, is its affair."""
+    """Memory full of holes is compacted: some pages of the guest find themselves in other frames."""
     hog = None
 
     def memory(vm):
