@@ -169,7 +169,8 @@ class World:
     def complaints(self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()) -> list[str]:
         """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
         own = IPAS[step.slot] + step.page * PAGE
-        accessed = step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES) and self.answer(step) is Answer.DONE
+        tried = step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES)
+        accessed = tried and self.answer(step) is Answer.DONE
         gone = {ipa for start, size in owed for ipa in range(start, start + size, PAGE)}
         was = {ipa: leaf for ipa, leaf in before.leaves.items() if ipa not in gone}
         now = {ipa: leaf for ipa, leaf in after.leaves.items() if ipa not in gone}
@@ -177,6 +178,8 @@ class World:
         if accessed:
             out += self._accessed(step, own, now.pop(own, None))
             was.pop(own, None)
+        elif tried and _young(was.get(own)) == now.get(own):
+            was.pop(own, None), now.pop(own, None)  # the access flag fault is served before the one that is refused
         broken = notifier.violations(self.notices(step, before, after), self.slots, self._protected(step, was), now)
         out += [f"IPA {v.ipa:#x}: {v.breach.value}" for v in broken if not (accessed and v.ipa == own)]
         if after.spare_tables:
@@ -227,6 +230,10 @@ _OPERATIONS = {
     Kind.CHILD_WRITES: Operation.CHILD_WRITE,
     Kind.AGE: Operation.AGE,
 }
+
+
+def _young(leaf: tuple[int, int] | None) -> tuple[int, int] | None:
+    return leaf and (leaf[0], leaf[1] | d.AF.mask)
 
 
 def _what_became(before: int, after: int) -> Operation:

@@ -43,6 +43,16 @@ def test_an_access_maps_its_page_and_nothing_else():
     assert only(complaints(READ, look(leaf(4)), look(leaf(3))), "outside what may go")
 
 
+def test_an_access_that_is_refused_may_leave_its_page_young():
+    """A store to an old page that the VMM's mapping forbids: the flag is set by one fault, the next is refused."""
+    forbidden = world(rights=[Rights.READ] * PAGES)
+    old, young = leaf(3, af=False, s2ap=d.Grant.READ), leaf(3, s2ap=d.Grant.READ)
+    assert complaints(WRITE, look(old), look(young), forbidden) == complaints(WRITE, look(), look(), forbidden) == []
+    assert only(complaints(WRITE, look(old), look(leaf(3)), forbidden), "nothing was said about it")
+    assert only(complaints(WRITE, look(old | leaf(4, af=False)), look(old | leaf(4)), forbidden), "nothing was said")
+    assert complaints(WRITE, look(), look(young), forbidden) != []
+
+
 def test_an_access_that_copies_takes_the_old_frame_from_the_alias():
     copied = (*FRAMES[:3], PA + (1 << 20), *FRAMES[4:])
     before, new = look(leaf(3, slot=2)), leaf(3, frame=copied[3])
