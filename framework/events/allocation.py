@@ -48,11 +48,12 @@ class _Guess:
     """One state that the host's allocator can be in.
 
     ``late``: numbers that were passed over -> the CPUs that may come with them. With NOBODY among these, it may also be
-    the number of a VM from before.
+    the number of a VM from before. ``ahead``: roots of VMs that have a number and are yet to be seen with it.
     """
 
     allocator: Allocator
     late: dict[int, frozenset[int]] = field(default_factory=dict)
+    ahead: set[int] = field(default_factory=set)
 
     def gives(self, root: int, vmid: int) -> bool:
         """Whether this is the VM's number, or the next one that is given."""
@@ -69,7 +70,7 @@ class _Guess:
     @property
     def outstanding(self) -> int:
         """CPUs that have a number and are yet to be seen with it."""
-        return sum(NOBODY not in cpus for cpus in self.late.values())
+        return sum(NOBODY not in cpus for cpus in self.late.values()) + len(self.ahead)
 
     def pass_over(self, cpus: frozenset[int]) -> None:
         """The next number is taken by one of these CPUs, for a VM that is yet to be seen with it."""
@@ -77,6 +78,17 @@ class _Guess:
         self.allocator.enter(_Unseen(), min(cpus))
         self.allocator.forget(_Unseen())
         self.late[number] = cpus
+
+    def rivals(self, root: int) -> set[int]:
+        """Other VMs that had the old number for which this one asks: of the bitmap, whoever asks first gets it."""
+        if not isinstance(self.allocator, Bitmap) or self.allocator.rolls_over(root):
+            return set()
+        return self.allocator.formerly(self.allocator.peek(root)) - {root}
+
+    def get_ahead(self, root: int, cpus: frozenset[int]) -> None:
+        """This VM gets its number on one of these CPUs, and is yet to be seen with it."""
+        self.allocator.enter(root, min(cpus))
+        self.ahead.add(root)
 
     def begin_generation(self, cpu: int, left: list[int]) -> None:
         """This CPU finds no number left, and takes the first of the new generation; ``left``: CPUs without a guest."""
@@ -94,6 +106,7 @@ class _Guess:
         if vmid in self.late and not self.allocator.has(root):
             self.allocator.give(root, vmid)
         self.late.pop(vmid, None)
+        self.ahead.discard(root)
         self.allocator.enter(root, cpu)
 
 
@@ -153,7 +166,21 @@ class Allocation:
             return guess
         if guess.allocator.has(root):
             return None
-        return guess if guess.is_late(vmid, cpu) else self._pass_over(guess, root, cpu, vmid)
+        if guess.is_late(vmid, cpu):
+            return guess
+        return self._pass_over(guess, root, cpu, vmid) or self._beaten(guess, root, cpu, vmid)
+
+    def _beaten(self, guess: _Guess, root: int, cpu: int, vmid: int) -> _Guess | None:
+        """On another CPU, a VM with the same old number has got it before this one asked."""
+        others = self._cpus - {cpu}
+        if guess.outstanding >= len(others):
+            return None
+        for rival in guess.rivals(root):
+            new = copy.deepcopy(guess)
+            new.get_ahead(rival, others)
+            if explained := new if new.gives(root, vmid) else self._pass_over(new, root, cpu, vmid):
+                return explained
+        return None
 
     def _pass_over(self, guess: _Guess, root: int, cpu: int, vmid: int) -> _Guess | None:
         """Other CPUs have taken numbers before this one, and will come with them."""
@@ -220,6 +247,8 @@ def _distinct(guesses: list[_Guess]) -> list[_Guess]:
     """Each state once."""
     out: list[_Guess] = []
     for guess in guesses:
-        if not any(vars(guess.allocator) == vars(o.allocator) and guess.late == o.late for o in out):
+        if not any(
+            (vars(guess.allocator), guess.late, guess.ahead) == (vars(o.allocator), o.late, o.ahead) for o in out
+        ):
             out.append(guess)
     return out

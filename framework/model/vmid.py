@@ -171,6 +171,10 @@ class Bitmap:
         """Whether ``vm`` has a number of the present generation."""
         return vm in self._held and self._held[vm][0] == self._generation
 
+    def formerly(self, vmid: int) -> set[Hashable]:
+        """The VMs that had this number in an older generation, and ask for it again."""
+        return {vm for vm, held in self._held.items() if held[0] != self._generation and held[1] == vmid}
+
     def give(self, vm: Hashable, vmid: int) -> None:
         """``vm`` turns out to be who took this number."""
         self._taken.add(vmid)

@@ -191,6 +191,23 @@ def test_bitmap_refuses(text):
     assert len(found("bitmap", text)) == 1
 
 
+#: Two generations, after which A and X both ask for the 40 they had, and the third has begun.
+TWO_ASK = " ".join(
+    ["A0:40 B0:255 full", *("X0:40" if n == 40 else f"{chr(0x100 + n)}0:{n}" for n in range(1, 256)), "full P0:1"]
+)
+
+
+@pytest.mark.parametrize("then", ["A0:40 X1:2", "X1:40 A0:2", "A0:2 X1:40", "A0:2 Q0:3 X1:40"])
+def test_who_asks_first_gets_the_old_number(then):
+    """Also when the other is seen first: the number is taken before the guest is entered."""
+    assert found("bitmap", f"{TWO_ASK} {then}") == []
+
+
+@pytest.mark.parametrize("then", ["A0:2 Q1:40", "A0:4", "A0:2 X1:4"])
+def test_nobody_else_gets_it(then):
+    assert found("bitmap", f"{TWO_ASK} {then}") == [Kind.WRONG_VMID]
+
+
 # -- hosts that keep the rules, and hosts that do not ------------------------------------------------------
 
 before = st.integers(0, 9)

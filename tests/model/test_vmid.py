@@ -255,3 +255,15 @@ def test_a_number_gets_its_vm(make):
     again = allocator.enter("vm", 1)
     assert (again.vmid, again.generation, again.invalidations) == (taken.vmid, taken.generation, ())
     assert allocator.enter("somebody", 0).vmid == taken.vmid + 1
+
+
+def test_the_bitmap_knows_who_had_a_number():
+    """Two VMs may ask for the same old number; whoever is first gets it."""
+    allocator = Bitmap(bits=3, cpus=1)
+    for vm in range(7):
+        allocator.enter(vm, 0)
+    assert allocator.formerly(1) == set()
+    allocator.enter("eighth", 0)
+    assert allocator.formerly(1) == {0}
+    allocator.enter(0, 0)
+    assert allocator.formerly(1) == set()
