@@ -1,3 +1,3 @@
-"""Options, fixtures and judgement of the lab: see framework/plugin.py."""
+"""Options, fixtures and judgement of the lab: see framework/plugin/."""
 
 pytest_plugins = ["framework.plugin"]

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,36 @@ def entries(kind: str) -> list[Entry]:
     """All finished entries of a kind, the newest first."""
     metas = (cache_root() / kind).glob("*/meta.json")
     return [Entry(m.parent) for m in sorted(metas, key=lambda m: m.stat().st_mtime, reverse=True)]
+
+
+def size(entry: Entry) -> int:
+    """Bytes of disk that an entry takes, holes not counted."""
+    return sum(path.lstat().st_blocks * 512 for path in entry.folder.rglob("*"))
+
+
+def kinds() -> list[str]:
+    """What the cache has entries of."""
+    return sorted({meta.parent.parent.name for meta in cache_root().glob("*/*/meta.json")})
+
+
+def remove(entry: Entry) -> None:
+    """Take an entry away. A file of it that somebody has open stays as long as that."""
+    gone = entry.folder.with_suffix(f".gone-{os.getpid()}")
+    with suppress(FileNotFoundError):  # somebody was faster
+        os.rename(entry.folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def keep_within(kind: str, budget: int) -> None:
+    """Remove entries of a kind, those used longest ago first, until the rest fits ``budget`` bytes.
+
+    Using an entry means touching its meta.json. The newest stays whatever it takes.
+    """
+    used = 0
+    for number, entry in enumerate(entries(kind)):
+        used += size(entry)
+        if number and used > budget:
+            remove(entry)
 
 
 Maker = Callable[[Path, Path], dict]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,15 +20,16 @@ from . import cache, config, progress, setup
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
-from .errors import LabError, NoLiveMachine, NonConformance, ProtocolViolation, SequenceFailed, SetupError
+from .errors import ConfigError, LabError, NoLiveMachine, NonConformance, ProtocolViolation, SequenceFailed, SetupError
 from .events import checker, picture
 from .events.trace import Enter, Invalidate, Trace
 from .events.world import full
+from .host import snapshots
 from .host.apt import main_archive
 from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
-from .lab import cache_root, offline
+from .lab import ROOT, cache_root, offline
 from .machine import version
 from .machine.rundir import live_machines, run_directory
 from .model import notifier
@@ -37,6 +41,7 @@ from .terminal import attach
 
 _out = Console(highlight=False)
 _LEAST_DISK = 4 << 30
+_MUTATED = ("a15", "arm64")
 _CONFORM_HOSTS = ("a15", "a15-wide", "arm64", "arm64-vhe")
 
 
@@ -230,6 +235,76 @@ def cmd_obligations(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_cache_list(args: argparse.Namespace) -> int:
+    """What the cache holds and how much disk it takes."""
+    table, total = _table("kind", "entries", "MiB", "last used"), 0
+    for kind in cache.kinds():
+        entries = cache.entries(kind)
+        used = sum(map(cache.size, entries))
+        total += used
+        newest = time.strftime("%Y-%m-%d %H:%M", time.localtime((entries[0].folder / "meta.json").stat().st_mtime))
+        table.add_row(kind, str(len(entries)), f"{used / 2**20:,.0f}", newest)
+    table.add_row("all", "", f"{total / 2**20:,.0f}", "")
+    _out.print(table)
+    print(f"{cache_root()}; snapshots are kept within {snapshots.BUDGET >> 20:,} MiB, those used last")
+    return 0
+
+
+def cmd_cache_clean(args: argparse.Namespace) -> int:
+    """Remove what can be made again: snapshots, or the kinds that are named."""
+    known = cache.kinds()
+    if unknown := [kind for kind in args.kind if kind not in known]:
+        raise ConfigError(f"the cache holds no {unknown[0]!r}; it holds: {', '.join(known) or 'nothing'}")
+    for kind in args.kind or [snapshots.KIND]:
+        entries = cache.entries(kind)
+        used = sum(map(cache.size, entries))
+        for entry in entries:
+            cache.remove(entry)
+        print(f"{kind}: {len(entries)} entries, {used / 2**20:,.0f} MiB removed")
+    return 0
+
+
+def cmd_mutate(args: argparse.Namespace) -> int:
+    """The suite against the catalogue of mutants: pytest, which prints the score."""
+    wanted = [word for name in args.only or ["all"] for word in ("--mutate", name)]
+    hosts = [word for name in args.host or _MUTATED for word in ("--host", name)]
+    kernels = [word for kernel in args.kernel for word in ("--kernel", kernel)]
+    return _pytest("testcases", "-q", "--tb=no", "-r", "", "-n", str(args.workers), *wanted, *hosts, *kernels)
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """The benchmarks, as one table with medians and spread."""
+    with tempfile.TemporaryDirectory(prefix="arm-kvm-bench-") as folder:
+        saved = Path(folder) / "bench.json"
+        code = _pytest("benchmarks", "-q", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
+        if not saved.exists() or not saved.stat().st_size:
+            return code
+        results = json.loads(saved.read_text())["benchmarks"]
+    table = _table("benchmark", "median", "quartiles apart", "least", "most", "rounds", "")
+    for result in results:
+        stats, more = result["stats"], ", ".join(f"{k} {v}" for k, v in result["extra_info"].items())
+        times = (_seconds(stats[key]) for key in ("median", "iqr", "min", "max"))
+        table.add_row(result["name"].removeprefix("test_"), *times, str(stats["rounds"]), more)
+    _out.print(table)
+    return code
+
+
+def _seconds(value: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _pytest(*arguments: str) -> int:
+    """Run pytest on this checkout; its exit code."""
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    try:
+        return subprocess.call([sys.executable, "-m", "pytest", *settings, *arguments], cwd=ROOT)
+    except KeyboardInterrupt:  # pytest has heard it, too
+        return 130
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -281,6 +356,20 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--host", default="arm64", metavar="HOST", help="where (default: arm64)")
     replay.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
     command("obligations", cmd_obligations, "what each memory operation of the host owes to stage 2, as Markdown")
+    mutate = command("mutate", cmd_mutate, "break the kernel on purpose, again and again: does the suite notice?")
+    mutate.add_argument("--host", action="append", metavar="HOST", help=f"where (default: {' and '.join(_MUTATED)})")
+    mutate.add_argument("--only", action="append", metavar="NAME", help="this mutant of configs/mutants (repeatable)")
+    mutate.add_argument("--kernel", action="append", default=[], metavar="[HOST=]KERNEL", help="as pytest takes it")
+    mutate.add_argument(
+        "--workers", "-n", type=int, default=os.cpu_count() or 1, metavar="N", help="how many at once (default: CPUs)"
+    )
+    bench = command("bench", cmd_bench, "run the benchmarks, and print them as one table")
+    bench.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="for pytest: -k restore, for example")
+    store = commands.add_parser("cache", help="show and clean the cache", description="The cache and its size.")
+    store.set_defaults(run=cmd_cache_list)
+    actions = store.add_subparsers(metavar="ACTION")
+    clean = command("clean", cmd_cache_clean, "remove snapshots, or other kinds of entries", actions)
+    clean.add_argument("kind", nargs="*", metavar="KIND", help="what `arm-kvm cache` lists (default: snapshots)")
     trace = commands.add_parser(
         "trace", help="check and draw recorded traces", description="Recorded traces of events."
     )

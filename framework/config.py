@@ -16,7 +16,7 @@ from .machine.board import Board
 from .model.regime import ARMV7, ARMV8, Architecture
 
 _SIZES = {"K": 10, "M": 20, "G": 30}
-_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts")
+_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts", "boot_afresh")
 _BOARD = ("qemu", "machine", "cpu", "cpus", "memory")
 _KERNEL = {
     "file": ("image",),
@@ -51,6 +51,7 @@ class HostConfig:
     can: frozenset[str]
     guests: tuple[str, ...]
     timeouts: dict[str, float] = field(default_factory=dict)
+    boot_afresh: str = ""  #: why this host is booted every time and never restored; "" when it is
 
     @property
     def linux_arch(self) -> str:
@@ -67,7 +68,7 @@ class HostConfig:
         return "kvm" in self.can
 
 
-class _Node:
+class Node:
     """A YAML mapping that knows the line of each of its keys."""
 
     def __init__(self, path: Path, node: yaml.MappingNode, what: str) -> None:
@@ -95,8 +96,15 @@ class _Node:
             if key not in self.values:
                 raise self.wrong(key, f"{self.what} lacks the key {key!r}")
 
-    def child(self, key: str, what: str) -> _Node:
-        return _Node(self._path, self._children[key], what)
+    def child(self, key: str, what: str) -> Node:
+        return Node(self._path, self._children[key], what)
+
+    def children(self, key: str, what: str) -> list[Node]:
+        """The mappings of a list."""
+        node = self._children[key]
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.wrong(key, f"{key} is not a list")
+        return [Node(self._path, item, what) for item in node.value]
 
     def one_of(self, key: str, choices) -> str:
         value = self.values[key]
@@ -125,7 +133,7 @@ class _Node:
         return value
 
 
-def _memory(node: _Node) -> int:
+def _memory(node: Node) -> int:
     value = str(node.values["memory"])
     match = re.fullmatch(r"(\d+)([KMG])", value)
     if not match:
@@ -136,7 +144,7 @@ def _memory(node: _Node) -> int:
     return size
 
 
-def _board(node: _Node, can: list[str]) -> Board:
+def _board(node: Node, can: list[str]) -> Board:
     node.check_keys(_BOARD, _BOARD)
     qemu = node.one_of("qemu", _QEMU)
     machine = node.text("machine")
@@ -153,7 +161,7 @@ def _board(node: _Node, can: list[str]) -> Board:
     return Board(qemu, machine, node.text("cpu"), cpus, size)
 
 
-def _kernel(node: _Node) -> dict:
+def _kernel(node: Node) -> dict:
     if "source" not in node.values:
         raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(_KERNEL)})")
     source = node.one_of("source", _KERNEL)
@@ -170,8 +178,8 @@ def _kernel(node: _Node) -> dict:
     return dict(node.values) | ({"sha256": node.values["sha256"].lower()} if source == "tarball" else {})
 
 
-def load(path: Path) -> HostConfig:
-    """Read one host file. Raises ConfigError with file, line and the nearest right word."""
+def document(path: Path, what: str) -> Node:
+    """The mapping that a YAML file is. Raises ConfigError with file and line."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
@@ -181,8 +189,13 @@ def load(path: Path) -> HostConfig:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not YAML: {getattr(e, 'problem', e)}") from e
     if node is None:
-        raise ConfigError(f"{path}: the host file is empty")
-    top = _Node(path, node, "the host file")
+        raise ConfigError(f"{path}: {what} is empty")
+    return Node(path, node, what)
+
+
+def load(path: Path) -> HostConfig:
+    """Read one host file. Raises ConfigError with file, line and the nearest right word."""
+    top = document(path, "the host file")
     top.check_keys(_TOP, ("board", "kernel", "rootfs"))
     can = top.names("can")
     for isa in top.names("guests"):
@@ -206,6 +219,7 @@ def load(path: Path) -> HostConfig:
         can=frozenset(can),
         guests=tuple(top.names("guests")),
         timeouts=timeouts,
+        boot_afresh=top.text("boot_afresh") if "boot_afresh" in top.values else "",
     )
 
 

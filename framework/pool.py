@@ -1,16 +1,25 @@
-"""The hosts of one run: booted when first asked for, replaced when lost, never retried when they do not boot."""
+"""The hosts of one run: started when first asked for, replaced when lost, never retried when they do not boot."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from .config import HostConfig
-from .errors import LabError
+from .errors import LabError, MachineError
+from .host import snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
+from .host.snapshots import Snapshot
 from .machine.machine import Plugin
+from .progress import note
+
+MakePlugin = Callable[[str], Plugin]
+_ENTROPY = 64  #: bytes
 
 
 class Broken(Exception):
@@ -21,18 +30,45 @@ class Broken(Exception):
         self.cause = cause
 
 
-class Pool:
-    """Live hosts by name. ``kernels`` maps a host's name (or "") to the ``--kernel`` given for it."""
+@dataclass
+class _Live:
+    host: Host
+    owner: str
 
-    def __init__(self, hosts: list[HostConfig], kernels: dict[str, str], artifacts: Path) -> None:
+
+@dataclass
+class _Spare:
+    """A host that nobody has touched, or is on its way."""
+
+    name: str
+    probed: bool
+    host: Future[Host]
+
+
+class Pool:
+    """Live hosts by name. ``kernels`` maps a host's name (or "") to the ``--kernel`` given for it.
+
+    ``worker`` is part of the names of folders for logs; with ``entropy`` restored hosts have
+    random numbers of their own.
+    """
+
+    def __init__(
+        self, hosts: list[HostConfig], kernels: dict[str, str], artifacts: Path, worker: str, entropy: bool
+    ) -> None:
         self.configs = {config.name: config for config in hosts}
         self.kept: list[Host] = []
         self._overrides = kernels
         self.artifacts = artifacts
+        self._worker = worker
+        self._entropy = entropy
         self._kernels: dict[str, Kernel] = {}
-        self._live: dict[str, Host] = {}
+        self._snapshots: dict[str, Snapshot] = {}
+        self._live: dict[str, _Live] = {}
         self._broken: dict[str, LabError] = {}
-        self._boots = 0
+        self._starts = 0
+        self._spare: _Spare | None = None
+        self._restorer = ThreadPoolExecutor(1, "restorer")
+        self.prepare: Callable[[Host], None] | None = None  #: what is done to every host before its first test
 
     def kernel(self, name: str) -> Kernel:
         """The host's kernel, fetched or built on first use. Raises Broken."""
@@ -41,35 +77,89 @@ class Pool:
             self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], override))
         return self._kernels[name]
 
-    def host(self, name: str, make_plugin: Callable[[str], Plugin] | None = None) -> Host:
-        """The live host of this name; with a plugin made for its QEMU, if one is asked for. Raises Broken.
+    def host(self, name: str, owner: str = "", make_plugin: MakePlugin | None = None) -> Host:
+        """The live host of this name that is this owner's (a test, a module, "" for the run). Raises Broken.
 
-        A host that runs without the plugin is replaced by one with it; one with it serves those that want none, too.
+        With a plugin made for its QEMU, if one is asked for: a host that runs without is replaced by one with it, and
+        one with it serves those that want none, too.
         """
         if name in self._broken:
             raise Broken(self._broken[name])
-        host = self._live.get(name)
-        lacks = host is not None and make_plugin is not None and host.machine.plugin is None
-        if host is not None and (lacks or not (host.machine.alive and host.agent.usable)):
+        if name in self._live and not self._fits(self._live[name], owner, make_plugin is not None):
             self.discard(name)
-            host = None
-        if host is None:
-            kernel = self.kernel(name)
-            self._boots += 1
-            logs = self.artifacts / "hosts" / f"{self._boots:02}-{name}"
-            host = self._live[name] = self._once(name, lambda: self._boot(name, kernel, logs, make_plugin))
+        if name not in self._live:
+            host = self._once(name, lambda: self._start(name, owner, make_plugin))
+            self._live[name] = _Live(host, owner)
+            if self.prepare:
+                self.prepare(host)
             if self.configs[name].has_kvm:
                 try:
                     self._once(name, host.require_kvm)
                 except Broken:
                     self.discard(name)
                     raise
-        return host
+        return self._live[name].host
 
-    def _boot(self, name: str, kernel: Kernel, logs: Path, make_plugin: Callable[[str], Plugin] | None) -> Host:
-        config = self.configs[name]
-        plugin = make_plugin(config.board.qemu) if make_plugin else None
-        return Host.boot(config, kernel, logs, plugin=plugin)
+    @staticmethod
+    def _fits(live: _Live, owner: str, plugin: bool) -> bool:
+        host = live.host
+        has_plugin = host.machine.plugin is not None
+        return live.owner == owner and (has_plugin or not plugin) and host.machine.alive and host.agent.usable
+
+    def _start(self, name: str, owner: str, make_plugin: MakePlugin | None) -> Host:
+        config, kernel = self.configs[name], self.kernel(name)
+
+        def plugin() -> Plugin | None:
+            return make_plugin(config.board.qemu) if make_plugin else None
+
+        if not config.boot_afresh:
+            try:
+                return self._taken(name, make_plugin) or self._restore(name, self._logs(name, owner), plugin())
+            except MachineError as e:
+                note(f"{name} cannot be restored, and boots afresh: {e.one_line}")
+        return Host.boot(config, kernel, self._logs(name, owner), plugin=plugin())
+
+    def _restore(self, name: str, logs: Path, plugin: Plugin | None) -> Host:
+        entropy = os.urandom(_ENTROPY) if self._entropy else b""
+        return self._snapshot(name).restore(logs, plugin, entropy)
+
+    def expect(self, name: str, make_plugin: MakePlugin | None = None) -> None:
+        """The next test will have a host of its own: restore it meanwhile, on a CPU that this one leaves idle."""
+        self._dismiss()
+        if name in self._snapshots and name not in self._broken:
+            plugin = make_plugin(self.configs[name].board.qemu) if make_plugin else None
+            coming = self._restorer.submit(self._restore, name, self._logs(name, "::"), plugin)
+            self._spare = _Spare(name, plugin is not None, coming)
+
+    def _taken(self, name: str, make_plugin: MakePlugin | None) -> Host | None:
+        """The host that was restored meanwhile, if it is of the kind that is wanted now. Raises MachineError."""
+        spare, self._spare = self._spare, None
+        if spare and (spare.name, spare.probed) == (name, make_plugin is not None):
+            return spare.host.result()
+        self._spare = spare
+        self._dismiss()
+        return None
+
+    def _dismiss(self) -> None:
+        """End the spare host."""
+        spare, self._spare = self._spare, None
+        if spare:
+            with suppress(LabError):
+                spare.host.result().shutdown()
+
+    def _snapshot(self, name: str) -> Snapshot:
+        if name not in self._snapshots:
+            logs = self.artifacts / "hosts" / f"{name}-snapshot"
+            self._snapshots[name] = snapshots.obtain(self.configs[name], self.kernel(name), logs)
+        return self._snapshots[name]
+
+    def _logs(self, name: str, owner: str) -> Path:
+        """A folder for each machine; those of single tests share two, for a test's folder has its part of the logs."""
+        self._starts += 1
+        parts = [self._worker, f"{self._starts:02}", name]
+        if "::" in owner:
+            parts = [self._worker, name, "ab"[self._starts % 2]]
+        return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
     def _once(self, name: str, action):
         """Do it, unless something failed for this host before; keep the first error."""
@@ -81,21 +171,30 @@ class Pool:
             self._broken[name] = e
             raise Broken(e) from e
 
+    def done(self, host: Host) -> None:
+        """A test is done with this host: the next that shares it finds no VM on it. Raises LabError: it is lost."""
+        if "::" in self._live[host.config.name].owner:
+            self.discard(host.config.name)
+        else:
+            host.reset()
+
     def discard(self, name: str) -> None:
         """End this host's machine; the next test that needs the host gets a fresh one."""
-        if (host := self._live.pop(name, None)) is not None:
-            host.shutdown()
+        if (live := self._live.pop(name, None)) is not None:
+            live.host.shutdown()
 
     def keep(self, name: str) -> Host | None:
         """Take the host out of the run and leave its machine as it is, with the gdbstub free."""
-        if (host := self._live.pop(name, None)) is not None:
-            host.machine.release_gdb()
-            self.kept.append(host)
-        return host
+        if (live := self._live.pop(name, None)) is None:
+            return None
+        live.host.machine.release_gdb()
+        self.kept.append(live.host)
+        return live.host
 
     def close(self) -> None:
         """End all machines."""
-        hosts = [*self._live.values(), *self.kept]
+        self._dismiss()
+        hosts = [*(live.host for live in self._live.values()), *self.kept]
         self._live.clear()
         self.kept.clear()
         with ExitStack() as stack:  # every one is ended, whatever another says

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -14,6 +15,14 @@ def own_cache(tmp_path, monkeypatch):
     """An empty cache for this test alone."""
     monkeypatch.setenv("ARM_KVM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def own_run_folder(monkeypatch):
+    """No machine but this test's own is seen. (The name is short: a socket's path has room for 108 characters.)"""
+    with tempfile.TemporaryDirectory(prefix="ak-") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield folder
 
 
 @pytest.fixture

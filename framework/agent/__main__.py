@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from . import ageing, children, device, failing, ksm, kvm, libc, memory, streams, trace, uffd, wire
+from . import ageing, children, device, entropy, failing, ksm, kvm, libc, memory, streams, trace, uffd, wire
 
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
@@ -34,6 +34,12 @@ class Agent:
             "pid": os.getpid(),
             "cpus": os.cpu_count(),
         }
+
+    def restored(self, now, blob=b""):
+        """This machine was saved some time ago: set its clock (seconds since 1970), and stir this entropy in."""
+        time.clock_settime(time.CLOCK_REALTIME, now)
+        if blob:
+            entropy.add(blob)
 
     def batch(self, requests):
         """Several requests whose results are no blobs, in one: [[op, args], ...]. The first that fails ends it."""
@@ -99,6 +105,9 @@ class Agent:
 
     def vcpu_create(self, vm, vcpu, features):
         self._vms[vm].add_vcpu(vcpu, features)
+
+    def vcpu_init(self, vm, vcpu):
+        self._vms[vm].vcpus[vcpu].init()
 
     def vcpu_register(self, vm, vcpu, reg, value=None):
         return self._vms[vm].vcpus[vcpu].register(reg, value)

@@ -131,15 +131,20 @@ class Vcpu:
     def __init__(self, vm_fd, index, features, run_size):
         self.fd = ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
         try:
-            target = bytearray(32)
-            ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, target)
-            struct.pack_into("<I", target, 4, features)
-            ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, target)
+            self._target = bytearray(32)
+            ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, self._target)
+            struct.pack_into("<I", self._target, 4, features)
             self.run = mmap.mmap(self.fd, run_size)
+            self.init()
         except OSError:
             os.close(self.fd)  # or it would keep the whole VM alive
             raise
         self._worker = Worker(f"vcpu{index}")
+
+    def init(self):
+        """The state of a CPU that is switched on. The access whose exit was the last is not completed any more."""
+        ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, self._target)
+        _EXIT_REASON.pack_into(self.run, 0, 0)
 
     def run_once(self, around=_NOTHING):
         """KVM_RUN until one exit, decoded; the ioctl alone is in the context ``around``."""

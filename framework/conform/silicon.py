@@ -65,7 +65,7 @@ class Lab:
             image.write(self.program.elf)
             image.flush()
             self.machine = Machine.start(self._board, Boot(Path(image.name)), self._logs)
-            self._map = mmap.mmap(self.machine.ram.fd, _MEMORY)
+            self._map = mmap.mmap(self.machine.ram.file, _MEMORY)
             self._words = np.frombuffer(self._map, dtype="<u8")
             self._sequence = 0
             self._written: list[int] = []

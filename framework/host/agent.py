@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import paramiko
 
 from framework.agent import wire
 from framework.errors import AgentError, AgentFault, AgentTimeout, HostOsError
+from framework.machine.machine import Machine
 
 #: Between looks at the machine's health while an answer is awaited: a panic shows within this time.
 _SLICE = 0.2
@@ -37,23 +39,72 @@ class Listener:
     def answered(self, op: str) -> None: ...
 
 
+class Line(Protocol):
+    """The way to an agent."""
+
+    stream: socket.socket | paramiko.Channel  #: carries bytes both ways
+
+    def over(self) -> bool:
+        """Whether the agent at the other end is known to be gone."""
+        ...
+
+    def said(self) -> str:
+        """What it said of its end."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SshLine:
+    """The channel that an agent was started by."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self.stream = self._channel = channel
+
+    def over(self) -> bool:
+        return self._channel.eof_received
+
+    def said(self) -> str:
+        return self._channel.recv_stderr(65536).decode(errors="replace")
+
+    def close(self) -> None:
+        with suppress(OSError, EOFError, paramiko.SSHException):
+            self._channel.close()
+
+
+class SerialLine:
+    """The board's serial port, where the agent answers that the host began with: twice as fast as ssh.
+
+    What it leaves there when it is killed would confuse another, so later agents speak over ssh.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.stream = machine.port
+        self._machine = machine
+        self._opened = False
+
+    def over(self) -> bool:
+        """The port carries no end of file, but QEMU knows whether somebody in the host has it open."""
+        self._opened, before = self._machine.port_open, self._opened
+        return before and not self._opened
+
+    def said(self) -> str:
+        return "Last console lines:\n" + self._machine.console.tail()
+
+    def close(self) -> None:
+        """The port is the machine's."""
+
+
 class Agent:
-    """Requests to the agent, one at a time: over the board's serial port, or over the ssh channel it was started by.
+    """Requests to the agent, one at a time.
 
     ``agent("vm_create")`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
     AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
     """
 
-    def __init__(
-        self,
-        channel: paramiko.Channel,
-        log: Path,
-        check: Callable[[], None],
-        timeout: float,
-        port: socket.socket | None = None,
-    ) -> None:
-        self._channel = channel
-        self._stream = port or channel
+    def __init__(self, line: Line, log: Path, check: Callable[[], None], timeout: float) -> None:
+        self._line = line
+        self._stream = line.stream
         self._stream.settimeout(_SLICE)
         self._log = log.open("w", encoding="utf-8", buffering=1)
         self._check = check
@@ -130,15 +181,14 @@ class Agent:
                 if time.monotonic() > end:
                     remedy = "the host may be hung: see its console log"
                     self._lose(AgentTimeout(f"the agent gave no answer within {deadline:.0f} s", remedy=remedy))
-                if not self._channel.eof_received:  # a serial port does not say that its reader is gone
+                if not self._line.over():
                     continue
                 data = b""
             except OSError:
                 data = b""
             if not data:
                 self._check_again()
-                errors = self._channel.recv_stderr(65536).decode(errors="replace")
-                self._lose(AgentError("the agent ended", evidence=errors))
+                self._lose(AgentError("the agent ended", evidence=self._line.said()))
             self._buffer += data
         out = bytes(self._buffer[:size])
         del self._buffer[:size]
@@ -157,6 +207,11 @@ class Agent:
         raise error
 
     @property
+    def from_boot(self) -> bool:
+        """Whether it is the one that the host began with."""
+        return isinstance(self._line, SerialLine)
+
+    @property
     def usable(self) -> bool:
         return self._broken is None
 
@@ -172,6 +227,5 @@ class Agent:
             self._log.write(f"{time.monotonic():.4f} {line}\n")
 
     def close(self) -> None:
-        with suppress(OSError, EOFError, paramiko.SSHException):
-            self._channel.close()
+        self._line.close()
         self._log.close()

@@ -3,22 +3,24 @@
 kernel   the kernel wrote its first line on the console
 init     our init runs (images/init says so)
 network  dropbear listens (images/init says so)
-ssh      an ssh session is open: the host's key is the pinned one, ours is accepted
-agent    the agent answered its first request
+agent    the agent, which init has started, answered its first request
+
+A restored host has the last state only. An ssh session is opened when somebody first wants one.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from framework.errors import HostSilent, LabError
-from framework.machine.board import PORT
 from framework.machine.machine import Machine
 
-from .agent import Agent
-from .rootfs import AGENT_HOME, Rootfs
+from .agent import Agent, SerialLine, SshLine
+from .rootfs import AGENT_HOME
 from .ssh import Ssh
 
 _AGENT_COMMAND = f"cd /{AGENT_HOME} && exec python3 -E -S -m agent"
@@ -58,29 +60,33 @@ def _await_line(machine: Machine, state: str, timeout: float) -> None:
     )
 
 
-def bring_up(machine: Machine, rootfs: Rootfs, timeouts: dict[str, float], progress: Progress) -> tuple[Ssh, Agent]:
+def bring_up(machine: Machine, timeouts: dict[str, float], progress: Progress) -> Agent:
     """Wait through all states. Every error carries console, command line and QEMU's stderr."""
-    try:
+    with _evidence(machine):
         for state in _CONSOLE_STATES:
             _await_line(machine, state, timeouts[state])
             progress.reach(state)
-        ssh = Ssh.connect(machine.ssh_port, rootfs.client_key, rootfs.host_key, timeouts["ssh"], machine.check)
-        progress.reach("ssh")
-        agent = start_agent(machine, ssh, timeouts["agent"], PORT)
+        return greet(machine, timeouts, progress)
+
+
+def greet(machine: Machine, timeouts: dict[str, float], progress: Progress) -> Agent:
+    """The agent that the host began with, once it has answered."""
+    with _evidence(machine):
+        agent = Agent(SerialLine(machine), machine.logs.agent, machine.check, timeouts["agent"])
         progress.reach("agent")
-        return ssh, agent
+        return agent
+
+
+@contextmanager
+def _evidence(machine: Machine) -> Iterator[None]:
+    try:
+        yield
     except LabError as e:
-        if not e.evidence:
-            e.evidence = machine.evidence()
+        e.evidence = e.evidence or machine.evidence()
         raise
 
 
-def start_agent(machine: Machine, ssh: Ssh, timeout: float, port: str = "", log: str = "") -> Agent:
-    """Start an agent and wait for its first answer.
-
-    The first has the board's serial ``port`` to itself, twice as fast as ssh; what it leaves there when it is
-    killed would confuse another, so later ones speak over ssh.
-    """
-    channel = ssh.open(f"{_AGENT_COMMAND} {port}".strip())
+def start_agent(machine: Machine, ssh: Ssh, timeout: float, log: str = "") -> Agent:
+    """Start another agent, which speaks over ssh, and wait for its first answer."""
     path = machine.logs.folder / log if log else machine.logs.agent
-    return Agent(channel, path, machine.check, timeout, machine.port if port else None)
+    return Agent(SshLine(ssh.open(_AGENT_COMMAND)), path, machine.check, timeout)

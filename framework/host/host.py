@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from framework.cache import disk_errors
 from framework.config import HostConfig
@@ -16,25 +17,42 @@ from framework.guest.isa import ISAS
 from framework.machine.board import Boot
 from framework.machine.machine import Logs, Machine, Plugin
 from framework.machine.rundir import Card, run_directory
+from framework.machine.saved import Saved
 
 from . import rootfs as rootfs_
-from .boot import Progress, bring_up, start_agent
+from .agent import Agent
+from .boot import Progress, bring_up, greet, start_agent
 from .kernel import Kernel
-from .ssh import command_line
+from .ssh import Ssh, command_line
 from .vm import Vm, destroy
+
+T = TypeVar("T")
+ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
 
 
 class Host:
-    """Made by :meth:`boot`, ended by :meth:`shutdown`. ``agent`` takes requests, ``ssh`` commands."""
+    """Made by :meth:`boot` or :meth:`restore`, ended by :meth:`shutdown`.
 
-    def __init__(self, config: HostConfig, kernel: Kernel, machine: Machine, rootfs: rootfs_.Rootfs) -> None:
+    ``agent`` takes requests, ``ssh`` commands.
+    """
+
+    def __init__(
+        self, config: HostConfig, kernel: Kernel, machine: Machine, rootfs: rootfs_.Rootfs, come_up: ComeUp
+    ) -> None:
         self.config = config
         self.kernel = kernel
         self.machine = machine
         self.rootfs = rootfs
         self.vms: list[Vm] = []
         self.boot_states = Progress()
-        self.ssh, self.agent = bring_up(machine, rootfs, config.timeouts, self.boot_states)
+        self.facts: dict[str, object] = {}  #: see :meth:`fact`
+        self._ssh: Ssh | None = None
+        try:
+            self.agent = come_up(machine, config.timeouts, self.boot_states)
+            self._leave_card()
+        except BaseException:
+            machine.kill()
+            raise
 
     @classmethod
     def boot(
@@ -62,30 +80,55 @@ class Host:
             machine = Machine.start(config.board, boot, Logs(logs), ssh_port, plugin)
         finally:
             initramfs.unlink(missing_ok=True)
-        try:
-            host = cls(config, kernel, machine, rootfs)
-            host._leave_card()
-            if rootfs.bytecode is None:
-                with suppress(LabError):  # it only makes later boots faster
-                    rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
-        except BaseException:
-            machine.kill()
-            raise
+        host = cls(config, kernel, machine, rootfs, bring_up)
+        if rootfs.bytecode is None:
+            with suppress(LabError):  # it only makes later boots faster
+                rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
+        return host
+
+    @classmethod
+    def restore(
+        cls,
+        config: HostConfig,
+        kernel: Kernel,
+        saved: Saved,
+        logs: Path,
+        *,
+        plugin: Plugin | None = None,
+        entropy: bytes = b"",
+    ) -> Host:
+        """Go on where a host of this kind was saved; its clock is set, and ``entropy`` stirred in.
+
+        Without entropy all hosts restored from one begin with the same random numbers. Raises what boot raises.
+        """
+        machine = Machine.start(config.board, Boot(kernel.image), Logs(logs), plugin=plugin, saved=saved)
+        host = cls(config, kernel, machine, rootfs_.obtain(config.rootfs), greet)
+        host.agent("restored", now=time.time(), blob=entropy)
         return host
 
     def _leave_card(self) -> None:
         machine = self.machine
+        ram, start = machine.ram.place(machine.process.pid)
         Card(
             host=self.config.name,
             qemu_pid=machine.process.pid,
             lab_pid=os.getpid(),
-            ram=f"/proc/{machine.process.pid}/fd/{machine.ram.fd}",
+            ram=ram,
+            ram_start=start,
             ram_base=machine.ram.base,
             ram_size=machine.ram.size,
             architecture=self.config.architecture.name,
             gdb=str(machine.folder / "gdb"),
             ssh=self.ssh_command,
         ).save(machine.folder)
+
+    @property
+    def ssh(self) -> Ssh:
+        """ssh to the host, connected when it is first wanted. Raises SshUnreachable."""
+        if self._ssh is None:
+            where = (self.machine.ssh_port, self.rootfs.client_key, self.rootfs.host_key)
+            self._ssh = Ssh.connect(*where, self.config.timeouts["ssh"], self.machine.check)
+        return self._ssh
 
     @property
     def ssh_command(self) -> str:
@@ -107,6 +150,12 @@ class Host:
         """(major, minor) of the running kernel."""
         major, minor = re.match(r"(\d+)\.(\d+)", self.release).groups()
         return int(major), int(minor)
+
+    def fact(self, name: str, find: Callable[[], T]) -> T:
+        """What ``find()`` finds out of this host, asked once for all that are restored from the same snapshot."""
+        if name not in self.facts:
+            self.facts[name] = find()
+        return self.facts[name]
 
     def require_kvm(self) -> None:
         """Raises NoKvm when this kernel came up without KVM."""
@@ -151,5 +200,6 @@ class Host:
         """End the machine. Idempotent."""
         with ExitStack() as stack:
             stack.callback(self.machine.kill)
-            stack.callback(self.ssh.close)
+            if self._ssh is not None:
+                stack.callback(self._ssh.close)
             stack.callback(self.agent.close)

@@ -44,6 +44,11 @@ class Rootfs:
         return cache.key_of(self.key, *(path.read_bytes() for path in _agent_sources()))
 
     @property
+    def overlay_key(self) -> str:
+        """Of all that a host's root file system is made of, but the kernel's modules."""
+        return cache.key_of(self.bytecode_key, (IMAGES / "init").read_bytes())
+
+    @property
     def bytecode(self) -> Path | None:
         """The agent's compiled modules as an archive, if a host has compiled them before."""
         entry = cache.lookup("bytecode", self.bytecode_key)

@@ -92,6 +92,10 @@ class Vcpu:
         """To the payload's entry: pc there, first argument the mailbox, exceptions masked. System registers stay."""
         self._agent.batch(self._to_entry())
 
+    def reset(self) -> None:
+        """KVM_ARM_VCPU_INIT again, as a VMM does whose guest restarts, and to the payload's entry."""
+        self._agent.batch([("vcpu_init", self._id), *self._to_entry()])
+
     def get_register(self, reg: int) -> int:
         """KVM_GET_ONE_REG; ``reg`` is the full 64-bit id."""
         return self._agent("vcpu_register", reg=reg, **self._id)

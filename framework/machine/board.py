@@ -25,7 +25,7 @@ class Board:
 class Boot:
     """What the board starts: paths of kernel image and initramfs, and the kernel's command line.
 
-    A program that is no Linux has a path alone.
+    A program that is no Linux has a path alone, and so has a restored machine: initramfs and command line are in RAM.
     """
 
     kernel: Path
@@ -38,6 +38,7 @@ def command_line(
     boot: Boot,
     *,
     ram_fd: int,
+    restored: bool = False,
     console_fd: int,
     qmp_fd: int,
     port_fd: int,
@@ -47,14 +48,17 @@ def command_line(
 ) -> list[str]:
     """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
 
-    ``port_fd`` is a socket that the host sees as the virtio serial port :data:`PORT`. ``plugin`` is a TCG plugin with
-    its arguments. The user network is restricted: the host reaches nobody, only its ssh port is reached.
+    A machine that is ``restored`` has the RAM of ``ram_fd`` to itself, copied on write, unless a plugin wants to see
+    it, too; the state of its devices is still to come. ``port_fd`` is a socket that the host sees as the virtio serial
+    port :data:`PORT`. ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches
+    nobody, only its ssh port is reached.
     """
+    share = "off" if restored and not plugin else "on"
     return [
         board.qemu,
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-machine", f"{board.machine},memory-backend=ram"),
-        *("-object", f"memory-backend-file,id=ram,size={board.memory},mem-path=/proc/self/fd/{ram_fd},share=on"),
+        *("-object", f"memory-backend-file,id=ram,size={board.memory},mem-path=/proc/self/fd/{ram_fd},share={share}"),
         *("-m", str(board.memory >> 20), "-cpu", board.cpu, "-smp", str(board.cpus)),
         *("-accel", "tcg,thread=multi"),
         *(("-plugin", plugin) if plugin else ()),
@@ -65,6 +69,7 @@ def command_line(
         *("-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}"),
         *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
         *("-device", "virtio-net-device,netdev=net", "-device", "virtio-rng-device"),
+        *(("-incoming", "defer") if restored else ()),
         *("-kernel", str(boot.kernel)),
         *(("-initrd", str(boot.initramfs), "-append", boot.cmdline) if boot.initramfs else ()),
     ]

@@ -7,7 +7,9 @@ PR_SET_PDEATHSIG, which fires when the forking *thread* ends and wants code run 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -30,10 +32,12 @@ from framework.guardian import Guardian, spawn
 from .board import Board, Boot, command_line
 from .console import Console
 from .gdb import Gdb
-from .ram import Ram
+from .ram import OwnRam, SavedRam
 from .rundir import run_directory
+from .saved import Saved, copy
 
 _START_TIMEOUT = 20.0
+_MIGRATION_LOOK = 0.002
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ class Plugin(Protocol):
 class Machine:
     """QEMU with its RAM, console, QMP and gdbstub. Make one with :meth:`start`, end it with :meth:`kill`."""
 
-    def __init__(self, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> None:
+    def __init__(
+        self, board: Board, boot: Boot, logs: Logs, ssh_port: int, plugin: Plugin | None, saved: Saved | None
+    ) -> None:
         self.board = board
         self.logs = logs
         self.plugin = plugin
@@ -92,14 +98,15 @@ class Machine:
         self._qmp: QEMUMonitorProtocol | None = None
         self._ended = False
         self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=run_directory()))
-        self.ram = Ram.create(board.ram_base, board.memory)
+        self.ram = _ram(board, saved, shared=saved is None or plugin is not None)
         console, console_end = socket.socketpair()
         qmp, qmp_end = socket.socketpair()
         self.port, port_end = socket.socketpair()  #: the lab's end of the serial port board.PORT
         ends = {"console_fd": console_end, "qmp_fd": qmp_end, "port_fd": port_end}
-        fds = {"ram_fd": self.ram.fd} | {name: end.fileno() for name, end in ends.items()}
-        argument = plugin.argument(self.ram.fd) if plugin else ""
-        self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", ssh_port=ssh_port, plugin=argument)
+        fds = {"ram_fd": self.ram.file} | {name: end.fileno() for name, end in ends.items()}
+        how = {"ssh_port": ssh_port, "restored": saved is not None}
+        how["plugin"] = plugin.argument(self.ram.file) if plugin else ""
+        self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", **how)
         self.console = Console(console, logs.console)
         self.process, self._guardian = self._spawn([*fds.values(), *([plugin.fd] if plugin else [])])
         if plugin:
@@ -110,19 +117,30 @@ class Machine:
             self._qmp_log = _QmpLog(logs.qmp, self.folder.name)
             self._qmp = self._connect_qmp(qmp)
             self.ssh_port = self._forwarded_port()
+            self.ram.attach(self.process.pid)
+            if saved:
+                self._load(saved)
         except BaseException:
             self.kill()
             raise
 
     @classmethod
-    def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> Machine:
-        """Start QEMU and the board in it.
+    def start(
+        cls,
+        board: Board,
+        boot: Boot,
+        logs: Logs,
+        ssh_port: int = 0,
+        plugin: Plugin | None = None,
+        saved: Saved | None = None,
+    ) -> Machine:
+        """Start QEMU and the board in it; with a ``saved`` machine, it goes on where that one was saved.
 
         Raises SetupError (no such QEMU), QemuRefused (it does not make this board), PortBusy.
         """
         if shutil.which(board.qemu) is None:
             raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
-        return cls(board, boot, logs, ssh_port, plugin)
+        return cls(board, boot, logs, ssh_port, plugin, saved)
 
     def _spawn(self, fds: list[int]) -> tuple[subprocess.Popen, Guardian]:
         with self.logs.stderr.open("wb") as stderr:
@@ -131,6 +149,10 @@ class Machine:
     # -- QMP -------------------------------------------------------------------------------------
 
     def _connect_qmp(self, sock: socket.socket) -> QEMUMonitorProtocol:
+        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
+        # another is ended in another.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
         qmp = QEMUMonitorProtocol(sock, nickname=self.folder.name)
         qmp.settimeout(_START_TIMEOUT)
         try:
@@ -173,6 +195,36 @@ class Machine:
         if not found:
             raise MachineError(f"QEMU shows no forwarded port:\n{said}")
         return int(found[1])
+
+    # -- saved and restored ----------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> Saved:
+        """Stop the machine and write it down, for others to go on from. Raises MachineError."""
+        saved = Saved.at(folder)
+        self.qmp("stop")
+        self._migrate("migrate", f"exec:cat > {shlex.quote(str(saved.devices))}")
+        saved.write_ram(self.ram.file)
+        return saved
+
+    def _load(self, saved: Saved) -> None:
+        self._migrate("migrate-incoming", f"exec:cat {shlex.quote(str(saved.devices))}")
+        self.qmp("cont")
+
+    def _migrate(self, command: str, uri: str) -> None:
+        """Let QEMU move the state of its devices; RAM stays in its file. Raises MachineError."""
+        ignore = {"capability": "x-ignore-shared", "state": True}
+        self.qmp("migrate-set-capabilities", capabilities=[ignore])
+        self.qmp(command, uri=uri)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while (status := self.qmp("query-migrate").get("status")) != "completed":
+            if status in ("failed", "cancelled") or time.monotonic() > deadline:
+                raise MachineError(f"QMP {command}: {status or 'nothing happens'}", evidence=self.evidence())
+            time.sleep(_MIGRATION_LOOK)
+
+    @property
+    def port_open(self) -> bool:
+        """Whether somebody in the host has the serial port open."""
+        return any(c["label"] == "port" and c["frontend-open"] for c in self.qmp("query-chardev"))
 
     # -- the judge's window ---------------------------------------------------------------------------
 
@@ -259,7 +311,19 @@ class Machine:
         if self._qmp is not None:
             with suppress(QMPError, OSError, EOFError):  # the peer is gone, which is what was wanted
                 self._qmp.close()
+        self._loop.close()
         self._qmp_log.close()
+
+
+def _ram(board: Board, saved: Saved | None, shared: bool) -> OwnRam | SavedRam:
+    """New RAM, the saved RAM to be copied on write, or a whole copy of it for a plugin to share."""
+    if not shared:
+        return SavedRam(os.open(saved.ram, os.O_RDWR | os.O_CLOEXEC), board.ram_base, board.memory)
+    ram = OwnRam.create(board.ram_base, board.memory)
+    if saved:
+        with saved.ram.open("rb") as f:
+            copy(f.fileno(), ram.file)
+    return ram
 
 
 class _QmpLog:

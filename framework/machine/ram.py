@@ -1,7 +1,8 @@
-"""The board's RAM: an anonymous file that QEMU maps read-write and the lab maps read-only (conformance: read-write).
+"""The board's RAM, read from outside: the file QEMU maps, or the pages of QEMU's own copy of a file.
 
-A memfd rather than a named file: nothing is left on any disk however the lab ends, and its size is
-not bounded by the ``/dev/shm`` mount, which is 64 MB in many containers.
+A new machine has a memfd, not a named file: nothing is left on any disk however the lab ends, and its size is not
+bounded by the ``/dev/shm`` mount, which is 64 MB in many containers. A restored machine maps saved RAM privately, so
+that only what it writes is copied; the pages of such a mapping are read through ``/proc/PID/mem``.
 """
 
 from __future__ import annotations
@@ -9,27 +10,77 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from framework.errors import SetupError
+from framework.errors import MachineError, SetupError
+
+_PAGE_SHIFT = 12
+_PAGE = 1 << _PAGE_SHIFT
+_WORDS = _PAGE // 8
+#: RAM is saved and compared in pieces of this size; those of zeros are holes.
+CHUNK = 1 << 16
+_ZEROS = bytes(CHUNK)
 
 
 class Ram:
-    """Physical memory ``[base, base + size)``, bytes. Implements :class:`framework.model.sweep.Memory`.
+    """Physical memory ``[base, base + size)``, read-only. Implements :class:`framework.model.sweep.Memory`.
 
-    ``words`` is the whole RAM as a read-only uint64 array, one word per 8 bytes.
+    It is read from the file ``fd``, where it begins at ``start``; the file is closed with this object.
     """
 
-    def __init__(self, fd: int, base: int, size: int) -> None:
+    def __init__(self, fd: int, start: int, base: int, size: int) -> None:
         self.fd = fd
+        self.start = start
         self.base = base
         self.size = size
+
+    def fetch(self, pas: np.ndarray) -> np.ndarray:
+        """The 64-bit words at these physical addresses; 0 for those that are not RAM."""
+        offsets = pas - np.uint64(self.base)
+        inside = offsets < np.uint64(self.size)
+        if inside.all():
+            return self._words(offsets)
+        words = np.zeros(len(pas), dtype=np.uint64)
+        words[inside] = self._words(offsets[inside])
+        return words
+
+    def _words(self, offsets: np.ndarray) -> np.ndarray:
+        pages, index = np.unique(offsets >> np.uint64(_PAGE_SHIFT), return_inverse=True)
+        content = np.empty((len(pages), _WORDS), dtype="<u8")
+        for first, last in _runs(pages):
+            where = self.start + int(pages[first]) * _PAGE
+            os.preadv(self.fd, [memoryview(content[first:last]).cast("B")], where)
+        return content[index, (offsets >> np.uint64(3)) & np.uint64(_WORDS - 1)]
+
+    def backed(self, pas: np.ndarray) -> np.ndarray:
+        return (pas - np.uint64(self.base)) < np.uint64(self.size)
+
+    def read(self, pa: int, size: int) -> bytes:
+        """``size`` bytes at physical address ``pa``; ValueError outside RAM."""
+        offset = pa - self.base
+        if offset < 0 or offset + size > self.size:
+            raise ValueError(f"[{pa:#x}, {pa + size:#x}) is not RAM")
+        return os.pread(self.fd, size, self.start + offset)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class OwnRam(Ram):
+    """RAM in a memfd that QEMU maps and shares, mapped here, too."""
+
+    def __init__(self, fd: int, base: int, size: int) -> None:
+        super().__init__(fd, 0, base, size)
+        self.file = fd  #: what QEMU is given
         self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ)
-        self.words = np.frombuffer(self._map, dtype="<u8")
+        self._content = np.frombuffer(self._map, dtype="<u8")
 
     @classmethod
-    def create(cls, base: int, size: int) -> Ram:
+    def create(cls, base: int, size: int) -> OwnRam:
         """New zeroed RAM. Raises SetupError when this machine cannot give that much address space."""
         fd = os.memfd_create("arm-kvm-ram", os.MFD_CLOEXEC)
         try:
@@ -44,26 +95,67 @@ class Ram:
                 remedy="give the board less memory in its host file, or free some on this machine",
             ) from e
 
-    def fetch(self, pas: np.ndarray) -> np.ndarray:
-        index = (pas - np.uint64(self.base)) >> np.uint64(3)
-        inside = index < np.uint64(len(self.words))
-        if inside.all():
-            return self.words[index]
-        words = np.zeros(len(index), dtype=np.uint64)
-        words[inside] = self.words[index[inside]]
-        return words
+    def attach(self, pid: int) -> None:
+        """QEMU runs: nothing to find, the file is the RAM."""
 
-    def backed(self, pas: np.ndarray) -> np.ndarray:
-        return (pas - np.uint64(self.base)) < np.uint64(self.size)
+    def place(self, pid: int) -> tuple[str, int]:
+        """Where another process finds it: a path in /proc, and where in that file it begins."""
+        return f"/proc/{pid}/fd/{self.file}", 0
 
-    def read(self, pa: int, size: int) -> bytes:
-        """``size`` bytes at physical address ``pa``; ValueError outside RAM."""
-        start = pa - self.base
-        if start < 0 or start + size > self.size:
-            raise ValueError(f"[{pa:#x}, {pa + size:#x}) is not RAM")
-        return self._map[start : start + size]
+    def _words(self, offsets: np.ndarray) -> np.ndarray:
+        return self._content[offsets >> np.uint64(3)]
 
     def close(self) -> None:
-        self.words = np.zeros(0, dtype="<u8")
+        self._content = np.zeros(0, dtype="<u8")
         self._map.close()
-        os.close(self.fd)
+        super().close()
+
+
+class SavedRam(Ram):
+    """QEMU's private copy, page by page as they are written, of saved RAM: ``file``, closed with this object."""
+
+    def __init__(self, file: int, base: int, size: int) -> None:
+        super().__init__(-1, 0, base, size)
+        self.file = file  #: what QEMU is given
+
+    def attach(self, pid: int) -> None:
+        """QEMU runs: find the mapping. Raises MachineError: there is none."""
+        inode = os.fstat(self.file).st_ino
+        pattern = re.compile(rf"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ {inode}\s", re.M)
+        for start, end in pattern.findall(Path(f"/proc/{pid}/maps").read_text()):
+            if int(end, 16) - int(start, 16) >= self.size:
+                self.fd, self.start = os.open(f"/proc/{pid}/mem", os.O_RDONLY), int(start, 16)
+                return
+        raise MachineError("QEMU does not map the saved RAM")
+
+    def place(self, pid: int) -> tuple[str, int]:
+        """Where another process finds it: a path in /proc, and where in that file it begins."""
+        return f"/proc/{pid}/mem", self.start
+
+    def close(self) -> None:
+        os.close(self.file)
+        if self.fd >= 0:
+            super().close()
+
+
+def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
+    """``[first, last)`` of every run of consecutive numbers, by index."""
+    if len(pages):
+        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
+        yield from zip([0, *breaks], [*breaks, len(pages)], strict=True)
+
+
+def chunks(fd: int) -> Iterator[tuple[int, bytes]]:
+    """``(offset, bytes)`` of every :data:`CHUNK` of a file that is not all zeros, in order."""
+    at, end = 0, os.fstat(fd).st_size
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA) & -CHUNK
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # holes only from here on
+                return
+            raise
+        data = os.pread(fd, CHUNK, at)
+        if data != _ZEROS:
+            yield at, data
+        at += CHUNK

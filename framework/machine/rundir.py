@@ -54,7 +54,8 @@ class Card:
     host: str
     qemu_pid: int
     lab_pid: int
-    ram: str  #: path of the RAM file in /proc
+    ram: str  #: path in /proc of a file with the RAM in it
+    ram_start: int  #: where in that file
     ram_base: int
     ram_size: int
     architecture: str

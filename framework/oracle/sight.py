@@ -79,7 +79,6 @@ class Sight:
         self._arch = host.config.architecture
         self._ram = host.machine.ram
         self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
-        self._usual: Regime | None = None  # of a VM with the default IPA space
 
     @property
     def gdb(self) -> Gdb:
@@ -87,6 +86,8 @@ class Sight:
 
     def vmm_space(self, agent: Agent) -> Regime:
         """Stage 1 of the process that holds the VMs."""
+        if agent.from_boot:  # restored with the host, tables and all
+            return self._host.fact("vmm space", lambda: self._find_vmm_space(agent))
         pid = agent.hello["pid"]
         if pid not in self._spaces:
             self._spaces[pid] = self._find_vmm_space(agent)
@@ -121,13 +122,14 @@ class Sight:
         if vm.regime is None:
             vm.regime = self.sample(vm)
             if vm.ipa_bits == 0:
-                self._usual = vm.regime
+                self._host.facts["usual regime"] = vm.regime
         return vm.regime
 
     def adopt(self, vm: Vm, root: int) -> None:
         """The VM's root is known; the rest is as of any VM with as wide an IPA space, once one was seen."""
-        if vm.regime is None and self._usual is not None and vm.ipa_bits == 0:
-            vm.regime = replace(self._usual, root=root)
+        usual = self._host.facts.get("usual regime")
+        if vm.regime is None and usual is not None and vm.ipa_bits == 0:
+            vm.regime = replace(usual, root=root)
 
     def sample(self, vm: Vm) -> Regime:
         """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
@@ -156,7 +158,7 @@ def watch(card: Card, seconds: float) -> list[Stage2]:
     """
     arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
     try:
-        ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_base, card.ram_size)
+        ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_start, card.ram_base, card.ram_size)
     except OSError as e:
         raise NoLiveMachine(f"the machine of host {card.host} has just ended: {e.strerror}") from e
     gdb = connect_gdb(Path(card.gdb), timeout=5.0)

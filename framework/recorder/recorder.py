@@ -82,10 +82,13 @@ class Recorder(Listener):
         self._machine = host.machine
         self._mechanism = mechanism
         self._sight = sight
-        self.kernel = KernelMap(host.ssh.run(ASK))
-        with self._machine.gdb.pause() as gdb:
-            self.points = find(gdb, self._arch, self._machine.ram, self.kernel)
+        self.kernel: KernelMap = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
+        self.points: list[Point] = host.fact("recorder's points", self._find_points)
         self._roots: dict[int, int] = {}  # number of a VM -> its root, as far as VMs were seen to run
+
+    def _find_points(self) -> list[Point]:
+        with self._machine.gdb.pause() as gdb:
+            return find(gdb, self._arch, self._machine.ram, self.kernel)
 
     # -- begin and end -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("host")
 
 
 def boot_log(host):
-    return host.machine.logs.console.read_text(errors="replace")
+    return host.ssh.run("dmesg")
 
 
 @pytest.mark.needs("a15")

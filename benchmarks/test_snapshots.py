@@ -1,0 +1,44 @@
+"""A pristine host: restored, until its agent has answered."""
+
+import pytest
+
+from framework import config
+from framework.errors import LabError
+from framework.host import snapshots
+from framework.host.kernel import obtain
+from framework.oracle import Oracle
+
+
+@pytest.mark.parametrize("name", ["a15", "arm64"])
+def test_restore_to_first_agent_answer(benchmark, tmp_path, name):
+    """QEMU started, device state loaded, RAM mapped copy on write, the clock set; the snapshot exists."""
+    host_config = config.find(name)
+    try:
+        snapshot = snapshots.obtain(host_config, obtain(host_config), tmp_path / "boot")
+    except LabError as e:
+        pytest.skip(e.one_line)
+    hosts = []
+
+    def end():
+        while hosts:
+            hosts.pop().shutdown()
+
+    benchmark.pedantic(lambda: hosts.append(snapshot.restore(tmp_path / "logs")), rounds=30, teardown=end)
+
+
+@pytest.mark.parametrize("name", ["a15", "arm64"])
+def test_judge_on_a_restored_host(benchmark, tmp_path, name):
+    """Stage 2 with 4,096 leaves stopped, walked and judged, its RAM read out of QEMU's private pages."""
+    host_config = config.find(name)
+    try:
+        host = snapshots.obtain(host_config, obtain(host_config), tmp_path / "boot").restore(tmp_path / "logs")
+    except LabError as e:
+        pytest.skip(e.one_line)
+    try:
+        vm = host.create_vm(host_config.guests[0])
+        vm.add_memory(0x8000_0000, 4096 * 0x1000)
+        vm.guest.fill(0x8000_0000, 4096)
+        oracle = Oracle(host)
+        benchmark.pedantic(oracle.stage2, args=(vm,), rounds=20, warmup_rounds=2)
+    finally:
+        host.shutdown()

@@ -1,0 +1,113 @@
+"""The catalogue: ``configs/mutants/AREA.yaml``, each a mapping of a mutant's name to what it is.
+
+::
+
+    unmap-ignored:
+      fault: what the broken kernel does
+      origin: the historical bug, or the requirement that it breaks
+      return: [kvm_unmap_hva_range, kvm_unmap_gfn_range]    # these functions return at once, ...
+      value: 0                                              # ... with this value
+      drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there
+      words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, arch: armv7}]   # instructions replaced
+      needs: [idle-tracking]       # capabilities that a host must have
+      look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
+      dies: why the host itself goes down under it
+      survives: why nobody can notice, here
+
+One of ``return``, ``drop`` and ``words`` says how it is put in. A kernel without any of the functions, or without these
+instructions in them, cannot be broken this way: the mutant does not apply to it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from framework.config import Node, document
+from framework.errors import ConfigError
+from framework.lab import CONFIGS
+
+HOME = CONFIGS / "mutants"
+_KEYS = ("fault", "origin", "return", "value", "drop", "words", "needs", "look", "dies", "survives")
+_HOW = ("return", "drop", "words")
+_ARCHITECTURES = ("armv7", "armv8")
+
+
+@dataclass(frozen=True)
+class Word:
+    """The ``nth`` instruction word ``find`` in a function becomes ``new``."""
+
+    function: str
+    find: int
+    new: int
+    nth: int
+    arch: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break a kernel."""
+
+    name: str
+    area: str
+    fault: str
+    origin: str
+    look: tuple[str, ...]
+    needs: frozenset[str]
+    returns: tuple[str, ...] = ()  #: functions that return at once
+    value: int | None = None  #: what they return; None: whatever is in the register
+    operations: tuple[str, ...] = ()  #: invalidations that are not executed, ...
+    functions: tuple[str, ...] = ()  #: ... in these
+    words: tuple[Word, ...] = ()
+    dies: str = ""
+    survives: str = ""
+
+
+def load(path: Path = HOME) -> list[Mutant]:
+    """All mutants of a folder, or of one file. Raises ConfigError with file and line."""
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    mutants = [mutant for file in files for mutant in _load(file)]
+    names = [mutant.name for mutant in mutants]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{path}: two mutants are called {sorted(twice)[0]!r}")
+    return mutants
+
+
+def _load(path: Path) -> list[Mutant]:
+    top = document(path, "the catalogue")
+    return [_mutant(path.stem, name, top.child(name, f"mutant {name!r}")) for name in top.values]
+
+
+def _mutant(area: str, name: str, node: Node) -> Mutant:
+    node.check_keys(_KEYS, ("fault", "origin", "look"))
+    how = [key for key in _HOW if key in node.values]
+    if len(how) != 1:
+        raise node.wrong("fault", f"mutant {name!r} is put in by one of: {', '.join(_HOW)}; here by {how or 'none'}")
+    texts = {key: node.text(key) for key in ("fault", "origin", "dies", "survives") if key in node.values}
+    about = {"look": tuple(node.names("look")), "needs": frozenset(node.names("needs"))}
+    return Mutant(name, area, **texts, **about, **_how(node, how[0]))
+
+
+def _how(node: Node, how: str) -> dict:
+    if how == "return":
+        value = node.integer("value", 0, 0xFFFF) if "value" in node.values else None
+        return {"returns": tuple(node.names("return")), "value": value}
+    if how == "drop":
+        drop = node.child("drop", "drop")
+        drop.check_keys(("op", "in"), ("op", "in"))
+        return {"operations": tuple(drop.names("op")), "functions": tuple(drop.names("in"))}
+    return {"words": tuple(_word(word) for word in node.children("words", "a word"))}
+
+
+def _word(node: Node) -> Word:
+    node.check_keys(("in", "find", "with", "nth", "arch"), ("in", "find", "with", "arch"))
+    nth = node.integer("nth", 1, 1000) if "nth" in node.values else 1
+    return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, node.one_of("arch", _ARCHITECTURES))
+
+
+def _hex(node: Node, key: str) -> int:
+    text = str(node.values[key])
+    if not re.fullmatch(r"[0-9a-f]{8}", text):
+        raise node.wrong(key, f"{key}: {text!r} is not an instruction word of eight hexadecimal digits (quote it)")
+    return int(text, 16)

@@ -1,0 +1,82 @@
+"""A mutant put into the text of a running kernel, through the gdbstub."""
+
+from __future__ import annotations
+
+from framework.host.host import Host
+from framework.recorder.points import ASK, INSN, KernelMap, find
+
+from .catalogue import Mutant, Word
+
+#: Return to the caller; do nothing.
+_RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr; ret
+_NOP = {"armv7": 0xE320_F000, "armv8": 0xD503_201F}
+
+
+class NotApplicable(Exception):
+    """This kernel cannot be broken this way."""
+
+
+def put_in(mutant: Mutant, host: Host) -> None:
+    """Break the host's kernel. Raises NotApplicable, with nothing changed."""
+    if lacking := mutant.needs - host.config.can:
+        raise NotApplicable(f"{host.config.name} lacks {', '.join(sorted(lacking))}")
+    kernel: KernelMap = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
+    patches = _returns(mutant, host, kernel) | _drops(mutant, host, kernel) | _words(mutant, host, kernel)
+    with host.machine.gdb.pause() as gdb:
+        for pa, words in patches.items():
+            gdb.write_memory(pa, b"".join(word.to_bytes(INSN, "little") for word in words))
+
+
+Patches = dict[int, list[int]]  #: physical address -> instruction words
+
+
+def _returns(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
+    if not mutant.returns:
+        return {}
+    arch = host.config.architecture.name
+    code = [] if mutant.value is None else [_load(arch, mutant.value)]
+    places = [kernel.pa(va) for name in mutant.returns for va in kernel.copies_of(name)]
+    if not places:
+        raise NotApplicable(f"no {' nor '.join(mutant.returns)} in this kernel")
+    return {pa: [*code, _RETURN[arch]] for pa in places}
+
+
+def _load(arch: str, value: int) -> int:
+    """``mov r0, #value`` (movw), ``mov x0, #value`` (movz)."""
+    if arch == "armv7":
+        return 0xE300_0000 | (value >> 12) << 16 | value & 0xFFF
+    return 0xD280_0000 | value << 5
+
+
+def _drops(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
+    if not mutant.operations:
+        return {}
+
+    def points():
+        with host.machine.gdb.pause() as gdb:
+            return find(gdb, host.config.architecture, host.machine.ram, kernel)
+
+    known = host.fact("recorder's points", points)
+    where = {f"{prefix}{name}" for name in mutant.functions for prefix in ("", "__kvm_nvhe_")}
+    found = {point.pa for point in known if point.op in mutant.operations and point.function in where}
+    if not found:
+        raise NotApplicable(f"no {' nor '.join(mutant.operations)} in {', '.join(mutant.functions)} of this kernel")
+    return {pa: [_NOP[host.config.architecture.name]] for pa in found}
+
+
+def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
+    mine = [word for word in mutant.words if word.arch == host.config.architecture.name]
+    if mutant.words and not mine:
+        raise NotApplicable(f"its instructions are of another architecture than {host.config.name}")
+    return {_place(word, host, kernel): [word.new] for word in mine}
+
+
+def _place(word: Word, host: Host, kernel: KernelMap) -> int:
+    if word.function not in kernel.symbols:
+        raise NotApplicable(f"no {word.function} in this kernel")
+    body = kernel.body(word.function)
+    text = host.machine.ram.read(body.start, len(body) * INSN)
+    same = [pa for pa in body if text[pa - body.start :][:INSN] == word.find.to_bytes(INSN, "little")]
+    if len(same) < word.nth:
+        raise NotApplicable(f"{word.function} of this kernel has no {word.find:08x} number {word.nth}")
+    return same[word.nth - 1]

@@ -1,0 +1,20 @@
+"""The pytest front door.
+
+options      --host, --kernel, --isolation, ...; kernels are had before the first test
+selection    which case runs where, in which order
+fixtures     what a test case is written with
+order        the slow ones first, and workers (pytest -n) that share what takes long to make
+judgement    what is held against the model after each test
+mutation     --mutate: the catalogue of mutants against the cases
+ending       --keep
+"""
+
+pytest_plugins = [
+    "framework.plugin.options",
+    "framework.plugin.selection",
+    "framework.plugin.order",
+    "framework.plugin.judgement",
+    "framework.plugin.fixtures",
+    "framework.plugin.mutation",
+    "framework.plugin.ending",
+]

@@ -1,0 +1,260 @@
+"""Fixtures in the field's terms. ``pytest --fixtures`` prints them: the manual for authors of test cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from framework.artifacts import TestFolder
+from framework.errors import KernelError, LabError
+from framework.events.violations import ProtocolBroken
+from framework.host.host import Host
+from framework.host.vgic import Vgic, gicv_of
+from framework.host.vm import Vm
+from framework.host.vmm import Vmm
+from framework.oracle import Oracle
+from framework.oracle import trace as trace_
+from framework.oracle.stage2 import Stage2
+from framework.oracle.witness import Witness
+from framework.pool import Broken, MakePlugin, Pool
+from framework.recorder.breakpoints import Breakpoints
+from framework.recorder.probe import Probe
+from framework.recorder.recorder import Recorder
+from framework.recorder.recording import Recording
+
+from .judgement import HostSession
+from .selection import alone_next, host_name, isolation, records
+from .stash import BLAMED, FAILED, POOL, SESSION
+
+_TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
+_RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The live host this case runs on: a real Linux on an emulated board.
+
+    ``host.agent`` takes requests, ``host.ssh`` shell commands, ``host.machine`` is the board itself
+    (console, RAM, gdbstub), ``host.release`` the kernel's version. With ``--isolation test`` (or the mark
+    ``isolation("test")``) nobody has touched it; else the tests of a module or of the run share it, and VMs are
+    destroyed after each.
+    """
+    pool, name = request.config.stash[POOL], request.param
+    host = _host_or_outcome(request.node, pool, name)
+    if after := alone_next(request.node):
+        pool.expect(host_name(after), _plugin(after))
+    session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid))
+    request.node.stash[SESSION] = session
+    try:
+        yield host
+    finally:
+        _leave(request, pool, session)
+
+
+def _plugin(item: pytest.Item) -> MakePlugin | None:
+    """What is loaded into the QEMU of the host that this case needs."""
+    return Probe if records(item) and _with_probe(item.config) else None
+
+
+def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
+    """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
+    try:
+        return pool.host(name, isolation(item), _plugin(item))
+    except Broken as e:
+        cause = e.cause
+    config = item.config
+    if isinstance(cause, KernelError) and not config.getoption("--require-kvm"):
+        item.stash[BLAMED] = pool.configs[name].path
+        pytest.skip(f"{name}: {cause.one_line}")
+    told = config.stash.setdefault(_TOLD, set())
+    if name in told:
+        pytest.fail(
+            f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}",
+            pytrace=False,
+        )
+    told.add(name)
+    pytest.fail(f"host {name} cannot be used: {cause}", pytrace=False)
+
+
+def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:
+    """Collect the artifacts, and give the host back clean, kept or not at all."""
+    host, node = session.host, request.node
+    alive = host.machine.alive
+    if not alive:
+        session.folder.write("lost.txt", str(host.machine.lost()))
+    session.folder.collect(host.machine.logs)
+    node.user_properties += [("artifact", str(path)) for path in session.folder.files]
+    if node.stash.get(FAILED, False) and request.config.getoption("--keep") and alive:
+        pool.keep(host.config.name)
+        return
+    try:
+        pool.done(host)
+    except LabError:
+        pool.discard(host.config.name)
+
+
+@pytest.fixture
+def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
+    """Create VMs: ``make_vm(vcpus=1, ipa_bits=0)``. Each has the payload in it and nothing else.
+
+    A VM's memory is added with ``vm.add_memory(ipa, size)``; its guest is commanded through ``vm.guest``
+    (and ``vm.guests[n]`` on the other vCPUs); what it asks of devices is answered by ``vm.device``.
+    """
+
+    def make(**kind) -> Vm:
+        return host.create_vm(isa, **kind)
+
+    return make
+
+
+@pytest.fixture
+def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
+    """Create many VMs at once: ``make_vms(300)``."""
+
+    def make(count: int, **kind) -> list[Vm]:
+        return host.create_vms(isa, count, **kind)
+
+    return make
+
+
+@pytest.fixture
+def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
+    """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. Its frames are still to be placed."""
+    gicv = gicv_of(host)
+
+    def make(vm: Vm) -> Vgic:
+        return Vgic(vm, gicv)
+
+    return make
+
+
+@pytest.fixture
+def make_vmm(host: Host) -> Iterator[Callable[[], Vmm]]:
+    """``make_vmm()``: another VMM process on the host, to be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
+    made: list[Vmm] = []
+
+    def make() -> Vmm:
+        made.append(Vmm(host))
+        return made[-1]
+
+    yield make
+    for vmm in made:
+        vmm.end()
+
+
+@pytest.fixture
+def vm(make_vm: Callable[..., Vm]) -> Vm:
+    """A VM with one vCPU, and no memory but the payload's own. See ``make_vm``."""
+    return make_vm()
+
+
+@pytest.fixture
+def stage2(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], Stage2]:
+    """``stage2(vm)``: the VM's stage-2 tables now, read from the board's RAM with the CPUs stopped.
+
+    Safety is checked every time: a violation fails the test with its diff. The result has ``leaf(ipa)``,
+    ``mapped(ipa, size)``, ``within(ipa, size)``, ``leaves`` (numpy arrays) and ``regime`` (geometry).
+    """
+    return request.node.stash[SESSION].oracle.stage2
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
+    """The judge itself, for tests that want its findings and not its failure: ``oracle.examine(vm)``."""
+    return request.node.stash[SESSION].oracle
+
+
+def _with_probe(config: pytest.Config) -> bool:
+    return config.getoption("--recorder") == "probe"
+
+
+def _recorder(config: pytest.Config, session: HostSession) -> Recorder:
+    host = session.host
+    if host not in _RECORDERS:
+        mechanism = host.machine.plugin if _with_probe(config) else Breakpoints(host)
+        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.sight)
+    return _RECORDERS[host]
+
+
+@pytest.fixture
+def recorder(request: pytest.FixtureRequest, host: Host) -> Recorder:
+    """The recorder itself: ``recorder.points``, the instructions it watches, ``recorder.kernel``, the symbols."""
+    return _recorder(request.config, request.node.stash[SESSION])
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[..., AbstractContextManager[Recording]]:
+    """``with record() as run:`` records every VTTBR write, invalidation, guest entry and table change.
+
+    When the block ends the trace is checked, and a broken rule fails the test; ``record(judge=False)`` leaves that
+    to the test. Then ``run.trace``, ``run.violations``, ``run.vmids(vm)``, ``run.rollovers`` ... say what happened.
+    The trace is kept among the test's artifacts: ``arm-kvm trace check FILE``, ``arm-kvm trace draw FILE``.
+    """
+    session = request.node.stash[SESSION]
+
+    @contextmanager
+    def recording(judge: bool = True) -> Iterator[Recording]:
+        run = Recording(recorder)
+        try:
+            with run.running():
+                yield run
+        finally:
+            if run.trace.events:
+                run.trace.save(session.folder.path(f"events-{len(session.folder.files)}.trace"))
+        if judge and run.violations:
+            raise ProtocolBroken(run.trace, run.violations)
+
+    return recording
+
+
+@pytest.fixture
+def vmid(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], int]:
+    """``vmid(vm)``: the VMID in VTTBR, sampled from a CPU's registers while the VM's guest spins."""
+    return request.node.stash[SESSION].oracle.vmid
+
+
+@pytest.fixture
+def trace(request: pytest.FixtureRequest, host: Host):
+    """``with trace("kvm:kvm_guest_fault") as events:`` records ftrace events; the list is full after the block."""
+    folder = request.node.stash[SESSION].folder
+
+    @contextmanager
+    def record(*names: str) -> Iterator[list[trace_.Event]]:
+        seen = trace_.Traced()
+        try:
+            with trace_.traced(host.agent, names) as seen:
+                yield seen.events
+        finally:
+            folder.write(f"trace-{len(folder.files)}.txt", seen.text)
+
+    return record
+
+
+@pytest.fixture
+def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
+    """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` the block does that to guest memory.
+
+    Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
+    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run.
+    """
+    return Witness(request.node.stash[SESSION].oracle, host)
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
+    """``keep(name, text)``: a file among the test's artifacts; its path."""
+    return request.node.stash[SESSION].folder.write
+
+
+@pytest.fixture
+def known_fault() -> Callable[[str], None]:
+    """``known_fault(text)``: the kernel shows exactly this fault, which its developers know; cite them.
+
+    Call it only where the very wrong result was recognised: the case is then reported as an expected
+    failure with ``text``. Any other wrong result must fail, and a mended kernel passes.
+    """
+    return pytest.xfail

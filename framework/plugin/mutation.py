@@ -1,0 +1,195 @@
+"""``--mutate``: instead of the cases, the mutants of the catalogue, each against the cases until one fails.
+
+A mutant is an item of its own, so that workers share them (``-n``), and what happens to one stays with it. Its host is
+restored for it and broken before its first case; the cases where the catalogue says to look come first.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied
+from framework.events.violations import ProtocolBroken
+from framework.mutants import catalogue
+from framework.mutants.catalogue import Mutant
+from framework.mutants.patching import NotApplicable, put_in
+from framework.mutants.score import Fate, Result, table
+from framework.oracle.verdicts import Kind, Violation
+from framework.pool import Broken
+
+from .judgement import HostLost
+from .selection import host_name, needs_host
+from .stash import CAUSE, MUTANT, POOL
+
+_PROPERTY = "mutant"
+_VERDICTS = re.compile("|".join(rf"^\s+({kind.value})\b" for kind in Kind), re.M)
+_DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied, HostLost)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("arm-kvm")
+    group.addoption(
+        "--mutate", action="append", metavar="NAME", help="run this mutant against the cases; `all`: every one"
+    )
+    group.addoption(
+        "--catalogue", type=Path, default=catalogue.HOME, metavar="PATH", help="its folder or file (configs/mutants)"
+    )
+
+
+class MutantItem(pytest.Item):
+    """A mutant on one host, and the cases that are to notice it."""
+
+    def __init__(self, *, mutant: Mutant, host: str, cases: list[pytest.Item], **of_pytest) -> None:
+        super().__init__(**of_pytest)
+        self.mutant, self.host, self.cases = mutant, host, cases
+
+    def runtest(self) -> None:
+        """See :func:`pytest_runtest_protocol`."""
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.name
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (names := config.getoption("--mutate")):
+        return
+    try:
+        mutants = _chosen(catalogue.load(config.getoption("--catalogue")), names)
+    except LabError as e:
+        raise pytest.UsageError(str(e)) from e
+    hosts = [c.name for c in config.stash[POOL].configs.values() if c.has_kvm]
+    cases = {host: [i for i in items if needs_host(i) and host_name(i) == host] for host in hosts}
+    items[:] = [
+        MutantItem.from_parent(session, name=f"{host}/{m.name}", mutant=m, host=host, cases=_ordered(m, cases[host]))
+        for host in hosts
+        for m in mutants
+    ]
+
+
+def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:
+    known = {mutant.name for mutant in mutants}
+    if unknown := set(names) - known - {"all"}:
+        raise pytest.UsageError(f"no mutant is called {sorted(unknown)[0]!r}; there are: {', '.join(sorted(known))}")
+    return [mutant for mutant in mutants if "all" in names or mutant.name in names]
+
+
+def _ordered(mutant: Mutant, cases: list[pytest.Item]) -> list[pytest.Item]:
+    """First where the catalogue says to look, in its order."""
+
+    def place(case: pytest.Item) -> int:
+        return next((n for n, where in enumerate(mutant.look) if where in case.nodeid), len(mutant.look))
+
+    return sorted(cases, key=place)
+
+
+# -- one mutant ------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if not isinstance(item, MutantItem):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    started = time.time()
+    result = _run(item)
+    bad = result.fate in (Fate.SURVIVED.value, Fate.WRONGLY_KILLED.value)
+    report = pytest.TestReport(
+        item.nodeid,
+        item.location,
+        {},
+        "failed" if bad else "passed",
+        f"{result.fate}: {item.mutant.fault}\n{result.by} {result.verdict}" if bad else None,
+        "call",
+        user_properties=[(_PROPERTY, result.as_dict())],
+        duration=result.seconds,
+        start=started,
+        stop=started + result.seconds,
+    )
+    item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _run(item: MutantItem) -> Result:
+    """The cases one after another on the broken host, until one fails."""
+    pool, mutant, began = item.config.stash[POOL], item.mutant, time.monotonic()
+    item.config.stash[MUTANT] = mutant.name
+    pool.prepare = lambda host: put_in(mutant, host)
+
+    def result(fate: Fate, **more) -> Result:
+        seconds = time.monotonic() - began
+        return Result(item.host, mutant.area, mutant.name, fate.value, seconds=seconds, **more)
+
+    try:
+        pool.host(item.host, mutant.name)
+        for number, case in enumerate(item.cases, 1):
+            if (cause := _failure(case)) is not None:
+                died = isinstance(cause, _DEATHS) and not mutant.dies
+                about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
+                return result(Fate.WRONGLY_KILLED if died else Fate.KILLED, **about)
+        fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
+        return result(fate, verdict=mutant.survives, cases=len(item.cases))
+    except (NotApplicable, Broken) as e:
+        return result(Fate.NOT_APPLICABLE, verdict=str(e).splitlines()[0])
+    finally:
+        pool.prepare = None
+        pool.discard(item.host)
+        item.config.stash[MUTANT] = ""
+
+
+def _failure(case: pytest.Item) -> BaseException | None:
+    """Why the case failed; None when it did not."""
+    case.stash[CAUSE] = None
+    runtestprotocol(case, log=False, nextitem=None)
+    return case.stash[CAUSE]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.failed and item.stash.get(CAUSE, None) is None:
+        item.stash[CAUSE] = call.excinfo.value
+    return report
+
+
+def verdict_of(cause: BaseException) -> str:
+    """The names of what is wrong, where the failure has some; else its first line."""
+    if isinstance(cause, Violation):
+        return ", ".join(sorted(kind.value for kind in cause.kinds))
+    if isinstance(cause, ProtocolBroken):
+        return ", ".join(sorted({violation.kind.value for violation in cause.violations}))
+    text = str(cause)
+    if named := {name for match in _VERDICTS.findall(text) for name in match if name}:
+        return ", ".join(sorted(named))
+    return f"{type(cause).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"[:100]
+
+
+def _short(nodeid: str) -> str:
+    return nodeid.removeprefix("testcases/")
+
+
+# -- the score --------------------------------------------------------------------------------------------------
+
+
+def pytest_report_teststatus(report: pytest.TestReport):
+    for name, about in getattr(report, "user_properties", []):
+        if name == _PROPERTY and report.when == "call":
+            fate = Fate(about["fate"])
+            return fate.name.lower(), fate.name[0], fate.value.upper()
+    return None
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "user_properties")]
+    results = [Result(**about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
+    if results:
+        terminalreporter.section("mutants")
+        for line in table(results):
+            terminalreporter.write_line(line)

@@ -1,0 +1,124 @@
+"""Options, and what the run says of its hosts before the first test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from framework import config as host_files
+from framework.errors import ConfigError, LabError
+from framework.machine import version
+from framework.pool import Broken, Pool
+
+from .order import worker_of
+from .selection import needs_host
+from .stash import POOL
+
+_DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("arm-kvm", "hosts and kernels to judge")
+    group.addoption(
+        "--host", action="append", metavar="NAME", help="a host of configs/hosts, or a host file (repeatable)"
+    )
+    group.addoption(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="[HOST=]KERNEL",
+        help="kernel for the hosts: an image, a source tree, or deb:PACKAGE@SUITE (repeatable with HOST=)",
+    )
+    group.addoption(
+        "--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had"
+    )
+    group.addoption(
+        "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
+    )
+    group.addoption(
+        "--sequences",
+        choices=("quick", "nightly"),
+        default="quick",
+        help="random sequences: the same few in every run (default), or many, seeded by the date",
+    )
+    group.addoption("--count", type=int, metavar="N", help="play N random sequences, not the profile's number")
+    group.addoption("--slow", action="store_true", help="run the cases marked slow, too: minutes each")
+    group.addoption(
+        "--recorder",
+        choices=("probe", "breakpoints"),
+        default="probe",
+        help="how VTTBR and TLB events are recorded: a TCG plugin (QEMU up to 8), or the gdbstub (any QEMU, slow)",
+    )
+    group.addoption(
+        "--isolation",
+        choices=("session", "module", "test"),
+        default="session",
+        help="restore a host that nobody has touched for the run (default), for every module, or for every test",
+    )
+    group.addoption(
+        "--entropy", action="store_true", help="other random numbers in every restored host, not the same in all"
+    )
+    group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
+
+
+def _kernels(values: list[str], hosts: list[str]) -> dict[str, str]:
+    """``--kernel`` values by host; "" for the one that names no host. Raises ConfigError."""
+    kernels: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        known = equals and (name in hosts or name in host_files.host_names())
+        name, what = (name, rest) if known else ("", value)
+        if known and name not in hosts:
+            raise ConfigError(f"--kernel {value}: host {name} does not run; hosts of this run: {', '.join(hosts)}")
+        if name in kernels:
+            raise ConfigError(f"--kernel {value}: {name or 'every host'} has a kernel already: {kernels[name]}")
+        kernels[name] = what
+    return kernels
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = config.getoption("--host") or list(_DEFAULT_HOSTS)
+    try:
+        hosts = [host_files.find(name) for name in dict.fromkeys(names)]
+        kernels = _kernels(config.getoption("--kernel"), [host.name for host in hosts])
+    except LabError as e:
+        raise pytest.UsageError(str(e)) from e
+    artifacts = Path(config.getoption("--artifacts")).absolute()
+    config.stash[POOL] = Pool(hosts, kernels, artifacts, worker_of(config), config.getoption("--entropy"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch and build kernels before the first test, with their progress on the terminal, and name them."""
+    if not session.config.option.collectonly:
+        _prepare(session.config, {item.callspec.params["host"] for item in session.items if needs_host(item)})
+
+
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """The same before workers start, which collect for themselves."""
+    if config.getoption("--keep"):
+        raise pytest.UsageError("--keep leaves a machine to the person at the terminal: use it without -n")
+    _prepare(config, set(config.stash[POOL].configs))
+
+
+def _prepare(config: pytest.Config, needed: set[str]) -> None:
+    pool = config.stash[POOL]
+    capture = config.pluginmanager.getplugin("capturemanager")
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    for name in filter(needed.__contains__, pool.configs):
+        with capture.global_and_fixture_disabled():
+            line = _describe(pool, name)
+        if terminal is not None:
+            terminal.write_line(line)
+
+
+def _describe(pool: Pool, name: str) -> str:
+    config = pool.configs[name]
+    try:
+        kernel = pool.kernel(name).name
+    except Broken as e:
+        kernel = f"no kernel: {e.cause.message.splitlines()[0]}"
+    guests = "/".join(config.guests) or "none"
+    return (
+        f"{name}: {version.of(config.board.qemu)}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"
+    )

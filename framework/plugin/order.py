@@ -1,0 +1,74 @@
+"""The order of a run, and its workers (``pytest -n N``, pytest-xdist).
+
+Kernels, root file systems and snapshots are made once, under the cache's locks, whichever worker asks first; every
+worker has machines of its own. Cases are handed out one by one, host by host, those first that took longest in the
+last run: nobody is left waiting for a slow one at the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .selection import host_name, needs_host, records
+from .stash import POOL
+
+_KEY = "arm-kvm/durations"
+_TAIL = 40  #: lines of a console
+
+
+def worker_of(config: pytest.Config) -> str:
+    """``gw0``, or "" in a run without workers and in the process that hands out the cases."""
+    return getattr(config, "workerinput", {}).get("workerid", "")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not worker_of(config):
+        config.pluginmanager.register(_Durations(config))
+    if config.getoption("maxschedchunk", None) is None:
+        config.option.maxschedchunk = 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Host by host; those that record come last on theirs, which starts once more, with the probe in its QEMU."""
+    order = list(config.stash[POOL].configs)
+    took = _known(config) if worker_of(config) else {}
+
+    def place(item: pytest.Item) -> tuple:
+        return order.index(host_name(item)) if needs_host(item) else -1, records(item), -took.get(item.nodeid, 0)
+
+    items.sort(key=place)
+
+
+def _known(config: pytest.Config) -> dict[str, float]:
+    cache = getattr(config, "cache", None)  # not with -p no:cacheprovider
+    return cache.get(_KEY, {}) if cache else {}
+
+
+class _Durations:
+    """Remembers how long each case took, for the next run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._took: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._took[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if getattr(self._config, "cache", None):
+            self._config.cache.set(_KEY, _known(self._config) | {n: round(s, 2) for n, s in self._took.items()})
+
+
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
+    """A worker died: what its machine said last goes with the test that it ran."""
+    worker = report.node.gateway.id
+    hosts = Path(report.node.config.stash[POOL].artifacts) / "hosts"
+    logs = sorted(hosts.glob(f"{worker}-*/console.log"), key=lambda path: path.stat().st_mtime)
+    if logs:
+        lines = logs[-1].read_text(errors="replace").splitlines()[-_TAIL:]
+        report.sections.append((f"last console lines ({logs[-1]})", "\n".join(lines)))

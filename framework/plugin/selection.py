@@ -1,0 +1,81 @@
+"""Which case runs on which host, with which guests, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from framework import config as host_files
+
+from .stash import MUTANT, NEXT, POOL
+
+
+def needs_host(item: pytest.Item) -> bool:
+    return "host" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _suits(config: host_files.HostConfig, definition: pytest.Item) -> bool:
+    wanted = {name for mark in definition.iter_markers("needs") for name in mark.args}
+    if definition.get_closest_marker("no_kvm"):
+        return not config.has_kvm and wanted <= config.can
+    return config.has_kvm and wanted <= config.can
+
+
+def _guests(config: host_files.HostConfig, definition: pytest.Item) -> list[str]:
+    """The guest instruction sets a case runs with on this host."""
+    only = definition.get_closest_marker("guests")
+    isas = config.guests[:1] if definition.get_closest_marker("native") else config.guests
+    return [isa for isa in isas if not only or isa in only.args]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "host" not in metafunc.fixturenames:
+        return
+    suited = [c for c in metafunc.config.stash[POOL].configs.values() if _suits(c, metafunc.definition)]
+    if "isa" not in metafunc.fixturenames:
+        metafunc.parametrize("host", [c.name for c in suited], indirect=True)
+        return
+    pairs = [(c.name, isa) for c in suited for isa in _guests(c, metafunc.definition)]
+    metafunc.parametrize(("host", "isa"), pairs, indirect=["host"], ids=[f"{h}-{i}" for h, i in pairs])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop cases that no chosen host suits, and the slow ones unless they are asked for."""
+    dropped = [item for item in items if _suits_nowhere(item) or _too_slow(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _suits_nowhere(item: pytest.Item) -> bool:
+    return "host" in getattr(item, "fixturenames", ()) and not isinstance(host_name(item), str)
+
+
+def _too_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None and not item.config.getoption("--slow")
+
+
+def isolation(item: pytest.Item) -> str:
+    """Who shares a host with this case: the case itself, its module, or "" for the whole run; a mutant's own."""
+    if mutant := item.config.stash.get(MUTANT, ""):
+        return mutant
+    mark = item.get_closest_marker("isolation")
+    scope = mark.args[0] if mark else item.config.getoption("--isolation")
+    return {"session": "", "module": item.nodeid.partition("::")[0], "test": item.nodeid}[scope]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    item.stash[NEXT] = nextitem
+
+
+def alone_next(item: pytest.Item) -> pytest.Item | None:
+    """The test after this one, if it has a host of its own."""
+    after = item.stash.get(NEXT, None)
+    return after if after is not None and needs_host(after) and "::" in isolation(after) else None
+
+
+def records(item: pytest.Item) -> bool:
+    return "recorder" in getattr(item, "fixturenames", ())
+
+
+def host_name(item: pytest.Item) -> object:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("host")

@@ -1,0 +1,171 @@
+"""Saved hosts: restored as they were, and never trusted when they are not what was saved."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from framework import cache, config
+from framework.host import snapshots
+from framework.host.kernel import obtain
+from framework.host.memory import PAGE
+from framework.lab import cache_root
+from framework.oracle import Oracle
+from framework.recorder.probe import Probe
+
+ARM64 = config.find("arm64")
+IPA = 0x8000_0000
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return obtain(ARM64)
+
+
+@pytest.fixture
+def restore(kernel, tmp_path):
+    """``restore()``: a host from the snapshot of the cache."""
+    hosts = []
+
+    def start(**how):
+        hosts.append(snapshots.obtain(ARM64, kernel, tmp_path / "boot").restore(tmp_path / "logs", **how))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        host.shutdown()
+
+
+def test_a_restored_host_is_a_host(restore):
+    """Agent, ssh, clock, VMs and the judge's view of RAM; and the next one knows nothing of it."""
+    one = restore()
+    assert abs(float(one.ssh.run("date +%s")) - time.time()) < 2.0
+    one.ssh.run("echo here > /tmp/trace")
+    vm = one.create_vm("A64")
+    vm.add_memory(IPA, PAGE)
+    vm.guest.write(IPA, 0xA57)
+    assert Oracle(one).stage2(vm).leaf(IPA).pa == vm.frame_of(IPA)
+    assert one.machine.ram.read(vm.frame_of(IPA), 2) == b"\x57\x0a"
+
+    two = restore()
+    assert two.ssh.run("ls /tmp/trace", check=False).endswith("No such file or directory\n")
+    assert two.agent("hello") == one.agent("hello")
+
+
+def test_two_at_once_do_not_share_memory(restore):
+    hosts = {b"first": restore(), b"other": restore()}
+    places = {}
+    for content, host in hosts.items():
+        places[content] = host.agent("memory_map", size=PAGE)["hva"]
+        host.agent("memory_write", hva=places[content], blob=content)
+    assert len(set(places.values())) == 1, "two agents that know nothing of each other"
+    assert all(host.agent("memory_read", hva=places[c], size=5) == c for c, host in hosts.items())
+
+
+def test_everything_is_the_same_until_entropy_is_asked_for(restore):
+    """Sixteen bytes of /dev/urandom on hosts restored from one."""
+    read = "head -c 16 /dev/urandom | od -An -tx1"
+    mixed = {restore(entropy=os.urandom(64)).ssh.run(read) for _ in range(2)}
+    assert len(mixed) == 2
+
+
+def test_a_sleeping_process_wakes_up(restore):
+    """Timers of both CPUs go on after a restore (those of a VHE kernel do not: arm64-vhe boots afresh)."""
+    host = restore()
+    host.ssh.run("taskset 1 sleep 0.3 & taskset 2 sleep 0.3 & wait", timeout=10.0)
+
+
+def test_restored_with_the_probe(restore):
+    """Its RAM is a copy of its own, which the plugin shares."""
+    host = restore(plugin=Probe(ARM64.board.qemu))
+    vm = host.create_vm("A64")
+    vm.guest.ping()
+    assert Oracle(host).stage2(vm).leaf(0x0800_0000).executable
+
+
+# -- not trusted -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_snapshot(kernel, monkeypatch, tmp_path):
+    """A cache with the snapshot, and what it was made from, in it: hard links to the user's."""
+    snapshots.obtain(ARM64, kernel, tmp_path / "boot")
+    key, home = snapshots.key_of(ARM64, kernel), tmp_path / "cache"
+    for kind in ("rootfs", "bytecode"):
+        (home / kind).parent.mkdir(exist_ok=True)
+        (home / kind).symlink_to(cache_root() / kind)
+    mine = home / snapshots.KIND / key
+    mine.mkdir(parents=True)
+    for path in (cache_root() / snapshots.KIND / key).iterdir():
+        os.system(f"cp --sparse=always {path} {mine}")
+    monkeypatch.setenv("ARM_KVM_CACHE", str(home))
+    return mine
+
+
+def cut(path):
+    os.truncate(path, 4096)
+
+
+def flip(path):
+    with path.open("r+b") as f:
+        where = os.lseek(f.fileno(), 0, os.SEEK_DATA) + 5
+        byte = os.pread(f.fileno(), 1, where)[0]
+        os.pwrite(f.fileno(), bytes([byte ^ 1]), where)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["ram", "devices"])
+@pytest.mark.parametrize("harm", [cut, flip, remove])
+def test_a_damaged_one_is_made_anew(own_snapshot, kernel, tmp_path, harm, name, capfd):
+    harm(own_snapshot / name)
+    host = snapshots.obtain(ARM64, kernel, tmp_path / "boot").restore(tmp_path / "logs")
+    try:
+        assert host.agent("hello")["kvm"]
+    finally:
+        host.shutdown()
+    assert "is damaged; it is made anew" in capfd.readouterr().err
+
+
+def test_a_broken_description_is_damage(own_snapshot, kernel, tmp_path, capfd):
+    (own_snapshot / "meta.json").write_text(json.dumps({"ram": "0"}))
+    snapshots.obtain(ARM64, kernel, tmp_path / "boot")
+    assert "is damaged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cmdline": ARM64.cmdline + " quiet"},
+        {"board": replace(ARM64.board, cpus=1)},
+        {"board": replace(ARM64.board, cpu="cortex-a53")},
+        {"board": replace(ARM64.board, memory=1 << 29)},
+    ],
+)
+def test_another_host_has_another_key(kernel, change):
+    assert snapshots.key_of(replace(ARM64, **change), kernel) != snapshots.key_of(ARM64, kernel)
+
+
+def test_another_kernel_has_another_key(kernel, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(kernel.image.read_bytes() + b"\0")
+    other = replace(kernel, image=image)
+    less = replace(kernel, modules=kernel.modules[:-1])
+    assert len({snapshots.key_of(ARM64, k) for k in (kernel, other, less)}) == 3
+
+
+def test_those_used_longest_ago_go_first(own_cache):
+    def make(size):
+        return lambda out, work: (out / "file").write_bytes(os.urandom(size)) and {}
+
+    for age, key in enumerate("abc"):
+        entry = cache.obtain("things", key, make(1 << 20))
+        os.utime(entry.folder / "meta.json", (age, age))
+    cache.keep_within("things", 5 << 19)
+    assert [entry.folder.name for entry in cache.entries("things")] == ["c", "b"]
+    cache.keep_within("things", 0)
+    assert [entry.folder.name for entry in cache.entries("things")] == ["c"], "the one in use"
