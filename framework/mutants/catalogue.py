@@ -7,15 +7,16 @@
       origin: the historical bug, or the requirement that it breaks
       return: [kvm_unmap_hva_range, kvm_unmap_gfn_range]    # these functions return at once, ...
       value: 0                                              # ... with this value
-      drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there
+      drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there, ...
+      localise: {op: [tlbiallis], in: [...]}                # ... or for their own CPU only
       words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, arch: armv7}]   # instructions replaced
       needs: [idle-tracking]       # capabilities that a host must have
       look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
       dies: why the host itself goes down under it
       survives: why nobody can notice, here
 
-One of ``return``, ``drop`` and ``words`` says how it is put in. A kernel without any of the functions, or without these
-instructions in them, cannot be broken this way: the mutant does not apply to it.
+One of ``return``, ``drop``, ``localise`` and ``words`` says how it is put in. A kernel without any of the functions, or
+without these instructions in them, cannot be broken this way: the mutant does not apply to it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from framework.errors import ConfigError
 from framework.lab import CONFIGS
 
 HOME = CONFIGS / "mutants"
-_KEYS = ("fault", "origin", "return", "value", "drop", "words", "needs", "look", "dies", "survives")
-_HOW = ("return", "drop", "words")
+_KEYS = ("fault", "origin", "return", "value", "drop", "localise", "words", "needs", "look", "dies", "survives")
+_HOW = ("return", "drop", "localise", "words")
 _ARCHITECTURES = ("armv7", "armv8")
 
 
@@ -57,8 +58,9 @@ class Mutant:
     needs: frozenset[str]
     returns: tuple[str, ...] = ()  #: functions that return at once
     value: int | None = None  #: what they return; None: whatever is in the register
-    operations: tuple[str, ...] = ()  #: invalidations that are not executed, ...
-    functions: tuple[str, ...] = ()  #: ... in these
+    operations: tuple[str, ...] = ()  #: invalidations that are not executed ...
+    functions: tuple[str, ...] = ()  #: ... in these functions, ...
+    local: bool = False  #: ... or reach the CPU only that executes them
     words: tuple[Word, ...] = ()
     dies: str = ""
     survives: str = ""
@@ -93,10 +95,11 @@ def _how(node: Node, how: str) -> dict:
     if how == "return":
         value = node.integer("value", 0, 0xFFFF) if "value" in node.values else None
         return {"returns": tuple(node.names("return")), "value": value}
-    if how == "drop":
-        drop = node.child("drop", "drop")
-        drop.check_keys(("op", "in"), ("op", "in"))
-        return {"operations": tuple(drop.names("op")), "functions": tuple(drop.names("in"))}
+    if how in ("drop", "localise"):
+        what = node.child(how, how)
+        what.check_keys(("op", "in"), ("op", "in"))
+        where = {"operations": tuple(what.names("op")), "functions": tuple(what.names("in"))}
+        return where | {"local": how == "localise"}
     return {"words": tuple(_word(word) for word in node.children("words", "a word"))}
 
 

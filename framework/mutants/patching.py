@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from framework.host.host import Host
-from framework.recorder.points import ASK, INSN, KernelMap, find
+from framework.recorder.points import ASK, INSN, KernelMap, find, instead
 
 from .catalogue import Mutant, Word
 
@@ -58,10 +58,14 @@ def _drops(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
 
     known = host.fact("recorder's points", points)
     where = {f"{prefix}{name}" for name in mutant.functions for prefix in ("", "__kvm_nvhe_")}
-    found = {point.pa for point in known if point.op in mutant.operations and point.function in where}
+    found = {point.pa: point.op for point in known if point.op in mutant.operations and point.function in where}
     if not found:
         raise NotApplicable(f"no {' nor '.join(mutant.operations)} in {', '.join(mutant.functions)} of this kernel")
-    return {pa: [_NOP[host.config.architecture.name]] for pa in found}
+    arch = host.config.architecture.name
+    if not mutant.local:
+        return {pa: [_NOP[arch]] for pa in found}
+    old = {pa: int.from_bytes(host.machine.ram.read(pa, INSN), "little") for pa in found}
+    return {pa: [instead(arch, old[pa], op, op.removesuffix("is"))] for pa, op in found.items()}
 
 
 def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:

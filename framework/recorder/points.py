@@ -129,6 +129,13 @@ _A64 += [
     for op, key in _A64_KEYS.items()
 ]
 
+
+def instead(arch: str, word: int, op: str, other: str) -> int:
+    """The instruction ``word``, which is the operation ``op``, with its register for the operation ``other``."""
+    patterns = {pattern.op: pattern for pattern in (_A32 if arch == "armv7" else _A64)}
+    return (word & ~patterns[op].mask) | patterns[other].word
+
+
 #: Operations that a kernel executes for itself too.
 _COMMON = {op for op, o in OPERATIONS.items() if o.reach in (Reach.STAGE1, Reach.INSTRUCTIONS)}
 _COMMON |= {"tlbiall", "tlbiallis"}
