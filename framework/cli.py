@@ -269,7 +269,8 @@ def cmd_mutate(args: argparse.Namespace) -> int:
     wanted = [word for name in args.only or ["all"] for word in ("--mutate", name)]
     hosts = [word for name in args.host or _MUTATED for word in ("--host", name)]
     kernels = [word for kernel in args.kernel for word in ("--kernel", kernel)]
-    return _pytest("testcases", "-q", "--tb=no", "-r", "", "-n", str(args.workers), *wanted, *hosts, *kernels)
+    how = ["-q", "--tb=no", "-r", "", "-n", str(args.workers), *(["--quick"] if args.quick else [])]
+    return _pytest("testcases", *how, *wanted, *hosts, *kernels)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:
@@ -359,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     mutate = command("mutate", cmd_mutate, "break the kernel on purpose, again and again: does the suite notice?")
     mutate.add_argument("--host", action="append", metavar="HOST", help=f"where (default: {' and '.join(_MUTATED)})")
     mutate.add_argument("--only", action="append", metavar="NAME", help="this mutant of configs/mutants (repeatable)")
+    mutate.add_argument("--quick", action="store_true", help="run only the cases where the catalogue says to look")
     mutate.add_argument("--kernel", action="append", default=[], metavar="[HOST=]KERNEL", help="as pytest takes it")
     mutate.add_argument(
         "--workers", "-n", type=int, default=os.cpu_count() or 1, metavar="N", help="how many at once (default: CPUs)"

@@ -10,12 +10,13 @@ import time
 
 import pytest
 
-from framework import config, setup
+from framework import cache, config, setup
 from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, SetupError
 
 from .conftest import HEARS_CTRL_C
 
 COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2", "conform"]
+COMMANDS += ["mutate", "bench", "cache", "cache clean", "replay", "trace check"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -97,3 +98,27 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
     assert process.returncode == 130
     time.sleep(0.1)
     assert arm_kvm("stage2", "arm64").returncode == NoLiveMachine.exit_code
+
+
+def test_cache_is_shown_and_cleaned(arm_kvm, own_cache):
+    for kind, size in (("snapshots", 3 << 20), ("kernels", 1 << 20)):
+        cache.obtain(kind, "key", lambda out, work, size=size: (out / "file").write_bytes(os.urandom(size)) and {})
+    shown = arm_kvm("cache").stdout
+    assert (
+        re.search(r"kernels +1 +1 ", shown) and re.search(r"snapshots +1 +3 ", shown) and re.search(r"all +4 ", shown)
+    )
+    assert "snapshots: 1 entries, 3 MiB removed" in arm_kvm("cache", "clean").stdout
+    assert cache.kinds() == ["kernels"], "kernels take long to make: only who names them loses them"
+    refused = arm_kvm("cache", "clean", "kernel")
+    assert refused.returncode == ConfigError.exit_code and "it holds: kernels" in refused.stderr
+
+
+def test_a_mutant_from_the_command_line(arm_kvm):
+    done = arm_kvm("mutate", "--host", "arm64", "--only", "unmap-ignored", "-n", "0")
+    assert done.returncode == 0 and "arm64: 1 of 1 applicable mutants killed, 100 %" in done.stdout
+
+
+def test_benchmarks_as_a_table(arm_kvm):
+    done = arm_kvm("bench", "--", "-k", "sweep_of")
+    assert done.returncode == 0, done.stderr
+    assert "median" in done.stdout and "quartiles" in done.stdout

@@ -22,6 +22,8 @@ def put_in(mutant: Mutant, host: Host) -> None:
         raise NotApplicable(f"{host.config.name} lacks {', '.join(sorted(lacking))}")
     kernel: KernelMap = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
     patches = _returns(mutant, host, kernel) | _drops(mutant, host, kernel) | _words(mutant, host, kernel)
+    host.facts = host.facts | {}  # what is found out of this kernel from here on holds for no other ...
+    host.facts.pop("recorder's points", None)  # ... and what instructions it has is to be found out again
     with host.machine.gdb.pause() as gdb:
         for pa, words in patches.items():
             gdb.write_memory(pa, b"".join(word.to_bytes(INSN, "little") for word in words))

@@ -46,7 +46,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     pool, name = request.config.stash[POOL], request.param
     host = _host_or_outcome(request.node, pool, name)
     if after := alone_next(request.node):
-        pool.expect(host_name(after), _plugin(after))
+        pool.expect(host_name(after), plugin_for(after))
     session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid))
     request.node.stash[SESSION] = session
     try:
@@ -55,7 +55,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         _leave(request, pool, session)
 
 
-def _plugin(item: pytest.Item) -> MakePlugin | None:
+def plugin_for(item: pytest.Item) -> MakePlugin | None:
     """What is loaded into the QEMU of the host that this case needs."""
     return Probe if records(item) and _with_probe(item.config) else None
 
@@ -63,7 +63,7 @@ def _plugin(item: pytest.Item) -> MakePlugin | None:
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
     """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
     try:
-        return pool.host(name, isolation(item), _plugin(item))
+        return pool.host(name, isolation(item), plugin_for(item))
     except Broken as e:
         cause = e.cause
     config = item.config

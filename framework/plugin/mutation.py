@@ -23,6 +23,7 @@ from framework.mutants.score import Fate, Result, table
 from framework.oracle.verdicts import Kind, Violation
 from framework.pool import Broken
 
+from .fixtures import plugin_for
 from .judgement import HostLost
 from .selection import host_name, needs_host
 from .stash import CAUSE, MUTANT, POOL
@@ -36,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("arm-kvm")
     group.addoption(
         "--mutate", action="append", metavar="NAME", help="run this mutant against the cases; `all`: every one"
+    )
+    group.addoption(
+        "--quick", action="store_true", help="run a mutant against those cases only where the catalogue says to look"
     )
     group.addoption(
         "--catalogue", type=Path, default=catalogue.HOME, metavar="PATH", help="its folder or file (configs/mutants)"
@@ -64,10 +68,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         mutants = _chosen(catalogue.load(config.getoption("--catalogue")), names)
     except LabError as e:
         raise pytest.UsageError(str(e)) from e
+    quick = config.getoption("--quick")
     hosts = [c.name for c in config.stash[POOL].configs.values() if c.has_kvm]
     cases = {host: [i for i in items if needs_host(i) and host_name(i) == host] for host in hosts}
     items[:] = [
-        MutantItem.from_parent(session, name=f"{host}/{m.name}", mutant=m, host=host, cases=_ordered(m, cases[host]))
+        MutantItem.from_parent(
+            session, name=f"{host}/{m.name}", mutant=m, host=host, cases=_ordered(m, cases[host], quick)
+        )
         for host in hosts
         for m in mutants
     ]
@@ -80,13 +87,13 @@ def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:
     return [mutant for mutant in mutants if "all" in names or mutant.name in names]
 
 
-def _ordered(mutant: Mutant, cases: list[pytest.Item]) -> list[pytest.Item]:
-    """First where the catalogue says to look, in its order."""
+def _ordered(mutant: Mutant, cases: list[pytest.Item], quick: bool) -> list[pytest.Item]:
+    """First where the catalogue says to look, in its order; and only there, if it is to be quick."""
 
     def place(case: pytest.Item) -> int:
         return next((n for n, where in enumerate(mutant.look) if where in case.nodeid), len(mutant.look))
 
-    return sorted(cases, key=place)
+    return sorted((case for case in cases if not quick or place(case) < len(mutant.look)), key=place)
 
 
 # -- one mutant ------------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def _run(item: MutantItem) -> Result:
         return Result(item.host, mutant.area, mutant.name, fate.value, seconds=seconds, **more)
 
     try:
-        pool.host(item.host, mutant.name)
+        pool.host(item.host, mutant.name, plugin_for(item.cases[0]) if item.cases else None)
         for number, case in enumerate(item.cases, 1):
             if (cause := _failure(case)) is not None:
                 died = isinstance(cause, _DEATHS) and not mutant.dies

@@ -146,8 +146,8 @@ _KVMS_OWN = re.compile(r"^(__kvm_nvhe_)?(__)?kvm_(tlb_)?flush_")
 
 #: What to ask the host: the symbols that matter, each with the one after it, and where the kernel's text lies.
 ASK = (
-    "grep -E -A1 'kvm_|__guest_e|tlb_switch|vmid|flush_context|stage2|_s2|vgic|mem_abort|huge_mapping|hugepage_adjust|"
-    "mark_page_dirty|memory_cache|[ _]_text$|_stext$|_etext$' /proc/kallsyms;"
+    "grep -E -A1 'kvm_|__guest_e|tlb_switch|vmid|flush_context|stage2|_s2|vgic|gfn_to_|mem_abort|mark_page_dirty|"
+    "memory_cache|[ _]_text$|_stext$|_etext$' /proc/kallsyms;"
     " echo ==; grep 'Kernel code' /proc/iomem"
 )
 
@@ -202,7 +202,7 @@ class KernelMap:
         va = self.symbols[name]
         after = int(np.searchsorted(self._functions, va, side="right"))
         end = self._functions[after] if after < len(self._functions) else va
-        return range(self.pa(va), self.pa(min(end, va + self._LONGEST)), INSN)
+        return range(self.pa(va), self.pa(min(end, va + 4 * self._LONGEST)), INSN)
 
     def copies_of(self, name: str) -> list[int]:
         """Addresses of a function of the hypervisor: the kernel's own, and nVHE's where kallsyms has it."""

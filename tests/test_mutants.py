@@ -1,0 +1,215 @@
+"""Mutants: the catalogue is checked, a fault lands where it is meant to, and every fate can be met."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from framework import config
+from framework.errors import ConfigError
+from framework.host import snapshots
+from framework.host.kernel import obtain
+from framework.lab import ROOT
+from framework.mutants import catalogue, score
+from framework.mutants.catalogue import Mutant, Word
+from framework.mutants.patching import NotApplicable, put_in
+from framework.mutants.score import Fate, Result
+
+from .test_plugin import Run
+
+GOOD = """
+one:
+  fault: it is broken
+  origin: somewhere
+  return: [kvm_unmap_gfn_range]
+  value: 0
+  look: [test_suite.py]
+"""
+
+
+# -- the catalogue -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("fault", "falt", "unknown key 'falt' in mutant 'one'; did you mean 'fault'"),
+        ("  origin: somewhere\n", "", "mutant 'one' lacks the key 'origin'"),
+        ("  return: [kvm_unmap_gfn_range]\n", "", "put in by one of: return, drop, localise, words; here by none"),
+        ("  value: 0", "  drop: {op: [alle1is], in: [f]}", "put in by one of"),
+        ("value: 0", "value: zero", "value: 'zero' is not a number"),
+        ("return: [kvm_unmap_gfn_range]", "return: kvm_unmap_gfn_range", "is not a list of names"),
+        (
+            "return: [kvm_unmap_gfn_range]\n  value: 0",
+            'words: [{in: f, find: "123", with: "d503201f", arch: armv8}]',
+            "find: '123' is not an instruction word",
+        ),
+        (
+            "return: [kvm_unmap_gfn_range]\n  value: 0",
+            'words: [{in: f, find: "d503201f", with: "d503201f", arch: arm}]',
+            "arch: 'arm' is not known; did you mean 'armv",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_catalogue_is_named(tmp_path, old, new, words):
+    file = tmp_path / "area.yaml"
+    file.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        catalogue.load(file)
+    assert words in str(caught.value) and re.search(r"area\.yaml:\d+: ", str(caught.value))
+
+
+def test_two_of_one_name(tmp_path):
+    for area in "ab":
+        (tmp_path / f"{area}.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match="two mutants are called 'one'"):
+        catalogue.load(tmp_path)
+
+
+def test_our_own_look_where_there_are_cases():
+    """A mutant whose `look` matches nothing would be run against the suite in any order."""
+    argv = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--collect-only", "-q", "testcases"]
+    cases = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    mutants = catalogue.load()
+    assert len(mutants) >= 40
+    assert [(m.name, where) for m in mutants for where in m.look if where not in cases] == []
+
+
+# -- put in ------------------------------------------------------------------------------------------------------
+
+ARM64 = config.find("arm64")
+RET, NOP = 0xD65F_03C0, 0xD503_201F
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    host = snapshots.obtain(ARM64, obtain(ARM64), logs).restore(logs)
+    yield host
+    host.shutdown()
+
+
+def mutant(**how):
+    return Mutant("m", "area", "fault", "origin", (), frozenset(), **how)
+
+
+def words_at(host, name, count):
+    """The first instruction words of a function."""
+    start = host.facts["kernel map"].body(name).start
+    raw = host.machine.ram.read(start, 4 * count)
+    return [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
+
+
+def test_a_function_returns_at_once(host):
+    put_in(mutant(returns=("kvm_age_gfn", "kvm_age_hva"), value=7), host)
+    assert words_at(host, "kvm_age_gfn", 2) == [0xD280_00E0, RET]
+
+
+def test_an_invalidation_is_dropped_or_made_local(host):
+    where = "__kvm_nvhe___kvm_tlb_flush_vmid_ipa"
+    put_in(mutant(operations=("ipas2e1is",), functions=("__kvm_tlb_flush_vmid_ipa",), local=True), host)
+    body = words_at(host, where, 40)
+    assert [w for w in body if w & ~0x1F == 0xD50C_8420], "IPAS2E1, with the register it had"
+    put_in(mutant(operations=("vmalle1is",), functions=("__kvm_tlb_flush_vmid_ipa",)), host)
+    assert NOP in words_at(host, where, 40)
+
+
+def test_a_word_is_replaced_where_it_is_the_nth(host):
+    before = words_at(host, "kvm_set_spte_gfn", 12)
+    word = before[3]
+    nth = before[:4].count(word)
+    put_in(mutant(words=(Word("kvm_set_spte_gfn", word, NOP, nth, "armv8"),)), host)
+    assert words_at(host, "kvm_set_spte_gfn", 12) == [*before[:3], NOP, *before[4:]]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"returns": ("no_such_function",)}, "no no_such_function in this kernel"),
+        ({"operations": ("alle1os",), "functions": ("__kvm_flush_vm_context",)}, "no alle1os in"),
+        ({"words": (Word("kvm_test_age_gfn", 0x1234_5678, NOP, 1, "armv8"),)}, "has no 12345678 number 1"),
+        ({"words": (Word("kvm_test_age_gfn", NOP, NOP, 1, "armv7"),)}, "of another architecture"),
+        ({"words": (Word("no_such", NOP, NOP, 1, "armv8"),)}, "no no_such in this kernel"),
+    ],
+)
+def test_what_cannot_be_put_in(host, how, words):
+    with pytest.raises(NotApplicable, match=words):
+        put_in(mutant(**how), host)
+
+
+def test_a_host_that_lacks_something(host):
+    with pytest.raises(NotApplicable, match="arm64 lacks fail-nth"):
+        put_in(replace(mutant(returns=("kvm_age_gfn",)), needs=frozenset({"fail-nth"})), host)
+
+
+# -- fates -------------------------------------------------------------------------------------------------------
+
+SUITE = """
+from framework.host.memory import Advice
+
+def test_dontneed(vm, stage2):
+    memory = vm.add_memory(0x80000000, 0x1000)
+    vm.guest.write(0x80000000, 1)
+    memory.advise(Advice.DONTNEED)
+    assert stage2(vm).leaf(0x80000000) is None
+"""
+CATALOGUE = """
+unmap-ignored:
+  {fault: f, origin: o, return: [kvm_unmap_gfn_range], value: 0, look: [test_suite.py]}
+harmless:
+  {fault: the debugger is not told, origin: o, return: [kvm_arch_vcpu_ioctl_translate], look: [test_suite.py]}
+explained:
+  {fault: f, origin: o, return: [kvm_arch_vcpu_ioctl_translate], look: [test_suite.py], survives: nobody asks}
+deadly:
+  fault: the first run meets an undefined instruction
+  origin: o
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", arch: armv8}]
+  look: [test_suite.py]
+deadly-as-expected:
+  fault: the first run meets an undefined instruction
+  origin: o
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", arch: armv8}]
+  look: [test_suite.py]
+  dies: an undefined instruction
+elsewhere:
+  {fault: f, origin: o, return: [kvm_unmap_hva_range], look: [test_suite.py]}
+"""
+
+
+def test_every_fate(tmp_path, host):
+    """Killed, survived, explained, wrongly killed, not applicable: by a suite of one case, on real hosts."""
+    found = words_at(host, "kvm_arch_vcpu_ioctl_run", 1)[0]
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", f"{found:08x}"))
+    options = ["--mutate", "all", "--catalogue", "mutants.yaml", "--host", "arm64", "-q", "--tb=no"]
+    code, said = Run(tmp_path)(SUITE, *options)
+    fates = dict(re.findall(r"^arm64 +mutants +(\S+) +(.*?)  ", said, re.M))
+    assert fates == {
+        "unmap-ignored": "killed",
+        "harmless": "survived",
+        "explained": "survived, as explained",
+        "deadly": "wrongly killed",
+        "deadly-as-expected": "killed",
+        "elsewhere": "not applicable",
+    }
+    assert re.search(
+        r"unmap-ignored +killed .* test_suite.py::test_dontneed\[arm64-A\d\d\] .*(wrong-frame|stale)", said
+    )
+    assert "arm64: 2 of 5 applicable mutants killed, 40 %" in said
+    assert code == 1, "one survived unexplained, one was wrongly killed"
+
+
+def test_a_mutant_that_is_not_there(tmp_path):
+    code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignord", "--host", "arm64")
+    assert code == 4 and "no mutant is called 'unmap-ignord'" in said
+
+
+def test_the_table_closes_with_the_share():
+    def result(name, fate):
+        return Result("a15", "unmap", name, fate.value, seconds=1.0)
+
+    lines = list(score.table([result("b", Fate.SURVIVED), result("a", Fate.KILLED), result("c", Fate.NOT_APPLICABLE)]))
+    assert [line.split()[2] for line in lines[:3]] == ["a", "b", "c"]
+    assert lines[3] == "a15: 1 of 2 applicable mutants killed, 50 %; 1 survived, 1 not applicable"
+    assert list(score.table([])) == []

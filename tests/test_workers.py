@@ -1,0 +1,60 @@
+"""pytest -n: what dies takes one test with it, and no more."""
+
+import re
+
+import pytest
+
+from .test_plugin import Run
+
+SUITE = """
+import os, signal, pytest
+
+@pytest.mark.parametrize("n", range(6))
+def test_works(vm, n):
+    vm.guest.ping()
+
+def test_dies(host, vm):
+    vm.guest.ping()
+    host.ssh.run("echo last words > /dev/kmsg")
+    os.kill({victim}, signal.SIGKILL)
+    vm.guest.ping()
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+OPTIONS = ["--host", "arm64", "-k", "A64", "-n", "2"]
+
+
+def test_workers_share_the_cases(run):
+    code, said = run(SUITE.replace("os.kill", "print"), *OPTIONS)
+    assert code == 0 and "7 passed" in said
+
+
+def test_a_qemu_that_is_killed(run):
+    code, said = run(SUITE.replace("{victim}", "host.machine.process.pid"), *OPTIONS)
+    assert code == 1 and "1 failed, 6 passed" in said
+    assert "QEMU ended (signal 9)" in said and "last words" in said
+
+
+def test_a_worker_that_is_killed(run):
+    code, said = run(SUITE.replace("{victim}", "os.getpid()"), *OPTIONS)
+    assert code == 1 and "1 failed, 6 passed" in said
+    assert re.search(r"worker 'gw\d' crashed while running .*test_dies", said)
+    assert "last console lines" in said and "last words" in said
+
+
+def test_the_slow_ones_come_first(run, tmp_path):
+    """By what they took in the last run, which one of this order has told."""
+    suite = "import time\n" + "".join(f"def test_{n}(host):\n    time.sleep({n} * 0.3)\n" for n in range(4))
+    run(suite, "--host", "arm64", "-n", "1")
+    _, said = run(suite, "--host", "arm64", "-n", "1", "-v")
+    assert re.findall(r"PASSED test_suite.py::test_(\d)", said) == ["3", "2", "1", "0"]
+
+
+def test_keep_is_for_one_process(run):
+    code, said = run(SUITE, *OPTIONS, "--keep")
+    assert code == 4 and "--keep leaves a machine" in said
