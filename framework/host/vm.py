@@ -22,6 +22,7 @@ from .agent import Agent, Request
 from .memory import PAGE, File, Memory, SharedMemory
 from .vgic import Vgic
 
+_MMIO_EXITS = 2000  #: of one order, at most: no payload asks for so many
 _WAIT_SLICE = 0.25
 _RUN_DEADLINE = 20.0
 _CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
@@ -338,8 +339,14 @@ class Vm:
     # -- running ---------------------------------------------------------------------------------
 
     def serve(self, vcpu: Vcpu, exit_: Exit) -> Exit:
-        """Answer MMIO exits from :attr:`device` and run on, until the doorbell or an exit that is not MMIO."""
+        """Answer MMIO exits from :attr:`device` and run on, until the doorbell or an exit that is not MMIO.
+
+        Raises AgentTimeout: the guest asks the same again and again.
+        """
+        served = 0
         while isinstance(exit_, Mmio) and exit_.ipa != DOORBELL:
+            if (served := served + 1) > _MMIO_EXITS:
+                raise AgentTimeout(f"{served} MMIO exits of one order, the last at IPA {exit_.ipa:#x}: no progress")
             self.exits.append(exit_)
             if exit_.write:
                 self.device[exit_.ipa] = exit_.value

@@ -291,6 +291,21 @@ def _breach(owing: list[Notice], old: int, new: int, may_go: bool) -> Breach | N
     return Breach.ALTERED if old else Breach.APPEARED
 
 
+def unasked(
+    slots: Iterable[Memslot], before: Leaves, after: Leaves, calls: Iterable[tuple[Call, Span]]
+) -> list[Violation]:
+    """Leaves that are gone though no call that takes entries away, as the kernel traced them, named any of their bytes.
+
+    An operation may announce more than it does, so :func:`violations` lets a whole VMA go; what was announced is known.
+    """
+    slots = list(slots)
+    takes = [span for call, span in calls if call in (Call.UNMAP, Call.SET)]
+    named = _Spans([part for span in takes for part in _ipas(slots, span)])
+    new = _pages(after)
+    gone = [leaf[0] for leaf in before.items() if leaf[0] not in new and not named.meets(*_extent(leaf))]
+    return [Violation(Breach.LOST, ipa) for ipa in sorted(gone)]
+
+
 def unheard(
     notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, calls: Iterable[tuple[Call, Span]]
 ) -> list[Violation]:

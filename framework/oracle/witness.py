@@ -100,6 +100,7 @@ class Witness:
         broken = notifier.unheard(notices, slots, before, seen.calls)
         if exact:
             broken += notifier.violations(notices, slots, before, after)
+            broken += notifier.unasked(slots, before, after, seen.calls)
         else:
             broken = [b for b in broken if b.breach is not notifier.Breach.TOLD]  # guests have their own reasons
         yield from _findings(broken, seen.before[vm.id], seen.after[vm.id])

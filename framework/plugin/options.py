@@ -97,7 +97,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     """The same before workers start, which collect for themselves."""
     if config.getoption("--keep"):
-        raise pytest.UsageError("--keep leaves a machine to the person at the terminal: use it without -n")
+        raise pytest.UsageError("--keep leaves a machine to the person at the terminal: use it with -n 0")
     _prepare(config, set(config.stash[POOL].configs))
 
 

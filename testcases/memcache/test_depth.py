@@ -62,6 +62,16 @@ def test_more_tables_than_the_cache_holds(vm, pages, stage2):
     assert len(stage2(vm).mapped(IPA, memory.size)) == count
 
 
+@pytest.mark.parametrize("used", range(CAPACITY - 5, CAPACITY + 1))
+def test_two_tables_from_what_is_left_of_the_cache(vm, stage2, used):
+    """A fault that needs two tables, when the first faults have left about that many: they are had before the lock."""
+    vm.add_memory(IPA, used * BLOCK)
+    vm.add_memory(IPA + GIB, PAGE)
+    vm.guest.fill(IPA, used, stride=BLOCK)
+    vm.guest.write(IPA + GIB, 1)
+    assert stage2(vm).leaf(IPA + GIB).writable
+
+
 def test_two_vcpus_with_a_cache_each(make_vm, pages):
     """Both fault in far-apart places at once; no table is made twice."""
     vm = make_vm(vcpus=2)

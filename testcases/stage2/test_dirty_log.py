@@ -81,3 +81,19 @@ def test_memory_first_touched_while_logging(vm, stage2):
     vm.guest.write(IPA + PAGE, 1)
     assert writable(stage2, vm) == [IPA + PAGE]
     assert vm.dirty_pages(IPA) == [IPA + PAGE]
+
+
+def test_executing_a_clean_page_leaves_it_clean(vm, logged, stage2):
+    """A permission fault adds what was asked for: to execute is not to write."""
+    logged.write(0, vm.guest.ret)
+    vm.dirty_pages(IPA)
+    vm.guest.execute(IPA)
+    leaf = stage2(vm).leaf(IPA)
+    assert leaf.executable and not leaf.writable
+    assert vm.dirty_pages(IPA) == []
+
+
+def test_writing_a_clean_page_does_not_make_it_executable(vm, logged, stage2):
+    vm.guest.write(IPA, 1)
+    leaf = stage2(vm).leaf(IPA)
+    assert leaf.writable and not leaf.executable

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.needs("vmid8"), pytest.mark.native]
 
 
 @pytest.mark.parametrize("count", [300, 1000])
-def test_round_robin(make_vms, record, vmid, count):
+def test_round_robin(host, make_vms, record, vmid, count):
     """All exist at once and run in turn, three rounds; every guest finds its own memory at the same IPA."""
     with record() as run:
         fleet = Fleet(make_vms(count))
@@ -22,6 +22,8 @@ def test_round_robin(make_vms, record, vmid, count):
         assert fleet.strangers(DATA) == []
         sampled = [vmid(vm) for vm in fleet.vms[-4:]]
     assert 3 * count // 255 - 1 <= run.rollovers <= 3 * count // 255 + 1
+    if host.config.architecture.name == "armv7":  # arm64 does where the I-cache is VPIPT, which the A57's is not
+        assert run.count("icialluis") >= run.rollovers
     assert [run.vmids(vm)[-1] for vm in fleet.vms[-4:]] == sampled
 
 

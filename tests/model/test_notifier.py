@@ -17,6 +17,7 @@ from framework.model.notifier import (
     Told,
     document,
     table,
+    unasked,
     unheard,
     violations,
 )
@@ -284,3 +285,21 @@ def test_a_kernel_that_drops_all_it_may_is_always_right(operation, pages):
     may_go = notice(operation).may_go or (0, 0)
     after = {ipa: word for ipa, word in before.items() if not may_go[0] <= ipa - IPA + HVA < may_go[1]}
     assert violations([notice(operation)], [SLOT], before, after) == []
+
+
+def test_what_goes_must_have_been_named():
+    """The table with the page's neighbours, freed too early."""
+    before = leaf(4) | leaf(5) | leaf(6)
+    calls = [(Call.UNMAP, PAGE_5), (Call.AGE, (HVA, HVA + 8 * PAGE))]
+    assert unasked([SLOT], before, leaf(4) | leaf(6), calls) == unasked([SLOT], before, before, []) == []
+    found = unasked([SLOT], before, {}, calls)
+    assert [(v.breach, v.ipa) for v in found] == [(Breach.LOST, IPA + 4 * PAGE), (Breach.LOST, IPA + 6 * PAGE)]
+
+
+def test_a_block_goes_whole_when_any_of_it_is_named():
+    block = leaf(512, level=2)
+    inside = (HVA + 700 * PAGE, HVA + 701 * PAGE)
+    assert unasked([SLOT], block, {}, [(Call.SET, inside)]) == []
+    assert [v.breach for v in unasked([SLOT], block, {}, [(Call.UNMAP, PAGE_5)])] == [Breach.LOST]
+    pages = {ipa: word for n in range(512, 1024) for ipa, word in leaf(n).items()}
+    assert unasked([SLOT], block, pages, []) == [], "broken up, and all there"
