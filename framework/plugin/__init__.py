@@ -10,9 +10,9 @@ ending       --keep
 """
 
 pytest_plugins = [
-    "framework.plugin.options",
     "framework.plugin.selection",
     "framework.plugin.order",
+    "framework.plugin.options",
     "framework.plugin.judgement",
     "framework.plugin.fixtures",
     "framework.plugin.mutation",

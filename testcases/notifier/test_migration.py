@@ -16,10 +16,11 @@ pytestmark = pytest.mark.native
 
 
 @pytest.mark.needs("memory-failure")
-def test_soft_offline(scene):
+def test_soft_offline(scene, host):
     """Each page leaves its frame, which is not used again; the content goes with it."""
     before = scene.memory.frames(8 * PAGE, 4 * PAGE)
     with scene.host_does(Operation.MIGRATE, 8, 4):
+        host.agent("memory_drain")  # a page that waits for the LRU on a CPU's list is busy
         scene.memory.advise(Advice.SOFT_OFFLINE, 8 * PAGE, 4 * PAGE)
     assert not np.isin(scene.memory.frames(8 * PAGE, 4 * PAGE), before).any()
     scene.settle()
