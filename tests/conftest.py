@@ -1,5 +1,6 @@
 """Fixtures of the framework's own tests."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,11 @@ import pytest
 
 #: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
+
+
+def outside_pytest(environment):
+    """An environment that does not say that a pytest, or a worker of one, runs already."""
+    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
 
 
 @pytest.fixture
@@ -29,8 +35,9 @@ def own_run_folder(monkeypatch):
 def arm_kvm():
     """``arm_kvm("boot", "a15")``: the command line in a process of its own, as a user runs it."""
 
-    def run(*arguments, timeout=120, **how):
+    def run(*arguments, timeout=120, env=os.environ, **how):
         argv = [sys.executable, "-m", "framework.cli", *map(str, arguments)]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **how)
+        how |= {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": outside_pytest(env)}
+        return subprocess.run(argv, timeout=timeout, **how)
 
     return run

@@ -17,7 +17,7 @@ import pytest
 from framework.lab import CONFIGS, ROOT
 from framework.machine.rundir import live_machines
 
-from .conftest import HEARS_CTRL_C
+from .conftest import HEARS_CTRL_C, outside_pytest
 
 PASSING = """
 def test_vm_runs(vm, stage2):
@@ -41,6 +41,7 @@ class Run:
 
     def start(self, suite, *options, **environment):
         env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        env = outside_pytest(env)
         env.pop("CI", None)  # where pytest repeats every failure in full
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.argv(suite, *options), cwd=self.folder, env=env, **how)

@@ -5,9 +5,9 @@ import socket
 from framework.machine.pump import Pump
 
 
-def test_many_single_bytes_do_not_block_the_writer():
+def test_many_single_bytes_do_not_block_the_writer(tmp_path):
     qemu, lab = socket.socketpair()
-    end = Pump(lab).end
+    end = Pump(lab, tmp_path / "log").end
     qemu.settimeout(5.0)
     for n in range(20_000):
         qemu.send(bytes([n % 251]))
@@ -16,7 +16,7 @@ def test_many_single_bytes_do_not_block_the_writer():
     got = bytearray()
     while data := end.recv(65536):
         got += data
-    assert got == bytes(n % 251 for n in range(20_000))
+    assert got == (tmp_path / "log").read_bytes() == bytes(n % 251 for n in range(20_000))
     qemu.close()
     end.close()
 
@@ -36,9 +36,9 @@ def test_a_socket_alone_would_block():
     lab.close()
 
 
-def test_what_a_person_types_arrives():
+def test_what_a_person_types_arrives(tmp_path):
     qemu, lab = socket.socketpair()
-    end = Pump(lab).end
+    end = Pump(lab, tmp_path / "log").end
     end.sendall(b"ls\n")
     qemu.settimeout(5.0)
     assert qemu.recv(16) == b"ls\n"

@@ -42,13 +42,11 @@ _AFTERMATH = 0.3
 
 
 class Console:
-    """Lines of the host's console, in ``log`` as they are read; ``tail()`` is what an error shows."""
+    """Lines of the host's console, in ``log`` as they come; ``tail()`` is what an error shows."""
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
-        self._sock = sock = Pump(sock).end
-        self._file = log.open("w", encoding="utf-8", errors="replace", buffering=1)
+        self._sock = sock = Pump(sock, log).end
         self._spawn = fdspawn(sock, encoding="utf-8", codec_errors="replace", timeout=0)
-        self._spawn.logfile_read = self._file
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
         self.log = log
         self.lines_seen = 0
@@ -108,5 +106,4 @@ class Console:
         return "\n".join([*self._lines, *([rest] if rest.strip() else [])])
 
     def close(self) -> None:
-        self._file.close()
         self._sock.close()

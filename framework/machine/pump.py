@@ -10,23 +10,28 @@ import select
 import socket
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 _CHUNK = 1 << 16
 _FAREWELL = 1.0
 
 
 class Pump(threading.Thread):
-    """Copies both ways between ``sock`` and :attr:`end`, of which the latter may be read as late as one likes."""
+    """Copies both ways between ``sock`` and :attr:`end`, of which the latter may be read as late as one likes.
 
-    def __init__(self, sock: socket.socket) -> None:
+    What QEMU says goes into the file ``log`` at once: it is there, too, when this process is killed.
+    """
+
+    def __init__(self, sock: socket.socket, log: Path) -> None:
         super().__init__(name="console", daemon=True)
         self._sock = sock
+        self._log = log.open("wb", buffering=0)
         self._inner, self.end = socket.socketpair()
         self._inner.setblocking(False)
         self.start()
 
     def run(self) -> None:
-        with self._sock, self._inner, suppress(OSError):
+        with self._sock, self._inner, self._log, suppress(OSError):
             waiting = bytearray()
             while self._turn(waiting):
                 pass
@@ -40,6 +45,7 @@ class Pump(threading.Thread):
             if not (data := self._sock.recv(_CHUNK)):
                 return False
             waiting += data
+            self._log.write(data)
         if self._inner in readable:
             if not (data := self._inner.recv(_CHUNK)):
                 return False

@@ -29,8 +29,8 @@ def _wait_with(pool: Pool, config: pytest.Config) -> None:
         for host in pool.kept:
             print(f"\narm-kvm: {host.config.name} is kept as the failed test left it:")
             print(f"  shell:   {host.ssh_command}\n  tables:  arm-kvm stage2 {host.config.name}")
-        print("Ctrl-C ends it.", flush=True)
         try:
+            print("Ctrl-C ends it.", flush=True)
             while any(host.machine.process.poll() is None for host in pool.kept):
                 time.sleep(0.2)
         except KeyboardInterrupt:

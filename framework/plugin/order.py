@@ -57,7 +57,8 @@ class _Durations:
         self._took: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._took[report.nodeid] += report.duration
+        if report.when == "call":  # what it took to set up may be a host that others have used, too
+            self._took[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self) -> None:
         if getattr(self._config, "cache", None):
