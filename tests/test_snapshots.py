@@ -64,7 +64,7 @@ def test_two_at_once_do_not_share_memory(restore):
     assert all(host.agent("memory_read", hva=places[c], size=5) == c for c, host in hosts.items())
 
 
-def test_everything_is_the_same_until_entropy_is_asked_for(restore):
+def test_entropy_is_stirred_in(restore):
     """Sixteen bytes of /dev/urandom on hosts restored from one."""
     read = "head -c 16 /dev/urandom | od -An -tx1"
     mixed = {restore(entropy=os.urandom(64)).ssh.run(read) for _ in range(2)}

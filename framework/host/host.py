@@ -99,7 +99,7 @@ class Host:
     ) -> Host:
         """Go on where a host of this kind was saved; its clock is set, and ``entropy`` stirred in.
 
-        Without entropy all hosts restored from one begin with the same random numbers. Raises what boot raises.
+        Without entropy all hosts restored from one begin with the same entropy pool. Raises what boot raises.
         """
         machine = Machine.start(config.board, Boot(kernel.image), Logs(logs), plugin=plugin, saved=saved)
         host = cls(config, kernel, machine, rootfs_.obtain(config.rootfs), greet)
