@@ -16,6 +16,7 @@ from framework.mutants import catalogue, score
 from framework.mutants.catalogue import Mutant, Word
 from framework.mutants.patching import NotApplicable, put_in
 from framework.mutants.score import Fate, Result
+from framework.recorder.points import ASK, KernelMap
 
 from .test_plugin import Run
 
@@ -84,7 +85,7 @@ RET, NOP = 0xD65F_03C0, 0xD503_201F
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def victim(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     host = snapshots.obtain(ARM64, obtain(ARM64), logs).restore(logs)
     yield host
@@ -97,31 +98,32 @@ def mutant(**how):
 
 def words_at(host, name, count):
     """The first instruction words of a function."""
-    start = host.facts["kernel map"].body(name).start
+    kernel = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
+    start = kernel.body(name).start
     raw = host.machine.ram.read(start, 4 * count)
     return [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
 
 
-def test_a_function_returns_at_once(host):
-    put_in(mutant(returns=("kvm_age_gfn", "kvm_age_hva"), value=7), host)
-    assert words_at(host, "kvm_age_gfn", 2) == [0xD280_00E0, RET]
+def test_a_function_returns_at_once(victim):
+    put_in(mutant(returns=("kvm_age_gfn", "kvm_age_hva"), value=7), victim)
+    assert words_at(victim, "kvm_age_gfn", 2) == [0xD280_00E0, RET]
 
 
-def test_an_invalidation_is_dropped_or_made_local(host):
+def test_an_invalidation_is_dropped_or_made_local(victim):
     where = "__kvm_nvhe___kvm_tlb_flush_vmid_ipa"
-    put_in(mutant(operations=("ipas2e1is",), functions=("__kvm_tlb_flush_vmid_ipa",), local=True), host)
-    body = words_at(host, where, 40)
+    put_in(mutant(operations=("ipas2e1is",), functions=("__kvm_tlb_flush_vmid_ipa",), local=True), victim)
+    body = words_at(victim, where, 40)
     assert [w for w in body if w & ~0x1F == 0xD50C_8420], "IPAS2E1, with the register it had"
-    put_in(mutant(operations=("vmalle1is",), functions=("__kvm_tlb_flush_vmid_ipa",)), host)
-    assert NOP in words_at(host, where, 40)
+    put_in(mutant(operations=("vmalle1is",), functions=("__kvm_tlb_flush_vmid_ipa",)), victim)
+    assert NOP in words_at(victim, where, 40)
 
 
-def test_a_word_is_replaced_where_it_is_the_nth(host):
-    before = words_at(host, "kvm_set_spte_gfn", 12)
+def test_a_word_is_replaced_where_it_is_the_nth(victim):
+    before = words_at(victim, "kvm_set_spte_gfn", 12)
     word = before[3]
     nth = before[:4].count(word)
-    put_in(mutant(words=(Word("kvm_set_spte_gfn", word, NOP, nth, "armv8"),)), host)
-    assert words_at(host, "kvm_set_spte_gfn", 12) == [*before[:3], NOP, *before[4:]]
+    put_in(mutant(words=(Word("kvm_set_spte_gfn", word, NOP, nth, "armv8"),)), victim)
+    assert words_at(victim, "kvm_set_spte_gfn", 12) == [*before[:3], NOP, *before[4:]]
 
 
 @pytest.mark.parametrize(
@@ -134,14 +136,14 @@ def test_a_word_is_replaced_where_it_is_the_nth(host):
         ({"words": (Word("no_such", NOP, NOP, 1, "armv8"),)}, "no no_such in this kernel"),
     ],
 )
-def test_what_cannot_be_put_in(host, how, words):
+def test_what_cannot_be_put_in(victim, how, words):
     with pytest.raises(NotApplicable, match=words):
-        put_in(mutant(**how), host)
+        put_in(mutant(**how), victim)
 
 
-def test_a_host_that_lacks_something(host):
+def test_a_host_that_lacks_something(victim):
     with pytest.raises(NotApplicable, match="arm64 lacks fail-nth"):
-        put_in(replace(mutant(returns=("kvm_age_gfn",)), needs=frozenset({"fail-nth"})), host)
+        put_in(replace(mutant(returns=("kvm_age_gfn",)), needs=frozenset({"fail-nth"})), victim)
 
 
 # -- fates -------------------------------------------------------------------------------------------------------
@@ -178,9 +180,9 @@ elsewhere:
 """
 
 
-def test_every_fate(tmp_path, host):
+def test_every_fate(tmp_path, victim):
     """Killed, survived, explained, wrongly killed, not applicable: by a suite of one case, on real hosts."""
-    found = words_at(host, "kvm_arch_vcpu_ioctl_run", 1)[0]
+    found = words_at(victim, "kvm_arch_vcpu_ioctl_run", 1)[0]
     (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", f"{found:08x}"))
     options = ["--mutate", "all", "--catalogue", "mutants.yaml", "--host", "arm64", "-q", "--tb=no"]
     code, said = Run(tmp_path)(SUITE, *options)

@@ -56,9 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="session",
         help="restore a host that nobody has touched for the run (default), for every module, or for every test",
     )
-    group.addoption(
-        "--entropy", action="store_true", help="stir entropy of its own into every restored host"
-    )
+    group.addoption("--entropy", action="store_true", help="stir entropy of its own into every restored host")
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
 
