@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from . import ageing, children, device, entropy, failing, ksm, kvm, libc, memory, streams, trace, uffd, wire
+from . import ageing, children, device, entropy, failing, ksm, kvm, libc, memory, poison, streams, trace, uffd, wire
 
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
@@ -40,6 +40,10 @@ class Agent:
         time.clock_settime(time.CLOCK_REALTIME, now)
         if blob:
             entropy.add(blob)
+
+    def random_bytes(self, size):
+        """What the host's kernel gives who asks for random numbers."""
+        return os.urandom(size).hex()
 
     def batch(self, requests):
         """Several requests whose results are no blobs, in one: [[op, args], ...]. The first that fails ends it."""
@@ -274,7 +278,7 @@ def main(name=""):
     resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
     for interruption in (signal.SIGUSR1, signal.SIGALRM):  # of KVM_RUN
         signal.signal(interruption, lambda *_: None)
-    signal.signal(signal.SIGBUS, kvm.note_bus_error)
+    poison.keep_out()
     stream = streams.Port(name) if name else streams.Pipes()
     agent = Agent()
     while True:

@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 
+from . import poison
 from .libc import ioctl
 
 
@@ -37,6 +38,7 @@ CREATE_VCPU = _io(0x41)
 GET_DIRTY_LOG = _iow(0x42, 16)
 SET_USER_MEMORY_REGION = _iow(0x46, 32)
 RUN = _io(0x80)
+SET_SIGNAL_MASK = _iow(0x8B, 4)
 GET_ONE_REG = _iow(0xAB, 16)
 SET_ONE_REG = _iow(0xAC, 16)
 ARM_VCPU_INIT = _iow(0xAE, 32)
@@ -47,6 +49,7 @@ _IMMEDIATE_EXIT = 1
 _EXIT_REASON = struct.Struct("<8xI")
 _MMIO = struct.Struct("<Q8sIB")
 _UNION = 32
+_NONE_BLOCKED = struct.pack("<IQ", 8, 0)  # struct kvm_signal_mask: bytes of the set, the set
 _REG_SIZE_SHIFT, _REG_SIZE_MASK = 52, 0xF
 
 EXIT_NAMES = {
@@ -62,19 +65,6 @@ EXIT_NAMES = {
 
 
 _NOTHING = contextlib.nullcontext()
-_bus_errors = []
-
-
-def note_bus_error(*_):
-    """The handler of SIGBUS: KVM tells so of a guest's access to memory that failed (kvm_send_hwpoison_signal)."""
-    _bus_errors.append(1)
-
-
-def take_bus_error():
-    """Whether SIGBUS came since this was last asked."""
-    came = bool(_bus_errors)
-    _bus_errors.clear()
-    return came
 
 
 class Worker:
@@ -135,6 +125,7 @@ class Vcpu:
             ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, self._target)
             struct.pack_into("<I", self._target, 4, features)
             self.run = mmap.mmap(self.fd, run_size)
+            ioctl("KVM_SET_SIGNAL_MASK", self.fd, SET_SIGNAL_MASK, _NONE_BLOCKED)
             self.init()
         except OSError:
             os.close(self.fd)  # or it would keep the whole VM alive
@@ -154,7 +145,7 @@ class Vcpu:
         except OSError as e:
             if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
-                return {"exit": "bus-error" if take_bus_error() else "interrupted"}
+                return {"exit": "bus-error" if poison.wanted() else "interrupted"}
             return {"exit": "error", "errno": e.errno}
         (reason,) = _EXIT_REASON.unpack_from(self.run)
         name = EXIT_NAMES.get(reason, f"reason-{reason}")

@@ -1,13 +1,14 @@
 """Host-virtual memory for guests: map it, change it, look at it. Addresses and sizes are bytes."""
 
+import contextlib
 import os
 import threading
 
-from . import libc
+from . import libc, poison
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-
+_MADV_HWPOISON = 100
 _READ_WRITE = libc.PROT_READ | libc.PROT_WRITE
 
 
@@ -87,7 +88,8 @@ def protect(hva, size, prot) -> None:
 
 
 def advise(hva, size, advice) -> None:
-    libc.madvise(hva, size, advice)
+    with poison.let_in() if advice == _MADV_HWPOISON else contextlib.nullcontext():
+        libc.madvise(hva, size, advice)
 
 
 def read(hva, size) -> "tuple[None, bytes]":

@@ -39,3 +39,15 @@ def test_guests_that_go_on_beside_it(make_vm, stage2):
         memory.advise(Advice.HWPOISON, 15 * PAGE, PAGE)
         assert stage2(vm).leaf(IPA + 15 * PAGE) is None
     memory.replace(15 * PAGE, PAGE)
+
+
+def test_page_that_fails_unread(vm, stage2):
+    """What tells the VMM of it is no bus error of the guest, which never wants the page: its next exit is another."""
+    memory = vm.add_memory(IPA, 16 * PAGE)
+    vm.guest.fill(IPA, 16)
+    assert stage2(vm).mapped(IPA, 16 * PAGE)
+    memory.advise(Advice.HWPOISON, 15 * PAGE, PAGE)
+    vm.guest.start_hammer(IPA, 8)
+    vm.vcpus[0].kick()
+    assert vm.vcpus[0].wait().kind == "interrupted"
+    memory.replace(15 * PAGE, PAGE)
