@@ -30,10 +30,21 @@ class Broken(Exception):
         self.cause = cause
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Who uses a host: all tests of the run, or those of the same name (a module, a mutant), or one ``alone``."""
+
+    name: str = ""
+    alone: bool = False
+
+
+EVERYBODY = Owner()
+
+
 @dataclass
 class _Live:
     host: Host
-    owner: str
+    owner: Owner
 
 
 @dataclass
@@ -77,8 +88,8 @@ class Pool:
             self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], override))
         return self._kernels[name]
 
-    def host(self, name: str, owner: str = "", make_plugin: MakePlugin | None = None) -> Host:
-        """The live host of this name that is this owner's (a test, a module, "" for the run). Raises Broken.
+    def host(self, name: str, owner: Owner = EVERYBODY, make_plugin: MakePlugin | None = None) -> Host:
+        """The live host of this name that is this owner's. Raises Broken, and what ``prepare`` raises.
 
         With a plugin made for its QEMU, if one is asked for: a host that runs without is replaced by one with it, and
         one with it serves those that want none, too.
@@ -89,24 +100,28 @@ class Pool:
             self.discard(name)
         if name not in self._live:
             host = self._once(name, lambda: self._start(name, owner, make_plugin))
-            self._live[name] = _Live(host, owner)
-            if self.prepare:
-                self.prepare(host)
-            if self.configs[name].has_kvm:
-                try:
-                    self._once(name, host.require_kvm)
-                except Broken:
-                    self.discard(name)
-                    raise
+            self._live[name] = _Live(self._usable(host), owner)
         return self._live[name].host
 
+    def _usable(self, host: Host) -> Host:
+        """The host, with KVM in it if it should have it, and prepared; or none at all."""
+        try:
+            if host.config.has_kvm:
+                self._once(host.config.name, host.require_kvm)
+            if self.prepare:
+                self.prepare(host)
+        except BaseException:
+            host.shutdown()
+            raise
+        return host
+
     @staticmethod
-    def _fits(live: _Live, owner: str, plugin: bool) -> bool:
+    def _fits(live: _Live, owner: Owner, plugin: bool) -> bool:
         host = live.host
         has_plugin = host.machine.plugin is not None
         return live.owner == owner and (has_plugin or not plugin) and host.machine.alive and host.agent.usable
 
-    def _start(self, name: str, owner: str, make_plugin: MakePlugin | None) -> Host:
+    def _start(self, name: str, owner: Owner, make_plugin: MakePlugin | None) -> Host:
         config, kernel = self.configs[name], self.kernel(name)
 
         def plugin() -> Plugin | None:
@@ -128,7 +143,7 @@ class Pool:
         self._dismiss()
         if name in self._snapshots and name not in self._broken:
             plugin = make_plugin(self.configs[name].board.qemu) if make_plugin else None
-            coming = self._restorer.submit(self._restore, name, self._logs(name, "::"), plugin)
+            coming = self._restorer.submit(self._restore, name, self._logs(name, Owner(alone=True)), plugin)
             self._spare = _Spare(name, plugin is not None, coming)
 
     def _taken(self, name: str, make_plugin: MakePlugin | None) -> Host | None:
@@ -136,16 +151,12 @@ class Pool:
         spare, self._spare = self._spare, None
         if spare and (spare.name, spare.probed) == (name, make_plugin is not None):
             return spare.host.result()
-        self._spare = spare
-        self._dismiss()
+        _end(spare)
         return None
 
     def _dismiss(self) -> None:
-        """End the spare host."""
         spare, self._spare = self._spare, None
-        if spare:
-            with suppress(LabError):
-                spare.host.result().shutdown()
+        _end(spare)
 
     def _snapshot(self, name: str) -> Snapshot:
         if name not in self._snapshots:
@@ -153,11 +164,11 @@ class Pool:
             self._snapshots[name] = snapshots.obtain(self.configs[name], self.kernel(name), logs)
         return self._snapshots[name]
 
-    def _logs(self, name: str, owner: str) -> Path:
+    def _logs(self, name: str, owner: Owner) -> Path:
         """A folder for each machine; those of single tests share two, for a test's folder has its part of the logs."""
         self._starts += 1
         parts = [self._worker, f"{self._starts:02}", name]
-        if "::" in owner:
+        if owner.alone:
             parts = [self._worker, name, "ab"[self._starts % 2]]
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
@@ -173,7 +184,7 @@ class Pool:
 
     def done(self, host: Host) -> None:
         """A test is done with this host: the next that shares it finds no VM on it. Raises LabError: it is lost."""
-        if "::" in self._live[host.config.name].owner:
+        if self._live[host.config.name].owner.alone:
             self.discard(host.config.name)
         else:
             host.reset()
@@ -194,9 +205,16 @@ class Pool:
     def close(self) -> None:
         """End all machines."""
         self._dismiss()
+        self._restorer.shutdown()
         hosts = [*(live.host for live in self._live.values()), *self.kept]
         self._live.clear()
         self.kept.clear()
         with ExitStack() as stack:  # every one is ended, whatever another says
             for host in hosts:
                 stack.callback(host.shutdown)
+
+
+def _end(spare: _Spare | None) -> None:
+    if spare:
+        with suppress(LabError):
+            spare.host.result().shutdown()

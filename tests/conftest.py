@@ -7,6 +7,9 @@ import tempfile
 
 import pytest
 
+from framework.mutants.patching import returning
+from framework.recorder.facts import kernel_map
+
 #: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
 
@@ -41,3 +44,16 @@ def arm_kvm():
         return subprocess.run(argv, timeout=timeout, **how)
 
     return run
+
+
+@pytest.fixture
+def without(host):
+    """``with without("kvm_age_hva", "kvm_age_gfn"):`` those of these functions that the kernel has return 0 at once."""
+    kernel = kernel_map(host)
+
+    def disabled(*names):
+        places = [kernel.pa(va) for name in names for va in kernel.copies_of(name)]
+        assert places, f"no {' nor '.join(names)} in this kernel"
+        return host.machine.patched(places, returning(host.config.architecture.name, 0))
+
+    return disabled

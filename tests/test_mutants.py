@@ -16,7 +16,7 @@ from framework.mutants import catalogue, score
 from framework.mutants.catalogue import Mutant, Word
 from framework.mutants.patching import NotApplicable, put_in
 from framework.mutants.score import Fate, Result
-from framework.recorder.points import ASK, KernelMap
+from framework.recorder.facts import kernel_map
 
 from .test_plugin import Run
 
@@ -98,8 +98,7 @@ def mutant(**how):
 
 def words_at(host, name, count):
     """The first instruction words of a function."""
-    kernel = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
-    start = kernel.body(name).start
+    start = kernel_map(host).body(name).start
     raw = host.machine.ram.read(start, 4 * count)
     return [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
 
@@ -209,7 +208,7 @@ def test_a_mutant_that_is_not_there(tmp_path):
 
 def test_the_table_closes_with_the_share():
     def result(name, fate):
-        return Result("a15", "unmap", name, fate.value, seconds=1.0)
+        return Result("a15", "unmap", name, fate, seconds=1.0)
 
     lines = list(score.table([result("b", Fate.SURVIVED), result("a", Fate.KILLED), result("c", Fate.NOT_APPLICABLE)]))
     assert [line.split()[2] for line in lines[:3]] == ["a", "b", "c"]

@@ -10,16 +10,12 @@ from framework.host.memory import Advice
 from framework.model.notifier import Operation
 from framework.oracle.verdicts import Kind as Verdict
 from framework.oracle.verdicts import Violation
-from framework.recorder.points import ASK, KernelMap
 from framework.sequences.player import Broken, Player
 from framework.sequences.search import search
 from framework.sequences.steps import Kind
 
 SHORT = 6  #: steps that a failure is shrunk to, at most
 ENOUGH = 400  #: sequences within which it is found
-#: "return 0": mov r0, #0; bx lr and mov x0, #0; ret.
-RETURN = {"armv7": "0000a0e31eff2fe1", "armv8": "000080d2c0035fd6"}
-
 #: What does it, by kernel: the names that there are, of these.
 UNMAP = ("kvm_unmap_hva_range", "kvm_unmap_gfn_range")
 SET_PTE = ("kvm_set_spte_hva", "kvm_set_spte_gfn")
@@ -28,21 +24,6 @@ WRITE_PROTECT = ("stage2_wp_range", "kvm_pgtable_stage2_wrprotect")
 FREE = ("kvm_free_stage2_pgd",)
 
 pytestmark = pytest.mark.native
-
-
-@pytest.fixture
-def without(host):
-    """``with without(names):`` those of these functions that the kernel has return 0 at once."""
-    kernel = KernelMap(host.ssh.run(ASK))
-
-    def disabled(names):
-        pattern = "|".join(f" {name}$" for name in names)
-        found = host.ssh.run(f"grep -E '{pattern}' /proc/kallsyms", check=False).split("\n")
-        places = [kernel.pa(int(line.split()[0], 16)) for line in found if line]
-        assert places, f"no {' nor '.join(names)} in this kernel"
-        return host.machine.patched(places, bytes.fromhex(RETURN[host.config.architecture.name]))
-
-    return disabled
 
 
 @pytest.fixture
@@ -69,7 +50,7 @@ def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
 
 def test_unmapping(without, shortest):
     """A leaf outlives what the host has taken away or protected."""
-    with without(UNMAP):
+    with without(*UNMAP):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert any(word in complaints for word in ("wrong-frame", "excess-permission", "still mapped", "still writable"))
@@ -77,7 +58,7 @@ def test_unmapping(without, shortest):
 
 def test_change_pte(without, shortest):
     """After a copy on write, or the first store over the zero page, the new frame is not mapped where it should be."""
-    with without(SET_PTE):
+    with without(*SET_PTE):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert "a level 3 table was left" in complaints
@@ -85,7 +66,7 @@ def test_change_pte(without, shortest):
 
 def test_ageing(without, shortest):
     """The host asks, and the guest's accessed flag stays."""
-    with without(AGE):
+    with without(*AGE):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert steps[-1].kind is Kind.AGE and "still young" in complaints
@@ -93,7 +74,7 @@ def test_ageing(without, shortest):
 
 def test_write_protection(without, shortest):
     """A page that is clean in the dirty log can be written."""
-    with without(WRITE_PROTECT):
+    with without(*WRITE_PROTECT):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert Kind.LOG_ON in kinds(steps) and "excess-permission" in complaints
@@ -103,7 +84,7 @@ def test_a_witness_names_it(without, vm, witness):
     """One operation, before and after: what is still there has its name."""
     memory = vm.add_memory(0x8000_0000, 0x1000)
     vm.guest.write(0x8000_0000, 1)
-    with pytest.raises(Violation) as found, without(UNMAP), witness(Operation.DONTNEED, memory):
+    with pytest.raises(Violation) as found, without(*UNMAP), witness(Operation.DONTNEED, memory):
         memory.advise(Advice.DONTNEED)
     assert found.value.kinds & {Verdict.STALE, Verdict.WRONG_FRAME}
     vm.destroy()
@@ -119,7 +100,7 @@ def test_freeing_of_tables(without, make_vm, stage2, trace):
             if healthy:
                 vm.destroy()
             else:
-                with without(FREE):
+                with without(*FREE):
                     vm.destroy()
         freed = {event.fields["pfn"] + n for event in events for n in range(1 << event.fields.get("order", 0))}
         assert own <= freed if healthy else not own & freed

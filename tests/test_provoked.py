@@ -19,23 +19,9 @@ from framework.model.memslots import SlotFlags
 from framework.recorder.points import What
 
 IPA = 0x8000_0000
-RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr, ret
 VMID_SHIFT = 48
 
 pytestmark = pytest.mark.native
-
-
-@pytest.fixture
-def without(host, recorder):
-    """``with without("__kvm_flush_vm_context"):`` that function of the hypervisor does nothing."""
-
-    def disabled(*names):
-        kernel = recorder.kernel
-        places = [kernel.pa(va) for name in names for va in kernel.copies_of(name)]
-        assert places, f"no {names} in this kernel"
-        return host.machine.patched(places, RETURN[host.config.architecture.name].to_bytes(4, "little"))
-
-    return disabled
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ PR_SET_PDEATHSIG, which fires when the forking *thread* ends and wants code run 
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import re
 import shlex
@@ -18,13 +16,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-from qemu.qmp import QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuRefused, SetupError
 from framework.guardian import Guardian, spawn
@@ -32,6 +27,7 @@ from framework.guardian import Guardian, spawn
 from .board import Board, Boot, command_line
 from .console import Console
 from .gdb import Gdb
+from .qmp import FAILURES, Qmp
 from .ram import OwnRam, SavedRam
 from .rundir import run_directory
 from .saved import Saved, copy
@@ -95,7 +91,7 @@ class Machine:
         self.logs = logs
         self.plugin = plugin
         self._gdb: Gdb | None = None
-        self._qmp: QEMUMonitorProtocol | None = None
+        self._qmp: Qmp | None = None
         self._ended = False
         self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=run_directory()))
         self.ram = _ram(board, saved, shared=saved is None or plugin is not None)
@@ -109,12 +105,11 @@ class Machine:
         self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", **how)
         self.console = Console(console, logs.console)
         self.process, self._guardian = self._spawn([*fds.values(), *([plugin.fd] if plugin else [])])
-        if plugin:
-            plugin.attach(self)
         try:
+            if plugin:
+                plugin.attach(self)
             for end in ends.values():
                 end.close()
-            self._qmp_log = _QmpLog(logs.qmp, self.folder.name)
             self._qmp = self._connect_qmp(qmp)
             self.ssh_port = self._forwarded_port()
             self.ram.attach(self.process.pid)
@@ -148,18 +143,11 @@ class Machine:
 
     # -- QMP -------------------------------------------------------------------------------------
 
-    def _connect_qmp(self, sock: socket.socket) -> QEMUMonitorProtocol:
-        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
-        # another is ended in another.
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
-        qmp = QEMUMonitorProtocol(sock, nickname=self.folder.name)
-        qmp.settimeout(_START_TIMEOUT)
+    def _connect_qmp(self, sock: socket.socket) -> Qmp:
         try:
-            qmp.connect()
-        except (QMPError, OSError, EOFError) as e:
+            return Qmp(sock, self.folder.name, self.logs.qmp, _START_TIMEOUT)
+        except FAILURES as e:
             raise self._refusal(e) from e
-        return qmp
 
     def _refusal(self, cause: Exception) -> LabError:
         """QEMU went away before it said hello: find out why."""
@@ -183,8 +171,8 @@ class Machine:
     def qmp(self, command: str, **arguments: object) -> object:
         """Execute a QMP command and return its result. Raises MachineError, QemuDied."""
         try:
-            return self._qmp.cmd(command, **arguments)
-        except (QMPError, OSError) as e:
+            return self._qmp(command, **arguments)
+        except FAILURES as e:
             if self.process.poll() is not None:
                 raise self.lost() from e
             raise MachineError(f"QMP {command}: {e}") from e
@@ -302,17 +290,11 @@ class Machine:
         if self._gdb is not None:
             self._gdb.abandon()
             self._gdb = None
-        self._close_qmp()
+        if self._qmp is not None:
+            self._qmp.close()
         self.ram.close()
         if self.plugin:
             self.plugin.close()
-
-    def _close_qmp(self) -> None:
-        if self._qmp is not None:
-            with suppress(QMPError, OSError, EOFError):  # the peer is gone, which is what was wanted
-                self._qmp.close()
-        self._loop.close()
-        self._qmp_log.close()
 
 
 def _ram(board: Board, saved: Saved | None, shared: bool) -> OwnRam | SavedRam:
@@ -324,24 +306,6 @@ def _ram(board: Board, saved: Saved | None, shared: bool) -> OwnRam | SavedRam:
         with saved.ram.open("rb") as f:
             copy(f.fileno(), ram.file)
     return ram
-
-
-class _QmpLog:
-    """What QMP says under ``nickname`` goes to a file, and nowhere else, until :meth:`close`."""
-
-    def __init__(self, path: Path, nickname: str) -> None:
-        self._handler = logging.FileHandler(path, mode="w")
-        names = (f"qemu.qmp.protocol.{nickname}", f"qemu.qmp.qmp_client.{nickname}")
-        self._loggers = [logging.getLogger(name) for name in names]
-        for logger in self._loggers:
-            logger.setLevel(logging.DEBUG)
-            logger.propagate = False
-            logger.addHandler(self._handler)
-
-    def close(self) -> None:
-        for logger in self._loggers:
-            logger.removeHandler(self._handler)
-        self._handler.close()
 
 
 def connect_gdb(path: Path, timeout: float = 10.0) -> Gdb:

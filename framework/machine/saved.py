@@ -43,11 +43,6 @@ class Saved:
                 ram.update(at.to_bytes(8, "little") + data)
         return {"ram": ram.hexdigest(), "devices": hashlib.sha256(self.devices.read_bytes()).hexdigest()}
 
-    @property
-    def disk_used(self) -> int:
-        """Bytes."""
-        return sum(path.stat().st_blocks * 512 for path in (self.ram, self.devices))
-
 
 def copy(source: int, target: int) -> None:
     """Copy a file with its holes."""

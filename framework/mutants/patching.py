@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from framework.host.host import Host
-from framework.recorder.points import ASK, INSN, KernelMap, find, instead
+from framework.recorder.facts import kernel_changed, kernel_map, points
+from framework.recorder.points import INSN, KernelMap, instead
 
 from .catalogue import Mutant, Word
 
@@ -20,27 +21,33 @@ def put_in(mutant: Mutant, host: Host) -> None:
     """Break the host's kernel. Raises NotApplicable, with nothing changed."""
     if lacking := mutant.needs - host.config.can:
         raise NotApplicable(f"{host.config.name} lacks {', '.join(sorted(lacking))}")
-    kernel: KernelMap = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
-    patches = _returns(mutant, host, kernel) | _drops(mutant, host, kernel) | _words(mutant, host, kernel)
-    host.facts = host.facts | {}  # what is found out of this kernel from here on holds for no other ...
-    host.facts.pop("recorder's points", None)  # ... and what instructions it has is to be found out again
+    kernel = kernel_map(host)
+    patches = _returns(mutant, host, kernel) | _drops(mutant, host) | _words(mutant, host, kernel)
+    kernel_changed(host)
     with host.machine.gdb.pause() as gdb:
-        for pa, words in patches.items():
-            gdb.write_memory(pa, b"".join(word.to_bytes(INSN, "little") for word in words))
+        for pa, code in patches.items():
+            gdb.write_memory(pa, code)
 
 
-Patches = dict[int, list[int]]  #: physical address -> instruction words
+Patches = dict[int, bytes]  #: physical address -> instructions
+
+
+def returning(arch: str, value: int | None = None) -> bytes:
+    """The body of a function that returns at once, with this value if one is given (below 65,536)."""
+    return (b"" if value is None else _code(_load(arch, value))) + _code(_RETURN[arch])
+
+
+def _code(word: int) -> bytes:
+    return word.to_bytes(INSN, "little")
 
 
 def _returns(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
     if not mutant.returns:
         return {}
-    arch = host.config.architecture.name
-    code = [] if mutant.value is None else [_load(arch, mutant.value)]
     places = [kernel.pa(va) for name in mutant.returns for va in kernel.copies_of(name)]
     if not places:
         raise NotApplicable(f"no {' nor '.join(mutant.returns)} in this kernel")
-    return {pa: [*code, _RETURN[arch]] for pa in places}
+    return dict.fromkeys(places, returning(host.config.architecture.name, mutant.value))
 
 
 def _load(arch: str, value: int) -> int:
@@ -50,31 +57,25 @@ def _load(arch: str, value: int) -> int:
     return 0xD280_0000 | value << 5
 
 
-def _drops(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
+def _drops(mutant: Mutant, host: Host) -> Patches:
     if not mutant.operations:
         return {}
-
-    def points():
-        with host.machine.gdb.pause() as gdb:
-            return find(gdb, host.config.architecture, host.machine.ram, kernel)
-
-    known = host.fact("recorder's points", points)
     where = {f"{prefix}{name}" for name in mutant.functions for prefix in ("", "__kvm_nvhe_")}
-    found = {point.pa: point.op for point in known if point.op in mutant.operations and point.function in where}
+    found = {point.pa: point.op for point in points(host) if point.op in mutant.operations and point.function in where}
     if not found:
         raise NotApplicable(f"no {' nor '.join(mutant.operations)} in {', '.join(mutant.functions)} of this kernel")
     arch = host.config.architecture.name
     if not mutant.local:
-        return {pa: [_NOP[arch]] for pa in found}
+        return dict.fromkeys(found, _code(_NOP[arch]))
     old = {pa: int.from_bytes(host.machine.ram.read(pa, INSN), "little") for pa in found}
-    return {pa: [instead(arch, old[pa], op, op.removesuffix("is"))] for pa, op in found.items()}
+    return {pa: _code(instead(arch, old[pa], op, op.removesuffix("is"))) for pa, op in found.items()}
 
 
 def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
     mine = [word for word in mutant.words if word.arch == host.config.architecture.name]
     if mutant.words and not mine:
         raise NotApplicable(f"its instructions are of another architecture than {host.config.name}")
-    return {_place(word, host, kernel): [word.new] for word in mine}
+    return {_place(word, host, kernel): _code(word.new) for word in mine}
 
 
 def _place(word: Word, host: Host, kernel: KernelMap) -> int:

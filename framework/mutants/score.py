@@ -16,6 +16,7 @@ class Fate(Enum):
     EXPLAINED = "survived, as explained"  #: every case passed, and the catalogue says why
     WRONGLY_KILLED = "wrongly killed"  #: the host went down, which the catalogue does not expect
     NOT_APPLICABLE = "not applicable"
+    NOT_RUN = "not run"  #: there was no host to break
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,26 @@ class Result:
     host: str
     area: str
     mutant: str
-    fate: str
+    fate: Fate
     by: str = ""
     verdict: str = ""
     cases: int = 0  #: that were run
     seconds: float = 0.0
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """Of strings and numbers, as a worker can send it; :meth:`of` makes it a result again."""
+        return asdict(self) | {"fate": self.fate.value}
+
+    @classmethod
+    def of(cls, about: dict) -> Result:
+        return cls(**about | {"fate": Fate(about["fate"])})
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
     """The lines of the table, by host and area, closed by the share of applicable mutants that were killed."""
     results = sorted(results, key=lambda r: (r.host, r.area, r.mutant))
     rows = [
-        (r.host, r.area, r.mutant, r.fate, f"{r.seconds:.1f} s", " ".join(filter(None, (r.by, r.verdict))))
+        (r.host, r.area, r.mutant, r.fate.value, f"{r.seconds:.1f} s", " ".join(filter(None, (r.by, r.verdict))))
         for r in results
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
@@ -50,8 +56,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 
 def summary(host: str, results: Sequence[Result]) -> str:
-    fates = Counter(Fate(result.fate) for result in results)
-    applicable = len(results) - fates[Fate.NOT_APPLICABLE]
+    fates = Counter(result.fate for result in results)
+    applicable = len(results) - fates[Fate.NOT_APPLICABLE] - fates[Fate.NOT_RUN]
     share = 100 * fates[Fate.KILLED] / applicable if applicable else 0.0
     rest = ", ".join(f"{fates[fate]} {fate.value}" for fate in list(Fate)[1:] if fates[fate])
     return f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %" + (

@@ -1,13 +1,15 @@
 """The pytest front door.
 
 options      --host, --kernel, --isolation, ...; kernels are had before the first test
-selection    which case runs where, in which order
-fixtures     what a test case is written with
+selection    which case runs on which host, and who shares a host with whom
 order        the slow ones first, and workers (pytest -n) that share what takes long to make
 judgement    what is held against the model after each test
+fixtures     what a test case is written with
 mutation     --mutate: the catalogue of mutants against the cases
 ending       --keep
 """
+
+# An importer before what it imports would keep pytest from rewriting the assertions of the imported.
 
 pytest_plugins = [
     "framework.plugin.selection",

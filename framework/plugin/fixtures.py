@@ -27,7 +27,7 @@ from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
 from .judgement import HostSession
-from .selection import alone_next, host_name, isolation, records
+from .selection import alone_next, host_name, owner_of, records
 from .stash import BLAMED, FAILED, POOL, SESSION
 
 _TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
@@ -63,7 +63,7 @@ def plugin_for(item: pytest.Item) -> MakePlugin | None:
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
     """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
     try:
-        return pool.host(name, isolation(item), plugin_for(item))
+        return pool.host(name, owner_of(item), plugin_for(item))
     except Broken as e:
         cause = e.cause
     config = item.config

@@ -21,7 +21,7 @@ from framework.mutants.catalogue import Mutant
 from framework.mutants.patching import NotApplicable, put_in
 from framework.mutants.score import Fate, Result, table
 from framework.oracle.verdicts import Kind, Violation
-from framework.pool import Broken
+from framework.pool import Broken, Owner
 
 from .fixtures import plugin_for
 from .judgement import HostLost
@@ -106,13 +106,13 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     started = time.time()
     result = _run(item)
-    bad = result.fate in (Fate.SURVIVED.value, Fate.WRONGLY_KILLED.value)
+    bad = result.fate in (Fate.SURVIVED, Fate.WRONGLY_KILLED, Fate.NOT_RUN)
     report = pytest.TestReport(
         item.nodeid,
         item.location,
         {},
         "failed" if bad else "passed",
-        f"{result.fate}: {item.mutant.fault}\n{result.by} {result.verdict}" if bad else None,
+        f"{result.fate.value}: {item.mutant.fault}\n{result.by} {result.verdict}" if bad else None,
         "call",
         user_properties=[(_PROPERTY, result.as_dict())],
         duration=result.seconds,
@@ -132,10 +132,10 @@ def _run(item: MutantItem) -> Result:
 
     def result(fate: Fate, **more) -> Result:
         seconds = time.monotonic() - began
-        return Result(item.host, mutant.area, mutant.name, fate.value, seconds=seconds, **more)
+        return Result(item.host, mutant.area, mutant.name, fate, seconds=seconds, **more)
 
     try:
-        pool.host(item.host, mutant.name, plugin_for(item.cases[0]) if item.cases else None)
+        pool.host(item.host, Owner(mutant.name), plugin_for(item.cases[0]) if item.cases else None)
         for number, case in enumerate(item.cases, 1):
             if (cause := _failure(case)) is not None:
                 died = isinstance(cause, _DEATHS) and not mutant.dies
@@ -143,8 +143,10 @@ def _run(item: MutantItem) -> Result:
                 return result(Fate.WRONGLY_KILLED if died else Fate.KILLED, **about)
         fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
         return result(fate, verdict=mutant.survives, cases=len(item.cases))
-    except (NotApplicable, Broken) as e:
-        return result(Fate.NOT_APPLICABLE, verdict=str(e).splitlines()[0])
+    except NotApplicable as e:
+        return result(Fate.NOT_APPLICABLE, verdict=str(e))
+    except Broken as e:
+        return result(Fate.NOT_RUN, verdict=e.cause.one_line)
     finally:
         pool.prepare = None
         pool.discard(item.host)
@@ -188,14 +190,14 @@ def _short(nodeid: str) -> str:
 def pytest_report_teststatus(report: pytest.TestReport):
     for name, about in getattr(report, "user_properties", []):
         if name == _PROPERTY and report.when == "call":
-            fate = Fate(about["fate"])
+            fate = Result.of(about).fate
             return fate.name.lower(), fate.name[0], fate.value.upper()
     return None
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "user_properties")]
-    results = [Result(**about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
+    results = [Result.of(about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
     if results:
         terminalreporter.section("mutants")
         for line in table(results):

@@ -1,10 +1,11 @@
-"""Which case runs on which host, with which guests, and in which order."""
+"""Which case runs on which host, with which guests, and who shares a host with whom."""
 
 from __future__ import annotations
 
 import pytest
 
 from framework import config as host_files
+from framework.pool import EVERYBODY, Owner
 
 from .stash import MUTANT, NEXT, POOL
 
@@ -53,13 +54,17 @@ def _too_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None and not item.config.getoption("--slow")
 
 
-def isolation(item: pytest.Item) -> str:
-    """Who shares a host with this case: the case itself, its module, or "" for the whole run; a mutant's own."""
+def owner_of(item: pytest.Item) -> Owner:
+    """Who shares a host with this case: whoever has the same mutant; else as its mark or ``--isolation`` says."""
     if mutant := item.config.stash.get(MUTANT, ""):
-        return mutant
+        return Owner(mutant)
     mark = item.get_closest_marker("isolation")
-    scope = mark.args[0] if mark else item.config.getoption("--isolation")
-    return {"session": "", "module": item.nodeid.partition("::")[0], "test": item.nodeid}[scope]
+    match mark.args[0] if mark else item.config.getoption("--isolation"):
+        case "test":
+            return Owner(item.nodeid, alone=True)
+        case "module":
+            return Owner(item.nodeid.partition("::")[0])
+    return EVERYBODY
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,7 +75,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def alone_next(item: pytest.Item) -> pytest.Item | None:
     """The test after this one, if it has a host of its own."""
     after = item.stash.get(NEXT, None)
-    return after if after is not None and needs_host(after) and "::" in isolation(after) else None
+    return after if after is not None and needs_host(after) and owner_of(after).alone else None
 
 
 def records(item: pytest.Item) -> bool:

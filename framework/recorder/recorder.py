@@ -36,7 +36,8 @@ from framework.model import sweep
 from framework.model.granule import KIB4
 from framework.oracle.sight import Sight
 
-from .points import ASK, KernelMap, Point, What, find
+from .facts import kernel_map, points
+from .points import Point, What
 from .raw import RawEntry, RawEvent
 
 _NOBODY = -1
@@ -82,13 +83,9 @@ class Recorder(Listener):
         self._machine = host.machine
         self._mechanism = mechanism
         self._sight = sight
-        self.kernel: KernelMap = host.fact("kernel map", lambda: KernelMap(host.ssh.run(ASK)))
-        self.points: list[Point] = host.fact("recorder's points", self._find_points)
+        self.kernel = kernel_map(host)
+        self.points = points(host)
         self._roots: dict[int, int] = {}  # number of a VM -> its root, as far as VMs were seen to run
-
-    def _find_points(self) -> list[Point]:
-        with self._machine.gdb.pause() as gdb:
-            return find(gdb, self._arch, self._machine.ram, self.kernel)
 
     # -- begin and end -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,51 @@
+"""QMP of one machine, and what is said on it in a file."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from qemu.qmp import QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+#: What QMP raises when the machine refuses, or is gone.
+FAILURES = (QMPError, OSError, EOFError)
+
+
+class Qmp:
+    """Connected while it exists; it keeps ``log`` of its own under the machine's name."""
+
+    def __init__(self, sock: socket.socket, name: str, log: Path, timeout: float) -> None:
+        """Raises one of :data:`FAILURES` when QEMU does not say hello within ``timeout`` seconds."""
+        self._handler = logging.FileHandler(log, mode="w")
+        self._loggers = [logging.getLogger(f"qemu.qmp.{part}.{name}") for part in ("protocol", "qmp_client")]
+        for logger in self._loggers:
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+            logger.addHandler(self._handler)
+        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
+        # another is ended in another.
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._protocol = QEMUMonitorProtocol(sock, nickname=name)
+        self._protocol.settimeout(timeout)
+        try:
+            self._protocol.connect()
+        except FAILURES:
+            self.close()
+            raise
+
+    def __call__(self, command: str, **arguments: object) -> object:
+        """Execute a command and return its result. Raises one of :data:`FAILURES`."""
+        return self._protocol.cmd(command, **arguments)
+
+    def close(self) -> None:
+        with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
+            self._protocol.close()
+        self._loop.close()
+        for logger in self._loggers:
+            logger.removeHandler(self._handler)
+        self._handler.close()
