@@ -71,7 +71,7 @@ def test_entropy_is_stirred_in(restore):
     def numbers(hosts, **how):
         return {restore(**how).agent("random_bytes", size=16) for _ in range(hosts)}
 
-    assert len(numbers(4)) < 4, "one kernel or other may have stirred in its own before it is asked"
+    assert len(numbers(4)) < 4, "that a kernel's seed is too old before it is asked is not the rule"
     assert len({*numbers(1, entropy=os.urandom(64)), *numbers(1, entropy=os.urandom(64))}) == 2
 
 
