@@ -79,17 +79,33 @@ class Pool:
         self._starts = 0
         self._spare: _Spare | None = None
         self._restorer = ThreadPoolExecutor(1, "restorer")
-        self.prepare: Callable[[Host], None] | None = None  #: what is done to every host before its first test
+        self._prepare: Callable[[Host], None] = lambda host: None
+
+    def apart(self, name: str, why: str, prepare: Callable[[Host], None], kernel: Kernel | None = None) -> Pool:
+        """A pool of this host alone, for what its tests share with nobody: ``prepare``, done to it before the first,
+        and a kernel, if one is given.
+        """
+        label = "-".join(filter(None, (self._worker, why)))
+        other = Pool([self.configs[name]], self._overrides, self.artifacts, label, self._entropy)
+        other._prepare = prepare
+        if kernel is None:
+            other._kernels, other._snapshots = self._kernels, self._snapshots
+        else:
+            other._kernels = {name: kernel}
+        return other
+
+    def override(self, name: str) -> str | None:
+        """The ``--kernel`` that was given for this host."""
+        return self._overrides.get(name, self._overrides.get(""))
 
     def kernel(self, name: str) -> Kernel:
         """The host's kernel, fetched or built on first use. Raises Broken."""
         if name not in self._kernels:
-            override = self._overrides.get(name, self._overrides.get(""))
-            self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], override))
+            self._kernels[name] = self._once(name, lambda: obtain(self.configs[name], self.override(name)))
         return self._kernels[name]
 
     def host(self, name: str, owner: Owner = EVERYBODY, make_plugin: MakePlugin | None = None) -> Host:
-        """The live host of this name that is this owner's. Raises Broken, and what ``prepare`` raises.
+        """The live host of this name that is this owner's. Raises Broken, and what preparing it raises.
 
         With a plugin made for its QEMU, if one is asked for: a host that runs without is replaced by one with it, and
         one with it serves those that want none, too.
@@ -108,8 +124,7 @@ class Pool:
         try:
             if host.config.has_kvm:
                 self._once(host.config.name, host.require_kvm)
-            if self.prepare:
-                self.prepare(host)
+            self._prepare(host)
         except BaseException:
             host.shutdown()
             raise

@@ -12,9 +12,9 @@ from framework.errors import ConfigError
 from framework.host import snapshots
 from framework.host.kernel import obtain
 from framework.lab import ROOT
-from framework.mutants import catalogue, score
-from framework.mutants.catalogue import Mutant, Word
-from framework.mutants.patching import NotApplicable, put_in
+from framework.mutants import catalogue, score, source
+from framework.mutants.catalogue import Edit, Mutant, NotApplicable, Word
+from framework.mutants.patching import put_in
 from framework.mutants.score import Fate, Result
 from framework.recorder.facts import kernel_map
 
@@ -38,7 +38,7 @@ one:
     [
         ("fault", "falt", "unknown key 'falt' in mutant 'one'; did you mean 'fault'"),
         ("  origin: somewhere\n", "", "mutant 'one' lacks the key 'origin'"),
-        ("  return: [kvm_unmap_gfn_range]\n", "", "put in by one of: return, drop, localise, words; here by none"),
+        ("  return: [kvm_unmap_gfn_range]\n", "", "put in by one of: return, drop, localise, words, source; here by none"),
         ("  value: 0", "  drop: {op: [alle1is], in: [f]}", "put in by one of"),
         ("value: 0", "value: zero", "value: 'zero' is not a number"),
         ("return: [kvm_unmap_gfn_range]", "return: kvm_unmap_gfn_range", "is not a list of names"),
@@ -51,6 +51,11 @@ one:
             "return: [kvm_unmap_gfn_range]\n  value: 0",
             'words: [{in: f, find: "d503201f", with: "d503201f", arch: arm}]',
             "arch: 'arm' is not known; did you mean 'armv",
+        ),
+        (
+            "return: [kvm_unmap_gfn_range]\n  value: 0",
+            "source: [{file: mmu.c, in: f, find: a, with: b, nth: 2}]",
+            "unknown key 'nth' in an edit",
         ),
     ],
 )
@@ -145,6 +150,78 @@ def test_a_host_that_lacks_something(victim):
         put_in(replace(mutant(returns=("kvm_age_gfn",)), needs=frozenset({"fail-nth"})), victim)
 
 
+# -- put into the source ------------------------------------------------------------------------------------------
+
+C = """\
+static void fault(struct kvm *kvm);
+
+/* fault() takes the lock; */
+static int
+fault_on(struct kvm *kvm,
+         unsigned long ipa)
+{
+        if (!ipa)
+                return fault(kvm);
+        lock(kvm);
+        return 0;
+}
+
+static void fault(struct kvm *kvm)
+{
+        lock(kvm);
+        map(kvm);
+}
+
+void unlock_all(void)
+{
+        lock(kvm);
+}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "mmu.c").write_text(C)
+    return tmp_path
+
+
+def edit(function, find="lock(kvm)", new="nolock(kvm)", file="mmu.c"):
+    return mutant(edits=(Edit(file, function, find, new),))
+
+
+def patched(tree, what):
+    """The lines that the patch changes in the tree, by number."""
+    subprocess.run(["patch", "-p1", "-d", tree], input=source.as_patch(what, tree), text=True, check=True)
+    after = (tree / "mmu.c").read_text().splitlines()
+    pairs = zip(C.splitlines(), after, strict=True)
+    return {number: new.strip() for number, (old, new) in enumerate(pairs, 1) if new != old}
+
+
+def test_edits_become_a_patch(tree):
+    """In that function's body alone: not where it is declared, called or named, nor in one of a longer name."""
+    assert patched(tree, edit("fault")) == {16: "nolock(kvm);"}
+
+
+def test_a_definition_of_several_lines(tree):
+    assert patched(tree, edit("fault_on")) == {10: "nolock(kvm);"}
+
+
+def test_edits_add_up(tree):
+    edits = (*edit("fault").edits, *edit("fault", "map", "unmap").edits, *edit("fault", "gone").edits)
+    assert patched(tree, mutant(edits=edits)) == {16: "nolock(kvm);", 17: "unmap(kvm);"}
+
+
+@pytest.mark.parametrize("what", [edit("no_such"), edit("fault", find="gone"), edit("fault", file="arm.c")])
+def test_edits_that_fit_nowhere(tree, what):
+    with pytest.raises(NotApplicable, match="nothing to edit in"):
+        source.as_patch(what, tree)
+
+
+def test_a_kernel_that_has_no_tree(tmp_path):
+    with pytest.raises(NotApplicable, match="not built from a tree: --kernel arm64=PATH gives one"):
+        source.broken_kernel(edit("fault"), ARM64, None, tmp_path)
+
+
 # -- fates -------------------------------------------------------------------------------------------------------
 
 SUITE = """
@@ -199,6 +276,14 @@ def test_every_fate(tmp_path, victim):
     )
     assert "arm64: 2 of 5 applicable mutants killed, 40 %" in said
     assert code == 1, "one survived unexplained, one was wrongly killed"
+
+
+def test_a_host_that_cannot_be_had(tmp_path):
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000"))
+    options = ["--mutate", "harmless", "--catalogue", "mutants.yaml", "--host", "arm64", "--kernel", "none", "-q"]
+    code, said = Run(tmp_path)(SUITE, *options)
+    assert code == 1 and re.search(r"harmless +not run .* cannot read the kernel none", said)
+    assert "0 of 0 applicable mutants killed, 0 %; 1 not run" in said
 
 
 def test_a_mutant_that_is_not_there(tmp_path):

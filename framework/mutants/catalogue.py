@@ -10,13 +10,15 @@
       drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there, ...
       localise: {op: [tlbiallis], in: [...]}                # ... or for their own CPU only
       words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, arch: armv7}]   # instructions replaced
+      source: [{file: virt/kvm/arm/mmu.c, in: user_mem_abort, find: text, with: text}]   # text of a function's body
       needs: [idle-tracking]       # capabilities that a host must have
       look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
       dies: why the host itself goes down under it
       survives: why nobody can notice, here
 
-One of ``return``, ``drop``, ``localise`` and ``words`` says how it is put in. A kernel without any of the functions, or
-without these instructions in them, cannot be broken this way: the mutant does not apply to it.
+One of ``return``, ``drop``, ``localise``, ``words`` and ``source`` says how it is put in: the last into the tree that a
+host's kernel is built from, all others into the text of the running kernel. A kernel without any of the functions, or
+without these instructions or this text in them, cannot be broken this way: the mutant does not apply to it.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.config import Node, document
+from framework.config import HostConfig, Node, document
 from framework.errors import ConfigError
 from framework.lab import CONFIGS
 
 HOME = CONFIGS / "mutants"
-_KEYS = ("fault", "origin", "return", "value", "drop", "localise", "words", "needs", "look", "dies", "survives")
-_HOW = ("return", "drop", "localise", "words")
+_HOW = ("return", "drop", "localise", "words", "source")
+_KEYS = ("fault", "origin", *_HOW, "value", "needs", "look", "dies", "survives")
 _ARCHITECTURES = ("armv7", "armv8")
+
+
+class NotApplicable(Exception):
+    """This kernel cannot be broken this way."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ class Word:
     new: int
     nth: int
     arch: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In a function of a source file, the text ``find`` becomes ``new`` wherever it is."""
+
+    file: str
+    function: str
+    find: str
+    new: str
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,14 @@ class Mutant:
     functions: tuple[str, ...] = ()  #: ... in these functions, ...
     local: bool = False  #: ... or reach the CPU only that executes them
     words: tuple[Word, ...] = ()
+    edits: tuple[Edit, ...] = ()
     dies: str = ""
     survives: str = ""
+
+    def require(self, host: HostConfig) -> None:
+        """Raises NotApplicable where the host lacks what the fault needs to show."""
+        if lacking := self.needs - host.can:
+            raise NotApplicable(f"{host.name} lacks {', '.join(sorted(lacking))}")
 
 
 def load(path: Path = HOME) -> list[Mutant]:
@@ -100,6 +122,8 @@ def _how(node: Node, how: str) -> dict:
         what.check_keys(("op", "in"), ("op", "in"))
         where = {"operations": tuple(what.names("op")), "functions": tuple(what.names("in"))}
         return where | {"local": how == "localise"}
+    if how == "source":
+        return {"edits": tuple(_edit(edit) for edit in node.children(how, "an edit"))}
     return {"words": tuple(_word(word) for word in node.children("words", "a word"))}
 
 
@@ -107,6 +131,11 @@ def _word(node: Node) -> Word:
     node.check_keys(("in", "find", "with", "nth", "arch"), ("in", "find", "with", "arch"))
     nth = node.integer("nth", 1, 1000) if "nth" in node.values else 1
     return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, node.one_of("arch", _ARCHITECTURES))
+
+
+def _edit(node: Node) -> Edit:
+    node.check_keys(("file", "in", "find", "with"), ("file", "in", "find", "with"))
+    return Edit(*map(node.text, ("file", "in", "find", "with")))
 
 
 def _hex(node: Node, key: str) -> int:

@@ -6,21 +6,16 @@ from framework.host.host import Host
 from framework.recorder.facts import kernel_changed, kernel_map, points
 from framework.recorder.points import INSN, KernelMap, instead
 
-from .catalogue import Mutant, Word
+from .catalogue import Mutant, NotApplicable, Word
 
 #: Return to the caller; do nothing.
 _RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr; ret
 _NOP = {"armv7": 0xE320_F000, "armv8": 0xD503_201F}
 
 
-class NotApplicable(Exception):
-    """This kernel cannot be broken this way."""
-
-
 def put_in(mutant: Mutant, host: Host) -> None:
     """Break the host's kernel. Raises NotApplicable, with nothing changed."""
-    if lacking := mutant.needs - host.config.can:
-        raise NotApplicable(f"{host.config.name} lacks {', '.join(sorted(lacking))}")
+    mutant.require(host.config)
     kernel = kernel_map(host)
     patches = _returns(mutant, host, kernel) | _drops(mutant, host) | _words(mutant, host, kernel)
     kernel_changed(host)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,14 @@ from _pytest.runner import runtestprotocol
 
 from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied
 from framework.events.violations import ProtocolBroken
+from framework.host.kernel import Kernel
 from framework.mutants import catalogue
-from framework.mutants.catalogue import Mutant
-from framework.mutants.patching import NotApplicable, put_in
+from framework.mutants.catalogue import Mutant, NotApplicable
+from framework.mutants.patching import put_in
 from framework.mutants.score import Fate, Result, table
+from framework.mutants.source import broken_kernel
 from framework.oracle.verdicts import Kind, Violation
-from framework.pool import Broken, Owner
+from framework.pool import EVERYBODY, Broken, Pool
 
 from .fixtures import plugin_for
 from .judgement import HostLost
@@ -125,32 +129,62 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _run(item: MutantItem) -> Result:
-    """The cases one after another on the broken host, until one fails."""
+    """What becomes of the mutant: it is put in, and the cases are run."""
     pool, mutant, began = item.config.stash[POOL], item.mutant, time.monotonic()
-    item.config.stash[MUTANT] = mutant.name
-    pool.prepare = lambda host: put_in(mutant, host)
 
     def result(fate: Fate, **more) -> Result:
         seconds = time.monotonic() - began
         return Result(item.host, mutant.area, mutant.name, fate, seconds=seconds, **more)
 
     try:
-        pool.host(item.host, Owner(mutant.name), plugin_for(item.cases[0]) if item.cases else None)
-        for number, case in enumerate(item.cases, 1):
-            if (cause := _failure(case)) is not None:
-                died = isinstance(cause, _DEATHS) and not mutant.dies
-                about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
-                return result(Fate.WRONGLY_KILLED if died else Fate.KILLED, **about)
-        fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
-        return result(fate, verdict=mutant.survives, cases=len(item.cases))
+        kernel = _kernel(mutant, item.host, pool)
+        began = time.monotonic()  # a kernel's build is not the suite's time
+        with _in_place_of(item.config, pool.apart(item.host, mutant.name, partial(put_in, mutant), kernel)):
+            return _noticed(item, result)
     except NotApplicable as e:
         return result(Fate.NOT_APPLICABLE, verdict=str(e))
-    except Broken as e:
-        return result(Fate.NOT_RUN, verdict=e.cause.one_line)
+    except LabError as e:
+        return result(Fate.NOT_RUN, verdict=e.one_line)
+
+
+def _kernel(mutant: Mutant, host: str, pool: Pool) -> Kernel | None:
+    """A kernel built with the fault in it; None for a mutant that is put into the running one."""
+    if not mutant.edits:
+        return None
+    return broken_kernel(mutant, pool.configs[host], pool.override(host), pool.artifacts / "mutants")
+
+
+@contextmanager
+def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
+    """Within the block the cases get their hosts from this pool."""
+    usual, config.stash[POOL] = config.stash[POOL], apart
+    config.stash[MUTANT] = True
+    try:
+        yield
     finally:
-        pool.prepare = None
-        pool.discard(item.host)
-        item.config.stash[MUTANT] = ""
+        config.stash[POOL], config.stash[MUTANT] = usual, False
+        apart.close()
+
+
+def _noticed(item: MutantItem, result: Callable[..., Result]) -> Result:
+    """The cases one after another on the broken host, until one fails."""
+    pool, mutant = item.config.stash[POOL], item.mutant
+    try:
+        pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]) if item.cases else None)
+    except Broken as e:
+        if not isinstance(e.cause, _DEATHS):
+            raise e.cause from None
+        return result(_killed(mutant, e.cause), by="boot", verdict=verdict_of(e.cause))
+    for number, case in enumerate(item.cases, 1):
+        if (cause := _failure(case)) is not None:
+            about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
+            return result(_killed(mutant, cause), **about)
+    fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
+    return result(fate, verdict=mutant.survives, cases=len(item.cases))
+
+
+def _killed(mutant: Mutant, cause: BaseException) -> Fate:
+    return Fate.WRONGLY_KILLED if isinstance(cause, _DEATHS) and not mutant.dies else Fate.KILLED
 
 
 def _failure(case: pytest.Item) -> BaseException | None:

@@ -55,9 +55,9 @@ def _too_slow(item: pytest.Item) -> bool:
 
 
 def owner_of(item: pytest.Item) -> Owner:
-    """Who shares a host with this case: whoever has the same mutant; else as its mark or ``--isolation`` says."""
-    if mutant := item.config.stash.get(MUTANT, ""):
-        return Owner(mutant)
+    """Who shares a host with this case: as its mark or ``--isolation`` says; all cases that one mutant meets."""
+    if item.config.stash.get(MUTANT, False):
+        return EVERYBODY
     mark = item.get_closest_marker("isolation")
     match mark.args[0] if mark else item.config.getoption("--isolation"):
         case "test":

@@ -41,6 +41,19 @@ def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[
     return tree.from_tree(source, config.linux_arch, [*fragments_of(config), *more], patches)
 
 
+def tree_of(config: HostConfig, override: str | None = None) -> Path | None:
+    """The source tree that the host's kernel is built from; None when it comes from elsewhere."""
+    if override is not None:
+        return Path(override) if Path(override).is_dir() else None
+    return _path(config, config.kernel["path"]) if config.kernel["source"] == "tree" else None
+
+
+def with_patch(config: HostConfig, override: str | None, patch: Path) -> Kernel:
+    """The kernel of :func:`tree_of`, with one patch more."""
+    patches = [] if override is not None else _patches(config)
+    return tree.from_tree(tree_of(config, override), config.linux_arch, fragments_of(config), [*patches, patch])
+
+
 def fragments_of(config: HostConfig) -> list[str]:
     """The configuration fragments a kernel for this host is built with."""
     return config.kernel.get("fragments", [f"{config.linux_arch}-virt", "lab"])
@@ -62,8 +75,11 @@ def _deb(config: HostConfig) -> Kernel:
 
 
 def _tree(config: HostConfig) -> Kernel:
-    patches = [_path(config, p) for p in config.kernel.get("patches", [])]
-    return tree.from_tree(_path(config, config.kernel["path"]), config.linux_arch, fragments_of(config), patches)
+    return tree.from_tree(tree_of(config), config.linux_arch, fragments_of(config), _patches(config))
+
+
+def _patches(config: HostConfig) -> list[Path]:
+    return [_path(config, p) for p in config.kernel.get("patches", [])]
 
 
 def _tarball(config: HostConfig) -> Kernel:

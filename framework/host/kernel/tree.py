@@ -57,7 +57,7 @@ def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) 
         raise SetupError("patch is not installed", remedy="run `arm-kvm setup`")
     inputs = [fingerprint(tree, arch), *(_read_patch(p) for p in patches)]
     label = f"tree {tree.name}" + (f" + {len(patches)} patches" if patches else "")
-    return _built(label, arch, fragments, inputs, prepare)
+    return _built(label, arch, fragments, inputs, prepare, len(patches))
 
 
 def from_tarball(tarball: Path, sha256: str, arch: str, fragments: list[str]) -> Kernel:
@@ -72,9 +72,10 @@ def cached_tarball(sha256: str, arch: str, fragments: list[str]) -> Kernel | Non
 
 
 def cached_build(arch: str, fragments: list[str]) -> Kernel | None:
-    """The newest kernel in the cache that was built for this architecture with these fragments."""
+    """The newest kernel in the cache that was built for this architecture with these fragments, and no patches."""
     for entry in cache.entries("kernels"):
-        if entry.meta.get("arch") == arch and entry.meta.get("fragments") == fragments:
+        meta = entry.meta
+        if (meta.get("arch"), meta.get("fragments"), meta.get("patches", 0)) == (arch, fragments, 0):
             return _kernel(entry)
     return None
 
@@ -86,13 +87,19 @@ def build_key(arch: str, fragments: list[str], inputs: list[object]) -> str:
 
 
 def _built(
-    label: str, arch: str, fragments: list[str], inputs: list[object], prepare: Callable[[Path], Path]
+    label: str,
+    arch: str,
+    fragments: list[str],
+    inputs: list[object],
+    prepare: Callable[[Path], Path],
+    patches: int = 0,
 ) -> Kernel:
     def make(out: Path, work: Path) -> dict:
         build = Build(prepare(work), work / "build", arch, fragment_files(fragments))
         shutil.copy(build.run(), out / "image")
         shutil.copy(work / "build/.config", out / "config")
-        return {"label": label, "version": build.version(), "arch": arch, "fragments": fragments}
+        about = {"label": label, "version": build.version(), "arch": arch}
+        return about | {"fragments": fragments, "patches": patches}
 
     return _kernel(cache.obtain("kernels", build_key(arch, fragments, inputs), make))
 
