@@ -48,12 +48,15 @@ def arm_kvm():
 
 @pytest.fixture
 def without(host):
-    """``with without("kvm_age_hva", "kvm_age_gfn"):`` those of these functions that the kernel has return 0 at once."""
+    """``with without("kvm_age_hva", "kvm_age_gfn", value=0):`` those of these functions that the kernel has do nothing.
+
+    (Without a value only their first instruction changes: a recorder goes by where instructions were.)
+    """
     kernel = kernel_map(host)
 
-    def disabled(*names):
+    def disabled(*names, value=None):
         places = [kernel.pa(va) for name in names for va in kernel.copies_of(name)]
         assert places, f"no {' nor '.join(names)} in this kernel"
-        return host.machine.patched(places, returning(host.config.architecture.name, 0))
+        return host.machine.patched(places, returning(host.config.architecture.name, value))
 
     return disabled

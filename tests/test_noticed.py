@@ -50,7 +50,7 @@ def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
 
 def test_unmapping(without, shortest):
     """A leaf outlives what the host has taken away or protected."""
-    with without(*UNMAP):
+    with without(*UNMAP, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert any(word in complaints for word in ("wrong-frame", "excess-permission", "still mapped", "still writable"))
@@ -58,7 +58,7 @@ def test_unmapping(without, shortest):
 
 def test_change_pte(without, shortest):
     """After a copy on write, or the first store over the zero page, the new frame is not mapped where it should be."""
-    with without(*SET_PTE):
+    with without(*SET_PTE, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert "a level 3 table was left" in complaints
@@ -66,7 +66,7 @@ def test_change_pte(without, shortest):
 
 def test_ageing(without, shortest):
     """The host asks, and the guest's accessed flag stays."""
-    with without(*AGE):
+    with without(*AGE, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert steps[-1].kind is Kind.AGE and "still young" in complaints
@@ -74,7 +74,7 @@ def test_ageing(without, shortest):
 
 def test_write_protection(without, shortest):
     """A page that is clean in the dirty log can be written."""
-    with without(*WRITE_PROTECT):
+    with without(*WRITE_PROTECT, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert Kind.LOG_ON in kinds(steps) and "excess-permission" in complaints
@@ -84,7 +84,7 @@ def test_a_witness_names_it(without, vm, witness):
     """One operation, before and after: what is still there has its name."""
     memory = vm.add_memory(0x8000_0000, 0x1000)
     vm.guest.write(0x8000_0000, 1)
-    with pytest.raises(Violation) as found, without(*UNMAP), witness(Operation.DONTNEED, memory):
+    with pytest.raises(Violation) as found, without(*UNMAP, value=0), witness(Operation.DONTNEED, memory):
         memory.advise(Advice.DONTNEED)
     assert found.value.kinds & {Verdict.STALE, Verdict.WRONG_FRAME}
     vm.destroy()
@@ -100,7 +100,7 @@ def test_freeing_of_tables(without, make_vm, stage2, trace):
             if healthy:
                 vm.destroy()
             else:
-                with without(*FREE):
+                with without(*FREE, value=0):
                     vm.destroy()
         freed = {event.fields["pfn"] + n for event in events for n in range(1 << event.fields.get("order", 0))}
         assert own <= freed if healthy else not own & freed

@@ -41,10 +41,6 @@ class Agent:
         if blob:
             entropy.add(blob)
 
-    def random_bytes(self, size):
-        """What the host's kernel gives who asks for random numbers."""
-        return os.urandom(size).hex()
-
     def batch(self, requests):
         """Several requests whose results are no blobs, in one: [[op, args], ...]. The first that fails ends it."""
         return [getattr(self, op)(**args) for op, args in requests]
