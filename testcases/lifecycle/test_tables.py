@@ -53,12 +53,16 @@ def test_every_page_goes_with_the_vm(busy_vm, page_trace, tables):
     assert own <= pages.freed
 
 
-def test_root_of_a_vm_that_never_ran(make_vm, page_trace):
-    """As many frames of that size and kind go as came; that it was the root, nobody has seen."""
+def test_roots_of_vms_that_never_ran(make_vms, page_trace):
+    """Zeroed frames go as they came, but for the few that the host took for itself meanwhile; which the roots were,
+    nobody has seen.
+    """
+    count = 16
     with page_trace() as pages:
-        vm = make_vm()
-        vm.destroy()
-    assert pages.zeroed <= pages.freed
+        for vm in make_vms(count):
+            vm.destroy()
+    assert len(pages.zeroed) >= count
+    assert len(pages.zeroed - pages.freed) < count, "a frame of each VM at least"
 
 
 def test_table_goes_with_the_last_page_it_maps(vm, page_trace, tables):
