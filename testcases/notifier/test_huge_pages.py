@@ -69,7 +69,7 @@ def test_split_of_the_page_itself(huge, host):
     huge.settle()
 
 
-def test_collapse(make_scene, khugepaged):
+def test_collapse(make_scene, khugepaged, oracle, known_fault):
     """512 pages become a huge page: the old frames go, and the guest's next fault may map a block."""
     scene = make_scene(2 * IN_A_BLOCK)
     assert not scene.leaf(0).is_block
@@ -80,6 +80,10 @@ def test_collapse(make_scene, khugepaged):
         assert scene.vm.guest.read(IPA + 8) == 1
         assert scene.leaf(0).is_block
     scene.settle()
+    said = [str(splat) for splat in oracle.splats()]
+    if said and all("include/linux/mmu_notifier.h" in text and "Comm: khugepaged" in text for text in said):
+        known_fault("collapse_huge_page() ends the notifier's range while it has a page table mapped (5.4, HIGHPTE)")
+    assert said == []
 
 
 def test_hugetlbfs(make_scene):
