@@ -80,18 +80,42 @@ def lookup(kind: str, key: str) -> Entry | None:
 
 def entries(kind: str) -> list[Entry]:
     """All finished entries of a kind, the newest first."""
-    metas = (cache_root() / kind).glob("*/meta.json")
-    return [Entry(m.parent) for m in sorted(metas, key=lambda m: m.stat().st_mtime, reverse=True)]
+    found = []
+    for meta in (cache_root() / kind).glob("*/meta.json"):
+        with suppress(FileNotFoundError):  # just removed
+            if "." not in meta.parent.name:  # else it is being made, or taken away
+                found.append((meta.stat().st_mtime, meta.parent))
+    return [Entry(folder) for _, folder in sorted(found, reverse=True)]
+
+
+def leftovers(kind: str) -> list[Entry]:
+    """What interrupted processes left of entries: scratch folders, which the next attempt goes on with, and halves."""
+    folders = (cache_root() / kind).glob("*.*/")
+    return [Entry(folder) for folder in folders if not _locked(folder.with_suffix(".lock"))]
+
+
+def _locked(path: Path) -> bool:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def size(entry: Entry) -> int:
     """Bytes of disk that an entry takes, holes not counted."""
-    return sum(path.lstat().st_blocks * 512 for path in entry.folder.rglob("*"))
+    used = 0
+    for path in entry.folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            used += path.lstat().st_blocks * 512
+    return used
 
 
 def kinds() -> list[str]:
-    """What the cache has entries of."""
-    return sorted({meta.parent.parent.name for meta in cache_root().glob("*/*/meta.json")})
+    """What the cache has entries of, or leftovers."""
+    return sorted(kind.name for kind in cache_root().glob("*/") if entries(kind.name) or leftovers(kind.name))
 
 
 def remove(entry: Entry) -> None:

@@ -237,14 +237,15 @@ def cmd_obligations(args: argparse.Namespace) -> int:
 
 def cmd_cache_list(args: argparse.Namespace) -> int:
     """What the cache holds and how much disk it takes."""
-    table, total = _table("kind", "entries", "MiB", "last used"), 0
+    table, total = _table("kind", "entries", "MiB", "left over, MiB", "last used"), 0
     for kind in cache.kinds():
-        entries = cache.entries(kind)
-        used = sum(map(cache.size, entries))
-        total += used
-        newest = time.strftime("%Y-%m-%d %H:%M", time.localtime((entries[0].folder / "meta.json").stat().st_mtime))
-        table.add_row(kind, str(len(entries)), f"{used / 2**20:,.0f}", newest)
-    table.add_row("all", "", f"{total / 2**20:,.0f}", "")
+        entries, left = cache.entries(kind), cache.leftovers(kind)
+        sizes = [sum(map(cache.size, some)) for some in (entries, left)]
+        total += sum(sizes)
+        times = [(entry.folder / "meta.json").stat().st_mtime for entry in entries[:1]]
+        newest = "".join(time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) for seconds in times)
+        table.add_row(kind, str(len(entries)), *(f"{size / 2**20:,.0f}" for size in sizes), newest)
+    table.add_row("all", "", f"{total / 2**20:,.0f}", "", "")
     _out.print(table)
     print(f"{cache_root()}; snapshots are kept within {snapshots.BUDGET >> 20:,} MiB, those used last")
     return 0
@@ -257,8 +258,9 @@ def cmd_cache_clean(args: argparse.Namespace) -> int:
         raise ConfigError(f"the cache holds no {unknown[0]!r}; it holds: {', '.join(known) or 'nothing'}")
     for kind in args.kind or [snapshots.KIND]:
         entries = cache.entries(kind)
-        used = sum(map(cache.size, entries))
-        for entry in entries:
+        gone = [*entries, *cache.leftovers(kind)]
+        used = sum(map(cache.size, gone))
+        for entry in gone:
             cache.remove(entry)
         print(f"{kind}: {len(entries)} entries, {used / 2**20:,.0f} MiB removed")
     return 0
@@ -270,14 +272,14 @@ def cmd_mutate(args: argparse.Namespace) -> int:
     hosts = [word for name in args.host or _MUTATED for word in ("--host", name)]
     kernels = [word for kernel in args.kernel for word in ("--kernel", kernel)]
     how = ["-q", "--tb=no", "-r", "", "-n", str(args.workers), *(["--quick"] if args.quick else [])]
-    return _pytest("testcases", *how, *wanted, *hosts, *kernels)
+    return _pytest(ROOT / "testcases", *how, *wanted, *hosts, *kernels)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:
     """The benchmarks, as one table with medians and spread."""
     with tempfile.TemporaryDirectory(prefix="arm-kvm-bench-") as folder:
         saved = Path(folder) / "bench.json"
-        code = _pytest("benchmarks", "-q", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
+        code = _pytest(ROOT / "benchmarks", "-q", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
         if not saved.exists() or not saved.stat().st_size:
             return code
         results = json.loads(saved.read_text())["benchmarks"]
@@ -297,11 +299,11 @@ def _seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _pytest(*arguments: str) -> int:
-    """Run pytest on this checkout; its exit code."""
-    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+def _pytest(where: Path, *arguments: str) -> int:
+    """Run pytest on a folder of this checkout, from where the user is; its exit code."""
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(where)]
     try:
-        return subprocess.call([sys.executable, "-m", "pytest", *settings, *arguments], cwd=ROOT)
+        return subprocess.call([sys.executable, "-m", "pytest", *settings, *arguments])
     except KeyboardInterrupt:  # pytest has heard it, too
         return 130
 

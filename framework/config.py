@@ -80,8 +80,15 @@ class Node:
         self._here = node.start_mark.line + 1
         try:
             self.values = yaml.SafeLoader("").construct_document(node)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path}:{self._here}: {what}: {getattr(e, 'problem', e)}") from e
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise self.wrong(name, f"{name!r} is there twice")
+        for key in self.values:
+            if key not in self._children:
+                raise self.wrong(str(key), f"{key!r} is not a text that can be a key: quote it")
 
     def wrong(self, key: str, message: str) -> ConfigError:
         return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")

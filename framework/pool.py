@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import HostConfig
-from .errors import LabError, MachineError
+from .errors import AgentError, LabError, MachineError
 from .host import snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
@@ -68,6 +68,7 @@ class Pool:
     ) -> None:
         self.configs = {config.name: config for config in hosts}
         self.kept: list[Host] = []
+        self.told: set[str] = set()  #: hosts whose trouble a test has already shown in full
         self._overrides = kernels
         self.artifacts = artifacts
         self._worker = worker
@@ -83,16 +84,19 @@ class Pool:
 
     def apart(self, name: str, why: str, prepare: Callable[[Host], None], kernel: Kernel | None = None) -> Pool:
         """A pool of this host alone, for what its tests share with nobody: ``prepare``, done to it before the first,
-        and a kernel, if one is given.
+        and a kernel, if one is given. What is left of them is in a folder of its own (:meth:`folder_apart`).
         """
-        label = "-".join(filter(None, (self._worker, why)))
-        other = Pool([self.configs[name]], self._overrides, self.artifacts, label, self._entropy)
+        folder = self.folder_apart(name, why)
+        other = Pool([self.configs[name]], self._overrides, folder, self._worker, self._entropy)
         other._prepare = prepare
         if kernel is None:
             other._kernels, other._snapshots = self._kernels, self._snapshots
         else:
             other._kernels = {name: kernel}
         return other
+
+    def folder_apart(self, name: str, why: str) -> Path:
+        return self.artifacts / "mutants" / f"{name}-{why}"
 
     def override(self, name: str) -> str | None:
         """The ``--kernel`` that was given for this host."""
@@ -145,7 +149,7 @@ class Pool:
         if not config.boot_afresh:
             try:
                 return self._taken(name, make_plugin) or self._restore(name, self._logs(name, owner), plugin())
-            except MachineError as e:
+            except (MachineError, AgentError) as e:
                 note(f"{name} cannot be restored, and boots afresh: {e.one_line}")
         return Host.boot(config, kernel, self._logs(name, owner), plugin=plugin())
 
@@ -175,7 +179,7 @@ class Pool:
 
     def _snapshot(self, name: str) -> Snapshot:
         if name not in self._snapshots:
-            logs = self.artifacts / "hosts" / f"{name}-snapshot"
+            logs = self.artifacts / "hosts" / "-".join(filter(None, (self._worker, name, "snapshot")))
             self._snapshots[name] = snapshots.obtain(self.configs[name], self.kernel(name), logs)
         return self._snapshots[name]
 
@@ -196,6 +200,10 @@ class Pool:
         except LabError as e:
             self._broken[name] = e
             raise Broken(e) from e
+
+    def holds(self, host: Host) -> bool:
+        """Whether the host is in use; not so once the pool is closed, or has ended or kept it."""
+        return any(live.host is host for live in self._live.values())
 
     def done(self, host: Host) -> None:
         """A test is done with this host: the next that shares it finds no VM on it. Raises LabError: it is lost."""
@@ -231,5 +239,5 @@ class Pool:
 
 def _end(spare: _Spare | None) -> None:
     if spare:
-        with suppress(LabError):
+        with suppress(Exception):  # it was for nobody yet; whoever needs a host meets the reason
             spare.host.result().shutdown()

@@ -88,3 +88,20 @@ def test_a_full_disk_has_a_message_of_its_own(own_cache):
     with pytest.raises(CacheFull, match="is full") as caught:
         cache.obtain("things", "key", make)
     assert "ARM_KVM_CACHE" in caught.value.remedy
+
+
+def test_what_interruptions_leave_is_no_entry(own_cache):
+    """Scratch folders and halves are leftovers, unless somebody is at work on them."""
+    cache.obtain("things", "key", lambda out, work: {})
+    for name in ("a.work", "b.new", "key.gone-1"):
+        (own_cache / "things" / name).mkdir()
+        (own_cache / "things" / name / "meta.json").write_text("{}")
+
+    def look(out, work):
+        return {"left": sorted(entry.folder.name for entry in cache.leftovers("things"))}
+
+    assert cache.obtain("things", "a", look).meta == {"left": ["b.new", "key.gone-1"]}
+    assert {entry.folder.name for entry in cache.entries("things")} == {"key", "a"}
+    for entry in cache.leftovers("things"):
+        cache.remove(entry)
+    assert cache.leftovers("things") == []

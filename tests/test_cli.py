@@ -103,9 +103,13 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
 def test_cache_is_shown_and_cleaned(arm_kvm, own_cache):
     for kind, size in (("snapshots", 3 << 20), ("kernels", 1 << 20)):
         cache.obtain(kind, "key", lambda out, work, size=size: (out / "file").write_bytes(os.urandom(size)) and {})
+    (own_cache / "kernels/other.work").mkdir()
+    (own_cache / "kernels/other.work/half").write_bytes(os.urandom(2 << 20))
     shown = arm_kvm("cache").stdout
     assert (
-        re.search(r"kernels +1 +1 ", shown) and re.search(r"snapshots +1 +3 ", shown) and re.search(r"all +4 ", shown)
+        re.search(r"kernels +1 +1 +2 ", shown)
+        and re.search(r"snapshots +1 +3 ", shown)
+        and re.search(r"all +6 ", shown)
     )
     assert "snapshots: 1 entries, 3 MiB removed" in arm_kvm("cache", "clean").stdout
     assert cache.kinds() == ["kernels"], "kernels take long to make: only who names them loses them"

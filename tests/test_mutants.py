@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from framework import config
-from framework.errors import ConfigError
+from framework.errors import ConfigError, KernelError
 from framework.host import snapshots
 from framework.host.kernel import obtain
 from framework.lab import ROOT
@@ -38,7 +38,11 @@ one:
     [
         ("fault", "falt", "unknown key 'falt' in mutant 'one'; did you mean 'fault'"),
         ("  origin: somewhere\n", "", "mutant 'one' lacks the key 'origin'"),
-        ("  return: [kvm_unmap_gfn_range]\n", "", "put in by one of: return, drop, localise, words, source; here by none"),
+        (
+            "  return: [kvm_unmap_gfn_range]\n",
+            "",
+            "put in by one of: return, drop, localise, words, source; here by none",
+        ),
         ("  value: 0", "  drop: {op: [alle1is], in: [f]}", "put in by one of"),
         ("value: 0", "value: zero", "value: 'zero' is not a number"),
         ("return: [kvm_unmap_gfn_range]", "return: kvm_unmap_gfn_range", "is not a list of names"),
@@ -57,6 +61,12 @@ one:
             "source: [{file: mmu.c, in: f, find: a, with: b, nth: 2}]",
             "unknown key 'nth' in an edit",
         ),
+        ("[kvm_unmap_gfn_range]\n  value: 0", "[]", "return is empty: nothing would be broken"),
+        ("return: [kvm_unmap_gfn_range]\n  value: 0", "localise: {op: [alle1], in: [f]}", "'alle1' is local already"),
+        ("return: [kvm_unmap_gfn_range]\n  value: 0", "drop: {op: [alle1], in: []}", "drop is empty"),
+        ("  value: 0", "  fault: it is broken again", "'fault' is there twice"),
+        ("one:", "2012:", "2012 is not a text that can be a key: quote it"),
+        ("origin: somewhere", "origin: 2012-99-99", "month must be in 1..12"),
     ],
 )
 def test_what_is_wrong_in_a_catalogue_is_named(tmp_path, old, new, words):
@@ -217,6 +227,18 @@ def test_edits_that_fit_nowhere(tree, what):
         source.as_patch(what, tree)
 
 
+def test_a_tree_that_is_none(tree):
+    with pytest.raises(KernelError, match="is not a kernel source tree"):
+        source.broken_kernel(edit("fault"), ARM64, str(tree), tree)
+
+
+def test_bytes_that_are_no_text_stay(tree):
+    (tree / "mmu.c").write_bytes(C.replace("map(kvm)", "map(kvm) /* \udcfc\f */").encode(errors="surrogateescape"))
+    patch = source.as_patch(edit("fault"), tree).encode(errors="surrogateescape")
+    subprocess.run(["patch", "-p1", "-d", tree], input=patch, check=True)
+    assert b"nolock(kvm);\n        map(kvm) /* \xfc\f */;" in (tree / "mmu.c").read_bytes()
+
+
 def test_a_kernel_that_has_no_tree(tmp_path):
     with pytest.raises(NotApplicable, match="not built from a tree: --kernel arm64=PATH gives one"):
         source.broken_kernel(edit("fault"), ARM64, None, tmp_path)
@@ -286,9 +308,47 @@ def test_a_host_that_cannot_be_had(tmp_path):
     assert "0 of 0 applicable mutants killed, 0 %; 1 not run" in said
 
 
-def test_a_mutant_that_is_not_there(tmp_path):
-    code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignord", "--host", "arm64")
-    assert code == 4 and "no mutant is called 'unmap-ignord'" in said
+def test_no_case_that_could_notice_it(tmp_path):
+    (tmp_path / "mutants.yaml").write_text(GOOD.replace("test_suite.py", "test_other.py"))
+    options = ["--mutate", "one", "--catalogue", "mutants.yaml", "--host", "arm64", "-q", "--quick"]
+    code, said = Run(tmp_path)(SUITE, *options)
+    assert code == 1 and re.search(r"one +not run .* no case was chosen", said)
+
+
+LOSES_ITS_COMPILER = """
+from framework.errors import SetupError
+from framework.plugin import fixtures
+
+def missing(qemu):
+    raise SetupError("gcc is not installed")
+
+fixtures.Probe = missing
+
+def test_one(vm):
+    vm.guest.ping()
+
+def test_two(vm, record):
+    pass
+"""
+
+
+def test_a_host_that_cannot_be_had_any_more(tmp_path):
+    """The first case passes; for the second there is no host, which says nothing of the mutant."""
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000"))
+    options = ["--mutate", "harmless", "--catalogue", "mutants.yaml", "--host", "arm64", "-q"]
+    code, said = Run(tmp_path)(LOSES_ITS_COMPILER, *options)
+    assert code == 1 and re.search(r"harmless +not run .* gcc is not installed", said)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_mutant_that_is_not_there(tmp_path, workers):
+    code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignord", "--host", "arm64", "-n", workers)
+    assert code == 4 and "no mutant is called 'unmap-ignord'" in said and "INTERNALERROR" not in said
+
+
+def test_a_catalogue_that_is_not_there(tmp_path):
+    code, said = Run(tmp_path)(SUITE, "--mutate", "all", "--catalogue", "none.yaml", "--host", "arm64")
+    assert code == 4 and "none.yaml" in said and "Traceback" not in said
 
 
 def test_the_table_closes_with_the_share():

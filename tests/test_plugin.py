@@ -246,9 +246,32 @@ def test_nothing_is_left_when_pytest_is_ended(run, tmp_path, end):
         assert process.poll() is None
     (card,) = [c for c in live_machines() if c.lab_pid == process.pid]
     process.send_signal(end)
-    process.wait(20)
+    said, _ = process.communicate(timeout=20)
+    assert "Traceback" not in said
+    assert process.returncode == (pytest.ExitCode.INTERRUPTED if end == signal.SIGINT else -end)
     deadline = time.monotonic() + 5
     left = [Path(f"/proc/{card.qemu_pid}"), Path(card.gdb).parent.parent]
     while any(path.exists() for path in left) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(path.exists() for path in left)
+
+
+DIES_LATE = """
+from framework.recorder.facts import kernel_map
+
+def test_passes(vm, host):
+    vm.guest.ping()
+    kernel = kernel_map(host)
+    with host.machine.gdb.pause() as gdb:
+        gdb.write_memory(kernel.pa(kernel.symbols["kvm_arch_destroy_vm"]), bytes(4))
+
+def test_after(vm):
+    vm.guest.ping()
+"""
+
+
+def test_a_host_that_dies_when_the_vms_go(run):
+    """The test's own part passed; the kernel meets an undefined instruction when its VM is destroyed."""
+    code, said = run(DIES_LATE, "--host", "arm64", "-k", "A64")
+    assert code == 1 and "2 passed" in said and "1 error" in said
+    assert "while the test's VMs were destroyed, its host was lost: the host's kernel" in said

@@ -163,6 +163,13 @@ def test_another_kernel_has_another_key(kernel, tmp_path):
     assert len({snapshots.key_of(ARM64, k) for k in (kernel, other, less)}) == 3
 
 
+def test_another_root_file_system_has_another_key(kernel, monkeypatch):
+    """Made anew it has other keys for ssh, though it was made from the same."""
+    key, rootfs = snapshots.key_of(ARM64, kernel), snapshots.rootfs.obtain("arm64")
+    monkeypatch.setattr(snapshots.rootfs, "obtain", lambda architecture: replace(rootfs, host_key="another"))
+    assert snapshots.key_of(ARM64, kernel) != key
+
+
 def test_those_used_longest_ago_go_first(own_cache):
     def make(size):
         return lambda out, work: (out / "file").write_bytes(os.urandom(size)) and {}

@@ -101,9 +101,14 @@ class Host:
 
         Without entropy all hosts restored from one begin with the same entropy pool. Raises what boot raises.
         """
+        rootfs = rootfs_.obtain(config.rootfs)
         machine = Machine.start(config.board, Boot(kernel.image), Logs(logs), plugin=plugin, saved=saved)
-        host = cls(config, kernel, machine, rootfs_.obtain(config.rootfs), greet)
-        host.agent("restored", now=time.time(), blob=entropy)
+        host = cls(config, kernel, machine, rootfs, greet)
+        try:
+            host.agent("restored", now=time.time(), blob=entropy)
+        except BaseException:
+            host.shutdown()
+            raise
         return host
 
     def _leave_card(self) -> None:

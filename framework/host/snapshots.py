@@ -7,11 +7,13 @@ is made anew. Those used last stay, as far as the budget of disk goes.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from framework import cache
 from framework.config import HostConfig
+from framework.errors import MachineError
 from framework.machine import version
 from framework.machine.board import Boot, command_line
 from framework.machine.machine import Plugin
@@ -53,7 +55,11 @@ def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:
     held = _held(key)
     if held is None:
         cache.obtain(KIND, key, lambda out, work: _make(config, kernel, logs, out))
-        held = _held(key) or Saved.at(cache.lookup(KIND, key).folder).held()
+        held = _held(key)
+    if held is None:
+        raise MachineError(
+            f"the snapshot of {config.name} did not stay as it was saved", remedy="see to the cache's disk"
+        )
     return Snapshot(config, kernel, held)
 
 
@@ -64,7 +70,13 @@ def key_of(config: HostConfig, kernel: Kernel) -> str:
     files = rootfs.obtain(config.rootfs)
     modules = [part for name, data in kernel.modules for part in (name, data)]
     return cache.key_of(
-        _FORMAT, version.of(config.board.qemu), board, kernel.image.read_bytes(), *modules, files.overlay_key
+        _FORMAT,
+        version.of(config.board.qemu),
+        board,
+        kernel.image.read_bytes(),
+        *modules,
+        files.overlay_key,
+        files.host_key,  # made anew with the root file system
     )
 
 
@@ -91,6 +103,7 @@ def _held(key: str) -> Saved | None:
         note(f"the snapshot {entry.folder} is damaged; it is made anew")
         cache.remove(entry)
         return None
-    os.utime(entry.folder / "meta.json")
+    with suppress(FileNotFoundError):  # another process may find it too much meanwhile; it is open here
+        os.utime(entry.folder / "meta.json")
     cache.keep_within(KIND, BUDGET)
     return held

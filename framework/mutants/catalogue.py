@@ -114,12 +114,18 @@ def _mutant(area: str, name: str, node: Node) -> Mutant:
 
 
 def _how(node: Node, how: str) -> dict:
+    if not node.values[how]:
+        raise node.wrong(how, f"{how} is empty: nothing would be broken")
     if how == "return":
         value = node.integer("value", 0, 0xFFFF) if "value" in node.values else None
         return {"returns": tuple(node.names("return")), "value": value}
     if how in ("drop", "localise"):
         what = node.child(how, how)
         what.check_keys(("op", "in"), ("op", "in"))
+        if how == "localise" and (all_ := [op for op in what.names("op") if not op.endswith("is")]):
+            raise what.wrong("op", f"op: {all_[0]!r} is local already")
+        if not what.names("op") or not what.names("in"):
+            raise what.wrong("op", f"{how} is empty: nothing would be broken")
         where = {"operations": tuple(what.names("op")), "functions": tuple(what.names("in"))}
         return where | {"local": how == "localise"}
     if how == "source":

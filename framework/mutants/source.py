@@ -9,8 +9,11 @@ from pathlib import Path
 from framework.config import HostConfig
 from framework.host.kernel import Kernel
 from framework.host.kernel.sources import tree_of, with_patch
+from framework.host.kernel.tree import check_tree
 
 from .catalogue import Edit, Mutant, NotApplicable
+
+_AS_IS = "surrogateescape"  # some files of old kernels are not UTF-8
 
 
 def broken_kernel(mutant: Mutant, config: HostConfig, override: str | None, folder: Path) -> Kernel:
@@ -21,9 +24,10 @@ def broken_kernel(mutant: Mutant, config: HostConfig, override: str | None, fold
     mutant.require(config)
     if (tree := tree_of(config, override)) is None:
         raise NotApplicable(f"the kernel is not built from a tree: --kernel {config.name}=PATH gives one")
+    check_tree(tree)
     folder.mkdir(parents=True, exist_ok=True)
     patch = folder / f"{mutant.name}.patch"
-    patch.write_text(as_patch(mutant, tree))
+    patch.write_bytes(as_patch(mutant, tree).encode(errors=_AS_IS))
     return with_patch(config, override, patch)
 
 
@@ -43,7 +47,7 @@ def as_patch(mutant: Mutant, tree: Path) -> str:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(errors="surrogateescape") if path.is_file() else ""
+    return path.read_bytes().decode(errors=_AS_IS) if path.is_file() else ""
 
 
 def _edited(text: str, edit: Edit) -> str | None:
@@ -56,5 +60,5 @@ def _edited(text: str, edit: Edit) -> str | None:
 
 
 def _diff(name: str, before: str, after: str) -> str:
-    lines = (text.splitlines(keepends=True) for text in (before, after))
+    lines = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (before, after))
     return "".join(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))

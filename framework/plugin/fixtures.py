@@ -26,12 +26,19 @@ from framework.recorder.probe import Probe
 from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
-from .judgement import HostSession
+from .judgement import HostLost, HostSession
 from .selection import alone_next, host_name, owner_of, records
 from .stash import BLAMED, FAILED, POOL, SESSION
 
-_TOLD = pytest.StashKey[set[str]]()  # hosts whose trouble a test has already shown in full
 _RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
+
+
+class HostUnusable(pytest.fail.Exception):
+    """There is no such host to run the test on, because of ``cause``."""
+
+    def __init__(self, words: str, cause: LabError) -> None:
+        super().__init__(words, pytrace=False)
+        self.cause = cause
 
 
 @pytest.fixture
@@ -66,35 +73,37 @@ def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
         return pool.host(name, owner_of(item), plugin_for(item))
     except Broken as e:
         cause = e.cause
-    config = item.config
-    if isinstance(cause, KernelError) and not config.getoption("--require-kvm"):
+    if isinstance(cause, KernelError) and not item.config.getoption("--require-kvm"):
         item.stash[BLAMED] = pool.configs[name].path
         pytest.skip(f"{name}: {cause.one_line}")
-    told = config.stash.setdefault(_TOLD, set())
-    if name in told:
-        pytest.fail(
-            f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}",
-            pytrace=False,
-        )
-    told.add(name)
-    pytest.fail(f"host {name} cannot be used: {cause}", pytrace=False)
+    if name in pool.told:
+        words = f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}"
+    else:
+        words = f"host {name} cannot be used: {cause}"
+    pool.told.add(name)
+    raise HostUnusable(words, cause)
 
 
 def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:
     """Collect the artifacts, and give the host back clean, kept or not at all."""
     host, node = session.host, request.node
+    ended = not pool.holds(host)  # the run was interrupted
     alive = host.machine.alive
-    if not alive:
+    if not alive and not ended:
         session.folder.write("lost.txt", str(host.machine.lost()))
     session.folder.collect(host.machine.logs)
     node.user_properties += [("artifact", str(path)) for path in session.folder.files]
+    if ended:
+        return
     if node.stash.get(FAILED, False) and request.config.getoption("--keep") and alive:
         pool.keep(host.config.name)
         return
     try:
         pool.done(host)
-    except LabError:
+    except LabError as e:
         pool.discard(host.config.name)
+        if not node.stash.get(FAILED, False):
+            raise HostLost(f"while the test's VMs were destroyed, its host was lost: {e}", pytrace=False) from None
 
 
 @pytest.fixture

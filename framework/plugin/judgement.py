@@ -21,7 +21,7 @@ _DUMPED = 16  #: VMs of one test whose tables are written down; of more, only th
 
 
 class HostLost(pytest.fail.Exception):
-    """The test passed, and its host is gone."""
+    """The test passed, and its host is gone, or was when its VMs were destroyed."""
 
 
 class HostSession:

@@ -27,12 +27,13 @@ from framework.mutants.source import broken_kernel
 from framework.oracle.verdicts import Kind, Violation
 from framework.pool import EVERYBODY, Broken, Pool
 
-from .fixtures import plugin_for
+from .fixtures import HostUnusable, plugin_for
 from .judgement import HostLost
 from .selection import host_name, needs_host
 from .stash import CAUSE, MUTANT, POOL
 
 _PROPERTY = "mutant"
+_CHOSEN = pytest.StashKey[list[Mutant]]()
 _VERDICTS = re.compile("|".join(rf"^\s+({kind.value})\b" for kind in Kind), re.M)
 _DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied, HostLost)
 
@@ -64,14 +65,19 @@ class MutantItem(pytest.Item):
         return self.path, 0, self.name
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A catalogue that is not right is said before workers start, which could not."""
+    if names := config.getoption("--mutate"):
+        try:
+            config.stash[_CHOSEN] = _chosen(catalogue.load(config.getoption("--catalogue")), names)
+        except LabError as e:
+            raise pytest.UsageError(str(e)) from e
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not (names := config.getoption("--mutate")):
+    if _CHOSEN not in config.stash:
         return
-    try:
-        mutants = _chosen(catalogue.load(config.getoption("--catalogue")), names)
-    except LabError as e:
-        raise pytest.UsageError(str(e)) from e
     quick = config.getoption("--quick")
     hosts = [c.name for c in config.stash[POOL].configs.values() if c.has_kvm]
     cases = {host: [i for i in items if needs_host(i) and host_name(i) == host] for host in hosts}
@@ -80,7 +86,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
             session, name=f"{host}/{m.name}", mutant=m, host=host, cases=_ordered(m, cases[host], quick)
         )
         for host in hosts
-        for m in mutants
+        for m in config.stash[_CHOSEN]
     ]
 
 
@@ -145,13 +151,15 @@ def _run(item: MutantItem) -> Result:
         return result(Fate.NOT_APPLICABLE, verdict=str(e))
     except LabError as e:
         return result(Fate.NOT_RUN, verdict=e.one_line)
+    except OSError as e:
+        return result(Fate.NOT_RUN, verdict=str(e))
 
 
 def _kernel(mutant: Mutant, host: str, pool: Pool) -> Kernel | None:
     """A kernel built with the fault in it; None for a mutant that is put into the running one."""
     if not mutant.edits:
         return None
-    return broken_kernel(mutant, pool.configs[host], pool.override(host), pool.artifacts / "mutants")
+    return broken_kernel(mutant, pool.configs[host], pool.override(host), pool.folder_apart(host, mutant.name))
 
 
 @contextmanager
@@ -169,14 +177,20 @@ def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
 def _noticed(item: MutantItem, result: Callable[..., Result]) -> Result:
     """The cases one after another on the broken host, until one fails."""
     pool, mutant = item.config.stash[POOL], item.mutant
+    if not item.cases:
+        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it")
     try:
-        pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]) if item.cases else None)
+        pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]))
     except Broken as e:
         if not isinstance(e.cause, _DEATHS):
             raise e.cause from None
         return result(_killed(mutant, e.cause), by="boot", verdict=verdict_of(e.cause))
     for number, case in enumerate(item.cases, 1):
         if (cause := _failure(case)) is not None:
+            if isinstance(cause, HostUnusable):
+                cause = cause.cause
+                if not isinstance(cause, _DEATHS):
+                    raise cause
             about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
             return result(_killed(mutant, cause), **about)
     fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED

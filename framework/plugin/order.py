@@ -8,7 +8,7 @@ last run: nobody is left waiting for a slow one at the end.
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from itertools import chain
 
 import pytest
 
@@ -27,7 +27,7 @@ def worker_of(config: pytest.Config) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not worker_of(config):
-        config.pluginmanager.register(_Durations(config))
+        config.pluginmanager.register(_Durations(config), _KEY)
     if config.getoption("maxschedchunk", None) is None:
         config.option.maxschedchunk = 1
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Host by host; those that record come last on theirs, which starts once more, with the probe in its QEMU."""
     order = list(config.stash[POOL].configs)
-    took = _known(config) if worker_of(config) else {}
+    took = getattr(config, "workerinput", {}).get(_KEY, {})
 
     def place(item: pytest.Item) -> tuple:
         return order.index(host_name(item)) if needs_host(item) else -1, records(item), -took.get(item.nodeid, 0)
@@ -50,11 +50,17 @@ def _known(config: pytest.Config) -> dict[str, float]:
 
 
 class _Durations:
-    """Remembers how long each case took, for the next run."""
+    """Remembers how long each case took, for the next run; all workers of this one hear the same of the last."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._last: dict[str, float] | None = None
         self._took: Counter[str] = Counter()
+
+    def pytest_configure_node(self, node) -> None:
+        if self._last is None:
+            self._last = _known(self._config)
+        node.workerinput[_KEY] = self._last
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":  # what it took to set up may be a host that others have used, too
@@ -68,8 +74,9 @@ class _Durations:
 def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
     """A worker died: what its machine said last goes with the test that it ran."""
     worker = report.node.gateway.id
-    hosts = Path(report.node.config.stash[POOL].artifacts) / "hosts"
-    logs = sorted(hosts.glob(f"{worker}-*/console.log"), key=lambda path: path.stat().st_mtime)
+    artifacts = report.node.config.stash[POOL].artifacts
+    found = (artifacts.glob(f"{where}hosts/{worker}-*/console.log") for where in ("", "mutants/*/"))
+    logs = sorted(chain.from_iterable(found), key=lambda path: path.stat().st_mtime)
     if logs:
         lines = logs[-1].read_text(errors="replace").splitlines()[-_TAIL:]
         report.sections.append((f"last console lines ({logs[-1]})", "\n".join(lines)))

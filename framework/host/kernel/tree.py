@@ -23,10 +23,15 @@ from .kernel import Kernel
 _UNREAD = frozenset({".git", "Documentation", "samples", "LICENSES"})
 
 
+def check_tree(tree: Path) -> None:
+    """Raises KernelError when this is no kernel source tree."""
+    if not (tree / "Kconfig").is_file() or not (tree / "arch").is_dir():
+        raise KernelError(f"{tree} is not a kernel source tree (it has no Kconfig, or no arch)")
+
+
 def fingerprint(tree: Path, arch: str) -> str:
     """A hash of the contents of every file that a build for ``arch`` can read."""
-    if not (tree / "Kconfig").is_file():
-        raise KernelError(f"{tree} is not a kernel source tree (it has no Kconfig)")
+    check_tree(tree)
     if (tree / ".config").exists() or (tree / "include/config").exists():
         raise BuildFailed(
             f"{tree} was built in place; an out-of-tree build needs it clean", remedy=f"make -C {tree} mrproper"
