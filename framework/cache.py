@@ -59,7 +59,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished cache entry."""
+    """A folder of the cache: a finished entry, or what an interruption left of one (:func:`leftovers`)."""
 
     folder: Path
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import cache, config, progress, setup
@@ -287,7 +288,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     for result in results:
         stats, more = result["stats"], ", ".join(f"{k} {v}" for k, v in result["extra_info"].items())
         times = (_seconds(stats[key]) for key in ("median", "iqr", "min", "max"))
-        table.add_row(result["name"].removeprefix("test_"), *times, str(stats["rounds"]), more)
+        table.add_row(escape(result["name"].removeprefix("test_")), *times, str(stats["rounds"]), more)
     _out.print(table)
     return code
 

@@ -166,7 +166,7 @@ class Pool:
             self._spare = _Spare(name, plugin is not None, coming)
 
     def _taken(self, name: str, make_plugin: MakePlugin | None) -> Host | None:
-        """The host that was restored meanwhile, if it is of the kind that is wanted now. Raises MachineError."""
+        """The host that was restored meanwhile, if it is of the kind wanted now. Raises what restoring it raised."""
         spare, self._spare = self._spare, None
         if spare and (spare.name, spare.probed) == (name, make_plugin is not None):
             return spare.host.result()

@@ -19,7 +19,9 @@ def keep_out():
 
 @contextlib.contextmanager
 def let_in():
-    """Within the block its handler takes it: since Linux 6.11 madvise(MADV_HWPOISON) kills who blocks it."""
+    """Within the block its handler takes it: with 6.12, not with 6.1, madvise(MADV_HWPOISON) signals its caller, and
+    an agent that blocked it answered no more.
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield

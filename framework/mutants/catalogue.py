@@ -122,8 +122,8 @@ def _how(node: Node, how: str) -> dict:
     if how in ("drop", "localise"):
         what = node.child(how, how)
         what.check_keys(("op", "in"), ("op", "in"))
-        if how == "localise" and (all_ := [op for op in what.names("op") if not op.endswith("is")]):
-            raise what.wrong("op", f"op: {all_[0]!r} is local already")
+        if how == "localise" and (already := [op for op in what.names("op") if not op.endswith("is")]):
+            raise what.wrong("op", f"op: {already[0]!r} is local already")
         if not what.names("op") or not what.names("in"):
             raise what.wrong("op", f"{how} is empty: nothing would be broken")
         where = {"operations": tuple(what.names("op")), "functions": tuple(what.names("in"))}
@@ -140,8 +140,9 @@ def _word(node: Node) -> Word:
 
 
 def _edit(node: Node) -> Edit:
-    node.check_keys(("file", "in", "find", "with"), ("file", "in", "find", "with"))
-    return Edit(*map(node.text, ("file", "in", "find", "with")))
+    keys = ("file", "in", "find", "with")
+    node.check_keys(keys, keys)
+    return Edit(*map(node.text, keys))
 
 
 def _hex(node: Node, key: str) -> int:

@@ -16,7 +16,7 @@ class Fate(Enum):
     EXPLAINED = "survived, as explained"  #: every case passed, and the catalogue says why
     WRONGLY_KILLED = "wrongly killed"  #: the host went down, which the catalogue does not expect
     NOT_APPLICABLE = "not applicable"
-    NOT_RUN = "not run"  #: there was no host to break
+    NOT_RUN = "not run"  #: there was no host to break, or no case to run
 
 
 @dataclass(frozen=True)

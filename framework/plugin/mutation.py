@@ -182,19 +182,24 @@ def _noticed(item: MutantItem, result: Callable[..., Result]) -> Result:
     try:
         pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]))
     except Broken as e:
-        if not isinstance(e.cause, _DEATHS):
-            raise e.cause from None
-        return result(_killed(mutant, e.cause), by="boot", verdict=verdict_of(e.cause))
+        cause = _of_the_mutant(e)
+        return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause))
     for number, case in enumerate(item.cases, 1):
-        if (cause := _failure(case)) is not None:
-            if isinstance(cause, HostUnusable):
-                cause = cause.cause
-                if not isinstance(cause, _DEATHS):
-                    raise cause
+        if (failure := _failure(case)) is not None:
+            cause = _of_the_mutant(failure)
             about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
             return result(_killed(mutant, cause), **about)
     fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
     return result(fate, verdict=mutant.survives, cases=len(item.cases))
+
+
+def _of_the_mutant(failure: BaseException) -> BaseException:
+    """What failed. Raises it when it was for want of a host, which says nothing of the mutant."""
+    if not isinstance(failure, (Broken, HostUnusable)):
+        return failure
+    if not isinstance(failure.cause, _DEATHS):
+        raise failure.cause from None
+    return failure.cause
 
 
 def _killed(mutant: Mutant, cause: BaseException) -> Fate:

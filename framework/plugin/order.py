@@ -27,7 +27,7 @@ def worker_of(config: pytest.Config) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not worker_of(config):
-        config.pluginmanager.register(_Durations(config), _KEY)
+        config.pluginmanager.register(_Durations(config))
     if config.getoption("maxschedchunk", None) is None:
         config.option.maxschedchunk = 1
 
