@@ -7,7 +7,23 @@ import sys
 import threading
 import time
 
-from . import ageing, children, device, entropy, failing, ksm, kvm, libc, memory, poison, streams, trace, uffd, wire
+from . import (
+    ageing,
+    children,
+    device,
+    entropy,
+    failing,
+    ksm,
+    kvm,
+    libc,
+    memory,
+    placement,
+    poison,
+    streams,
+    trace,
+    uffd,
+    wire,
+)
 
 #: A VM with one vCPU is two open files, and a test may want a thousand.
 _FILES = 65536
@@ -62,7 +78,8 @@ class Agent:
     def vm_destroy_elsewhere(self, vm):
         """Destroy a VM in a thread that has nothing to do with it."""
         thread = threading.Thread(target=self._vms.pop(vm).close)
-        thread.start()
+        with placement.anywhere():
+            thread.start()
         thread.join()
 
     def vm_memslot(self, vm, slot, ipa, size, hva, flags):
@@ -275,6 +292,7 @@ def main(name=""):
     for interruption in (signal.SIGUSR1, signal.SIGALRM):  # of KVM_RUN
         signal.signal(interruption, lambda *_: None)
     poison.keep_out()
+    placement.stay_home()
     stream = streams.Port(name) if name else streams.Pipes()
     agent = Agent()
     while True:

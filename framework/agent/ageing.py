@@ -3,7 +3,7 @@
 import os
 import struct
 
-from . import libc, memory
+from . import libc, memory, placement
 
 _BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 _FRAME = (1 << 55) - 1
@@ -13,13 +13,12 @@ _MANY = 33
 
 def drain():
     """Push the pages that wait on each CPU's list onto the LRU, by queueing others behind them."""
-    allowed = os.sched_getaffinity(0)
-    for cpu in allowed:
-        os.sched_setaffinity(0, {cpu})
-        hva = memory.map_memory(_MANY * memory.PAGE)["hva"]
-        libc.write_memory(hva, bytes(_MANY * memory.PAGE))
-        libc.munmap(hva, _MANY * memory.PAGE)
-    os.sched_setaffinity(0, allowed)
+    with placement.anywhere():
+        for cpu in os.sched_getaffinity(0):
+            os.sched_setaffinity(0, {cpu})
+            hva = memory.map_memory(_MANY * memory.PAGE)["hva"]
+            libc.write_memory(hva, bytes(_MANY * memory.PAGE))
+            libc.munmap(hva, _MANY * memory.PAGE)
 
 
 def _frames(hva, size):

@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from . import libc
+from . import libc, placement
 
 _END = b"."  # not the end of the pipe: younger children hold it, too
 
@@ -24,6 +24,7 @@ class Child:
     @staticmethod
     def _serve(told, answer):
         """Until the parent lets go. Nothing here needs another thread: there is none any more."""
+        os.sched_setaffinity(0, placement.CPUS)
         try:
             while (order := os.read(told, 64)) != _END:
                 hva, data = order.split(b" ", 1)

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 
-from . import poison
+from . import placement, poison
 from .libc import ioctl
 
 
@@ -87,7 +87,8 @@ class Worker:
         """The thread, begun."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+            with placement.anywhere():
+                self._thread.start()
         return self._thread
 
     def require_idle(self):

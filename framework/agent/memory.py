@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 
-from . import libc, poison
+from . import libc, placement, poison
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -112,7 +112,8 @@ class Storm:
     def __init__(self, hva, size, advice):
         self._over, self._count = threading.Event(), 0
         self._thread = threading.Thread(target=self._blow, args=(hva, size, advice), daemon=True)
-        self._thread.start()
+        with placement.anywhere():
+            self._thread.start()
 
     def _blow(self, hva, size, advice):
         while not self._over.is_set():

@@ -3,13 +3,14 @@
 Structures by hand: include/uapi/linux/userfaultfd.h (5.4, 6.1), the same on both widths.
 """
 
+import contextlib
 import ctypes
 import os
 import select
 import struct
 import threading
 
-from . import libc
+from . import libc, placement
 
 _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
@@ -45,7 +46,8 @@ class Handler:
             raise
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="userfaultfd", daemon=True)
-        self._thread.start()
+        with placement.anywhere():
+            self._thread.start()
 
     def _protect(self, hva, size, on):
         libc.ioctl(
@@ -58,7 +60,10 @@ class Handler:
         while not self._over.is_set():
             if not select.select([self._fd], [], [], 0.05)[0]:
                 continue
-            event, flags, address = _MESSAGE.unpack(os.read(self._fd, 32))
+            try:
+                event, flags, address = _MESSAGE.unpack(os.read(self._fd, 32))
+            except BlockingIOError:  # it was answered with an earlier fault of the same page
+                continue
             if event != _PAGEFAULT:
                 continue
             address &= -_PAGE
@@ -68,7 +73,12 @@ class Handler:
             else:
                 self.seen.append([address, "missing"])
                 ctypes.memmove(source, struct.pack("<I", content_of(address)), 4)
-                libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
+                self._copy(address, source)
+
+    def _copy(self, address, source):
+        """Give the page. Who faulted on it while it was given finds it, and does not wait (handle_userfault)."""
+        with contextlib.suppress(FileExistsError):
+            libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
 
     def end(self):
         self._over.set()
