@@ -69,13 +69,18 @@ hypercall:                              @ SMC calling convention: function id an
     str     r0, [r10, #VALUE]
     b       done
 
-spin:                                   @ stay inside the guest until the host says stop
+spin:                                   @ stay inside the guest until the host says stop, or for COUNT rounds if not 0
     mov     r0, #1
     str     r0, [r11, #SPINNING]
+    ldr     r2, [r10, #COUNT]
 1:  ldr     r1, [r11, #STOP]
     cmp     r1, #0
+    bne     2f
+    cmp     r2, #0
     beq     1b
-    mov     r0, #0
+    subs    r2, r2, #1
+    bne     1b
+2:  mov     r0, #0
     str     r0, [r11, #SPINNING]
     b       done
 

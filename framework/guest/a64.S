@@ -69,12 +69,16 @@ hypercall:                              // SMC calling convention: function id a
     str     x0, [x21, #VALUE]
     b       done
 
-spin:                                   // stay inside the guest until the host says stop
+spin:                                   // stay inside the guest until the host says stop, or for COUNT rounds if not 0
     mov     w0, #1
     str     w0, [x20, #SPINNING]
+    ldr     x2, [x21, #COUNT]
 1:  ldr     w1, [x20, #STOP]
-    cbz     w1, 1b
-    str     wzr, [x20, #SPINNING]
+    cbnz    w1, 2f
+    cbz     x2, 1b
+    subs    x2, x2, #1
+    b.ne    1b
+2:  str     wzr, [x20, #SPINNING]
     b       done
 
 fill:                                   // COUNT words STRIDE apart: each its own address ^ VALUE

@@ -26,6 +26,8 @@ _HEADER = struct.Struct("<4I")
 _U64 = (1 << 64) - 1
 #: Register that accesses use when a test does not name one.
 _REGISTER = 3
+#: Seconds that the agent waits for the end of an order before it answers that it goes on.
+_WAIT = 0.25
 
 
 class RunFailed(Exception):
@@ -196,6 +198,19 @@ class Guest:
             self._poke(p.STOP, 1)
             self._end(1)
 
+    @contextmanager
+    def posing(self, rounds: int) -> Iterator[None]:
+        """Within the block the vCPU enters the guest and stays for this many rounds of a short loop.
+
+        Faster than :meth:`spinning`, for the agent runs it in its own thread; until the block's end it answers nobody.
+        """
+        request = self._vcpu.send_orders(self.mailbox([Order("spin", count=rounds)]), _WAIT)
+        try:
+            yield
+        finally:
+            self._first_exit, self._answer = self._vcpu.receive_orders(request)
+            self._end(1)
+
     # -- the mailbox -------------------------------------------------------------------------------------
 
     @property
@@ -205,7 +220,7 @@ class Guest:
     def _poke(self, offset: int, word: int) -> None:
         self._vm.mailboxes.write(self._box + offset, word.to_bytes(4, "little"))
 
-    def _begin(self, orders: list[Order], wait: float = 0.25, persistent: bool = False) -> None:
+    def _begin(self, orders: list[Order], wait: float = _WAIT, persistent: bool = False) -> None:
         if not 0 < len(orders) <= p.MAX_ORDERS:
             raise ValueError(f"a batch has 1 to {p.MAX_ORDERS} orders, not {len(orders)}")
         box = self.mailbox(orders)

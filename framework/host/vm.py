@@ -63,6 +63,10 @@ def decode_exit(raw: dict) -> Exit:
     return Exit(raw["exit"], raw.get("errno", 0), tuple(raw.get("data", ())))
 
 
+def _exit_and_orders(raw: tuple[dict, bytes] | None) -> tuple[Exit | None, bytes]:
+    return (None, b"") if raw is None else (decode_exit(raw[0]), raw[1])
+
+
 class Vcpu:
     """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
 
@@ -126,10 +130,20 @@ class Vcpu:
 
         ``persistent``: a run that ends with EFAULT is tried again.
         """
-        where = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
-        how = {"orders": where, "seconds": seconds, "persistent": persistent}
-        raw = self._agent("vcpu_run", blob=orders, **how, **self._id)
-        return (None, b"") if raw is None else (decode_exit(raw[0]), raw[1])
+        how = {"orders": self._orders_at, "seconds": seconds, "persistent": persistent}
+        return _exit_and_orders(self._agent("vcpu_run", blob=orders, **how, **self._id))
+
+    def send_orders(self, orders: bytes, seconds: float) -> int:
+        """Begin what :meth:`start_orders` does, and do not wait for it; :meth:`receive_orders` does."""
+        return self._agent.send("vcpu_run", blob=orders, orders=self._orders_at, seconds=seconds, **self._id)
+
+    def receive_orders(self, request: int) -> tuple[Exit | None, bytes]:
+        """What :meth:`start_orders` returns, of the request that was sent."""
+        return _exit_and_orders(self._agent.receive(request))
+
+    @property
+    def _orders_at(self) -> int:
+        return self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
 
     def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
         """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""

@@ -6,9 +6,10 @@ it runs in user mode; a candidate is believed only when walking it leads to a pa
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from framework.model.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, 
 from .stage2 import Stage2
 
 _PATIENCE = 5.0
-_POSE = 0.1
-_BETWEEN_LOOKS = 0.005  #: the machine stands still while it is looked at
+_BETWEEN_LOOKS = 0.003  #: the machine stands still while it is looked at
+_LOOKS = 6  #: at one pose
+_POSE = 0.02  #: seconds in which the agent stays in user mode, at first
+_ROUNDS = 1 << 21  #: of a guest's loop, at first: some 10 ms
 
 
 def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
@@ -40,6 +43,20 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
             return found
         time.sleep(_BETWEEN_LOOKS)
     raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
+
+
+def _longer() -> Iterator[int]:
+    """Factors of the time to pose: longer when nothing was found, for the board may be slow, but not for ever."""
+    return (min(1 << attempt, 64) for attempt in itertools.count())
+
+
+def _while_posing(look: Callable[[], Regime | None]) -> Regime | None:
+    """What some looks find, while somebody poses."""
+    for _ in range(_LOOKS):
+        time.sleep(_BETWEEN_LOOKS)
+        if (found := look()) is not None:
+            return found
+    return None
 
 
 def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
@@ -99,17 +116,19 @@ class Sight:
         agent("memory_write", hva=hva, blob=cookie)
 
         def look() -> Regime | None:
-            posing = agent.send("pose", seconds=_POSE)
-            found = None
-            deadline = time.monotonic() + _POSE
-            while found is None and time.monotonic() < deadline:
-                with self.gdb.pause():
-                    found = next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
+            with self.gdb.pause():
+                return next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
+
+        longer = _longer()
+
+        def pose() -> Regime | None:
+            posing = agent.send("pose", seconds=_POSE * next(longer))
+            found = _while_posing(look)
             agent.receive(posing)
             return found
 
         try:
-            return _until_found(look, "the agent's address space")
+            return _until_found(pose, "the agent's address space")
         finally:
             agent("memory_unmap", hva=hva, size=0x1000)
 
@@ -147,8 +166,13 @@ class Sight:
 
         if any(guest.running for guest in vm.guests):
             return _until_found(look, f"VM {vm.id}")
-        with vm.guest.spinning():
-            return _until_found(look, f"VM {vm.id}")
+        longer = _longer()
+
+        def pose() -> Regime | None:
+            with vm.guest.posing(_ROUNDS * next(longer)):
+                return _while_posing(look)
+
+        return _until_found(pose, f"VM {vm.id}")
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:
