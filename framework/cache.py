@@ -95,6 +95,8 @@ def leftovers(kind: str) -> list[Entry]:
 
 
 def _locked(path: Path) -> bool:
+    if not path.exists():
+        return False
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

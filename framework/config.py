@@ -74,6 +74,9 @@ class Node:
     def __init__(self, path: Path, node: yaml.MappingNode, what: str) -> None:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:{node.start_mark.line + 1}: {what} must be a mapping of keys to values")
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {what} has a key that is no text")
         self._path, self.what = path, what
         self._lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
         self._children = {key.value: value for key, value in node.value}

@@ -57,6 +57,7 @@ WRONG = {
     "list expected": ("[A64, A32]", "A64", "is not a list of names"),
     "unknown time-out": ("guests:", "timeouts: {shs: 3}\nguests:", "unknown key 'shs' in timeouts; did you mean 'ssh'"),
     "mapping expected": ("guests:", "timeouts: 3\nguests:", "timeouts must be a mapping"),
+    "a list as a key": ("board:", "[1, 2]: 3\nboard:", r"mine.yaml:\d+: the host file has a key that is no text"),
     "not YAML": ("board:", "board: [", r"mine.yaml:\d+: not YAML"),
 }
 

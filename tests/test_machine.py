@@ -1,5 +1,6 @@
 """The machine: real QEMU processes refused, lost, killed; and nothing left behind, however the lab ends."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -143,3 +144,19 @@ def test_nothing_survives_the_lab(tmp_path, end):
         time.sleep(0.02)
     assert not Path(f"/proc/{pid}").exists(), "QEMU is still there"
     assert not Path(folder).parent.exists(), "the run directory is still there"
+
+
+def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
+    """A folder whose owner has ended goes; one that is locked stays, whatever the process that its name names."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    home = Path(own_run_folder) / f"arm-kvm-{os.getuid()}"
+    left, held = home / f"{gone.pid}-left/machine-x", home / f"{gone.pid}-held/machine-x"
+    for folder in (left, held):
+        folder.mkdir(parents=True)
+    locked = os.open(held.parent, os.O_RDONLY)
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    program = "from framework.machine.rundir import run_directory; print(run_directory())"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    os.close(locked)
+    assert said.startswith(str(home)) and not left.parent.exists() and held.exists()

@@ -6,6 +6,7 @@ Each test runs pytest in a process of its own, on a small suite, on real hosts.
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +80,19 @@ def test_require_kvm_makes_it_a_failure(run, empty_cache):
     code, said = run(PASSING, "--host", "a15", "--require-kvm", **empty_cache)
     assert code == 1 and "1 error" in said
     assert "host a15 cannot be used: linux-5.4.302.tar.xz is not cached" in said and "Traceback" not in said
+
+
+def test_a_file_of_a_tree_that_cannot_be_read(run, tmp_path):
+    tree = tmp_path / "linux"
+    (tree / "arch/arm").mkdir(parents=True)
+    (tree / "Kconfig").touch()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.relpath(tree / "pipe"))
+        code, said = run(PASSING, "--host", "a15", "--require-kvm", "--kernel", str(tree))
+    assert code == 1 and "Traceback" not in said
+    assert (
+        f"host a15 cannot be used: {tree}/pipe: No such device or address" in said and "owner and permissions" in said
+    )
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -103,7 +103,7 @@ def _held(key: str) -> Saved | None:
         note(f"the snapshot {entry.folder} is damaged; it is made anew")
         cache.remove(entry)
         return None
-    with suppress(FileNotFoundError):  # another process may find it too much meanwhile; it is open here
+    with suppress(FileNotFoundError, PermissionError):  # found too much by another process meanwhile; or not ours
         os.utime(entry.folder / "meta.json")
-    cache.keep_within(KIND, BUDGET)
+        cache.keep_within(KIND, BUDGET)
     return held

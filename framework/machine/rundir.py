@@ -2,14 +2,17 @@
 
 One private folder a lab process, with a folder a machine in it: the gdbstub's socket and a card that
 says what runs there. A guardian process waits for the lab to end, however it ends, and removes the
-folder: cleaning up has one path, and ``kill -9`` takes it too.
+folder: cleaning up has one path, and ``kill -9`` takes it too. Only where the guardian was killed with the lab
+does the next lab process sweep: a folder is locked for as long as its owner lives.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
+import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -38,10 +41,35 @@ def _new_folder(tries: int = 10) -> Path:
     raise SetupError(f"cannot make a folder in {home}", remedy="see whether something keeps removing it")
 
 
+def _lock(folder: Path) -> int:
+    """Lock the folder until the descriptor returned is closed. Raises BlockingIOError: somebody else has."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sweep() -> None:
+    """Remove the folders whose owners have ended, except where a QEMU still runs: somebody is to see that."""
+    running = {Path(card.gdb).parents[1] for card in live_machines()}
+    for folder in set(_home().glob("*-*")) - running:
+        owner = folder.name.partition("-")[0]
+        if not Path(f"/proc/{owner}").exists():  # a live one may be about to lock it
+            with suppress(OSError):
+                fd = _lock(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(fd)
+
+
 @cache
 def run_directory() -> Path:
     """This process's own folder, made on first use and removed by its guardian when the process ends."""
+    _sweep()
     folder = _new_folder()
+    _lock(folder)  # for good
     guardian = Guardian(_CLEAN_UP, str(folder))
     atexit.register(guardian.fire)  # on a clean exit, be done before the lab's caller looks
     return folder
