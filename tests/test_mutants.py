@@ -315,6 +315,14 @@ def test_no_case_that_could_notice_it(tmp_path):
     assert code == 1 and re.search(r"one +not run .* no case was chosen", said)
 
 
+def test_a_case_that_fails_without_a_mutant(tmp_path):
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000"))
+    options = ["--mutate", "unmap-ignored", "--catalogue", "mutants.yaml", "--host", "arm64", "-q"]
+    code, said = Run(tmp_path)(SUITE.replace("is None", "is not None"), *options)
+    words = r"not run .* test_suite.py::test_dontneed\S* fails where nothing is broken, too: AssertionError"
+    assert code == 1 and re.search(f"unmap-ignored +{words}", said)
+
+
 LOSES_ITS_COMPILER = """
 from framework.errors import SetupError
 from framework.plugin import fixtures

@@ -1,7 +1,8 @@
 """``--mutate``: instead of the cases, the mutants of the catalogue, each against the cases until one fails.
 
 A mutant is an item of its own, so that workers share them (``-n``), and what happens to one stays with it. Its host is
-restored for it and broken before its first case; the cases where the catalogue says to look come first.
+restored for it and broken before its first case; the cases where the catalogue says to look come first. What kills it
+is a case that passes where nothing is broken: that is tried, once for each such case.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from .stash import CAUSE, MUTANT, POOL
 
 _PROPERTY = "mutant"
 _CHOSEN = pytest.StashKey[list[Mutant]]()
+#: Why a case that killed a mutant fails where nothing is broken; None: it does not.
+_CONTROLS = pytest.StashKey[dict[str, BaseException | None]]()
 _VERDICTS = re.compile("|".join(rf"^\s+({kind.value})\b" for kind in Kind), re.M)
 _DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied, HostLost)
 
@@ -146,7 +149,10 @@ def _run(item: MutantItem) -> Result:
         kernel = _kernel(mutant, item.host, pool)
         began = time.monotonic()  # a kernel's build is not the suite's time
         with _in_place_of(item.config, pool.apart(item.host, mutant.name, partial(put_in, mutant), kernel)):
-            return _noticed(item, result)
+            outcome, case = _noticed(item, result)
+        if outcome.fate is Fate.KILLED and case is not None:
+            _require_control(case)
+        return outcome
     except NotApplicable as e:
         return result(Fate.NOT_APPLICABLE, verdict=str(e))
     except LabError as e:
@@ -174,23 +180,32 @@ def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
         apart.close()
 
 
-def _noticed(item: MutantItem, result: Callable[..., Result]) -> Result:
-    """The cases one after another on the broken host, until one fails."""
+def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, pytest.Item | None]:
+    """The cases one after another on the broken host, until one fails: that one, too."""
     pool, mutant = item.config.stash[POOL], item.mutant
     if not item.cases:
-        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it")
+        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), None
     try:
         pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]))
     except Broken as e:
         cause = _of_the_mutant(e)
-        return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause))
+        return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause)), None
     for number, case in enumerate(item.cases, 1):
         if (failure := _failure(case)) is not None:
             cause = _of_the_mutant(failure)
             about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
-            return result(_killed(mutant, cause), **about)
+            return result(_killed(mutant, cause), **about), case
     fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
-    return result(fate, verdict=mutant.survives, cases=len(item.cases))
+    return result(fate, verdict=mutant.survives, cases=len(item.cases)), None
+
+
+def _require_control(case: pytest.Item) -> None:
+    """Raises LabError when the case fails on the run's own host as well, for then it says nothing of the mutant."""
+    controls = case.config.stash.setdefault(_CONTROLS, {})
+    if case.nodeid not in controls:
+        controls[case.nodeid] = _failure(case)
+    if (cause := controls[case.nodeid]) is not None:
+        raise LabError(f"{_short(case.nodeid)} fails where nothing is broken, too: {verdict_of(cause)}")
 
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
