@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import HostConfig
-from .errors import AgentError, LabError, MachineError, SetupError
+from .errors import AgentError, LabError, MachineError
 from .host import snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
@@ -200,13 +200,6 @@ class Pool:
         except LabError as e:
             self._broken[name] = e
             raise Broken(e) from e
-        except OSError as e:
-            if e.filename is None:
-                raise
-            # A file of a source tree, of a cache that is somebody else's, of a package.
-            remedy = "see to its owner and permissions"
-            self._broken[name] = error = SetupError(f"{e.filename}: {e.strerror}", remedy=remedy)
-            raise Broken(error) from e
 
     def holds(self, host: Host) -> bool:
         """Whether the host is in use; not so once the pool is closed, or has ended or kept it."""

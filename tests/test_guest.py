@@ -6,6 +6,7 @@ from framework.errors import AgentTimeout, HostOsError, SetupError
 from framework.guest import payload
 from framework.guest.driver import Order
 from framework.guest.isa import A32, A64, ISAS, GuestException, Status
+from framework.host.memory import Child
 
 IPA = 0x8000_0000
 UNDEFINED = {"A32": bytes.fromhex("f000f0e7"), "A64": bytes(4)}
@@ -89,6 +90,33 @@ def test_tables_are_read_while_guests_spin(make_vm, stage2):
     with vm.guests[0].spinning(), vm.guests[1].spinning():
         assert stage2(vm).leaf(payload.CODE).executable
     vm.guests[1].ping()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("rounds", [1, 1 << 25])
+def test_a_vm_that_poses_ends_by_itself(vm, pinned, rounds):
+    """Also where the agent has long answered that it goes on."""
+    if pinned:
+        vm.vcpus[0].pin(1)
+    with vm.guest.posing(rounds):
+        pass
+    vm.guest.ping()
+
+
+def test_what_the_agent_begins_may_run_anywhere(host, make_vm):
+    """The thread that answers is on the first CPU; vCPUs' threads and children are not bound to it."""
+
+    def allowed(pid):
+        found = host.ssh.run(f"grep -H Cpus_allowed_list /proc/{pid}/task/*/status")
+        return {int(line.split("/")[4]): line.split()[-1] for line in found.splitlines()}
+
+    vm, agent = make_vm(), host.agent.hello["pid"]
+    child = Child(host.agent)
+    with vm.guest.spinning():
+        threads, of_child = allowed(agent), allowed(child.pid)
+    child.end()
+    assert threads.pop(agent) == "0" and set(threads.values()) == {"0-1"}
+    assert of_child == {child.pid: "0-1"}
 
 
 def test_a_vm_that_cannot_be_made_leaves_nothing(host, isa, make_vm):

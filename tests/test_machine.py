@@ -160,3 +160,11 @@ def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     os.close(locked)
     assert said.startswith(str(home)) and not left.parent.exists() and held.exists()
+
+
+def test_a_run_folder_that_is_somebody_elses(own_run_folder, tmp_path):
+    """Also where it only leads to one: nothing is put there, and nothing swept."""
+    (Path(own_run_folder) / f"arm-kvm-{os.getuid()}").symlink_to(tmp_path)
+    program = "from framework.machine.rundir import run_directory; run_directory()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "is not a folder of this user" in done.stderr and list(tmp_path.iterdir()) == []

@@ -323,6 +323,11 @@ def test_a_case_that_fails_without_a_mutant(tmp_path):
     assert code == 1 and re.search(f"unmap-ignored +{words}", said)
 
 
+def test_a_mutant_is_not_kept(tmp_path):
+    code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignored", "--keep", "--host", "arm64", "-n", "0")
+    assert code == 4 and "--keep is for a machine that a case failed on" in said
+
+
 LOSES_ITS_COMPILER = """
 from framework.errors import SetupError
 from framework.plugin import fixtures

@@ -24,8 +24,8 @@ class Child:
     @staticmethod
     def _serve(told, answer):
         """Until the parent lets go. Nothing here needs another thread: there is none any more."""
-        os.sched_setaffinity(0, placement.CPUS)
         try:
+            os.sched_setaffinity(0, placement.CPUS)
             while (order := os.read(told, 64)) != _END:
                 hva, data = order.split(b" ", 1)
                 libc.write_memory(int(hva), data)

@@ -1,4 +1,4 @@
-"""On which CPU the agent runs: at home when it answers the lab, anywhere when it runs guests beside that.
+"""On which CPU the agent runs: at home while it answers the lab, short runs of guests included; other threads anywhere.
 
 Home is the CPU that takes the interrupt of the agent's port. A thread that waits on another, idle CPU must be woken
 there, and on an emulated board that takes longer than most requests. A thread inherits its parent's place, so it
@@ -8,7 +8,7 @@ begins inside :func:`anywhere`.
 import contextlib
 import os
 
-CPUS = os.sched_getaffinity(0)  #: all that the host began with
+CPUS = set(range(os.sysconf("SC_NPROCESSORS_CONF")))  #: all that the host has, on line or not
 
 
 def stay_home():

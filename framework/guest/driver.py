@@ -202,7 +202,7 @@ class Guest:
     def posing(self, rounds: int) -> Iterator[None]:
         """Within the block the vCPU enters the guest and stays for this many rounds of a short loop.
 
-        Faster than :meth:`spinning`, for the agent runs it in its own thread; until the block's end it answers nobody.
+        Faster than :meth:`spinning`: a short run needs no thread. The agent answers nobody else until the block's end.
         """
         request = self._vcpu.send_orders(self.mailbox([Order("spin", count=rounds)]), _WAIT)
         try:

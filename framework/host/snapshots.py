@@ -13,7 +13,7 @@ from pathlib import Path
 
 from framework import cache
 from framework.config import HostConfig
-from framework.errors import MachineError
+from framework.errors import CacheUnusable, MachineError
 from framework.machine import version
 from framework.machine.board import Boot, command_line
 from framework.machine.machine import Plugin
@@ -97,13 +97,16 @@ def _held(key: str) -> Saved | None:
     try:
         meta, held = entry.meta, Saved.at(entry.folder).held()
         sound = held.checksums() == {name: meta[name] for name in ("ram", "devices")}
+    except PermissionError as e:
+        remedy = "see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE"
+        raise CacheUnusable(f"cannot open the snapshot {e.filename}: {e.strerror}", remedy=remedy) from e
     except (OSError, ValueError, KeyError):
         sound = False
     if not sound:
         note(f"the snapshot {entry.folder} is damaged; it is made anew")
         cache.remove(entry)
         return None
-    with suppress(FileNotFoundError, PermissionError):  # found too much by another process meanwhile; or not ours
+    with suppress(FileNotFoundError):  # another process may find it too much meanwhile; it is open here
         os.utime(entry.folder / "meta.json")
-        cache.keep_within(KIND, BUDGET)
+    cache.keep_within(KIND, BUDGET)
     return held

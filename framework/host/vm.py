@@ -139,7 +139,9 @@ class Vcpu:
 
     def receive_orders(self, request: int) -> tuple[Exit | None, bytes]:
         """What :meth:`start_orders` returns, of the request that was sent."""
-        return _exit_and_orders(self._agent.receive(request))
+        raw = self._agent.receive(request)
+        self._agent.listener.answered("vcpu_run")
+        return _exit_and_orders(raw)
 
     @property
     def _orders_at(self) -> int:

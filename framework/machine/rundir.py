@@ -2,8 +2,8 @@
 
 One private folder a lab process, with a folder a machine in it: the gdbstub's socket and a card that
 says what runs there. A guardian process waits for the lab to end, however it ends, and removes the
-folder: cleaning up has one path, and ``kill -9`` takes it too. Only where the guardian was killed with the lab
-does the next lab process sweep: a folder is locked for as long as its owner lives.
+folder: ``kill -9`` takes the same path. Only where the guardian was killed with the lab does the next lab process
+sweep: a folder is locked for as long as its owner lives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -37,8 +38,16 @@ def _new_folder(tries: int = 10) -> Path:
         home.mkdir(mode=0o700, exist_ok=True)
         # Another lab's guardian may remove the empty home just now.
         with suppress(FileNotFoundError):
+            _require_own(home)
             return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
     raise SetupError(f"cannot make a folder in {home}", remedy="see whether something keeps removing it")
+
+
+def _require_own(home: Path) -> None:
+    """Raises SetupError for a symbolic link, and for what another user made here."""
+    found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise SetupError(f"{home} is not a folder of this user", remedy="remove it, or set XDG_RUNTIME_DIR")
 
 
 def _lock(folder: Path) -> int:
@@ -57,7 +66,7 @@ def _sweep() -> None:
     running = {Path(card.gdb).parents[1] for card in live_machines()}
     for folder in set(_home().glob("*-*")) - running:
         owner = folder.name.partition("-")[0]
-        if not Path(f"/proc/{owner}").exists():  # a live one may be about to lock it
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():  # a live one may be about to lock it
             with suppress(OSError):
                 fd = _lock(folder)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -67,9 +76,9 @@ def _sweep() -> None:
 @cache
 def run_directory() -> Path:
     """This process's own folder, made on first use and removed by its guardian when the process ends."""
-    _sweep()
     folder = _new_folder()
     _lock(folder)  # for good
+    _sweep()
     guardian = Guardian(_CLEAN_UP, str(folder))
     atexit.register(guardian.fire)  # on a clean exit, be done before the lab's caller looks
     return folder

@@ -46,13 +46,13 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
 
 
 def _longer() -> Iterator[int]:
-    """Factors of the time to pose: longer when nothing was found, for the board may be slow, but not for ever."""
+    """Factors of pose and looks: when nobody was seen, the board may have been slow to begin. Not for ever longer."""
     return (min(1 << attempt, 64) for attempt in itertools.count())
 
 
-def _while_posing(look: Callable[[], Regime | None]) -> Regime | None:
-    """What some looks find, while somebody poses."""
-    for _ in range(_LOOKS):
+def _while_posing(look: Callable[[], Regime | None], longer: int) -> Regime | None:
+    """What some looks find, while somebody poses, or is about to."""
+    for _ in range(_LOOKS * longer):
         time.sleep(_BETWEEN_LOOKS)
         if (found := look()) is not None:
             return found
@@ -122,10 +122,12 @@ class Sight:
         longer = _longer()
 
         def pose() -> Regime | None:
-            posing = agent.send("pose", seconds=_POSE * next(longer))
-            found = _while_posing(look)
-            agent.receive(posing)
-            return found
+            factor = next(longer)
+            posing = agent.send("pose", seconds=_POSE * factor)
+            try:
+                return _while_posing(look, factor)
+            finally:
+                agent.receive(posing)
 
         try:
             return _until_found(pose, "the agent's address space")
@@ -169,8 +171,9 @@ class Sight:
         longer = _longer()
 
         def pose() -> Regime | None:
-            with vm.guest.posing(_ROUNDS * next(longer)):
-                return _while_posing(look)
+            factor = next(longer)
+            with vm.guest.posing(_ROUNDS * factor):
+                return _while_posing(look, factor)
 
         return _until_found(pose, f"VM {vm.id}")
 

@@ -2,7 +2,7 @@
 
 A mutant is an item of its own, so that workers share them (``-n``), and what happens to one stays with it. Its host is
 restored for it and broken before its first case; the cases where the catalogue says to look come first. What kills it
-is a case that passes where nothing is broken: that is tried, once for each such case.
+is a case that passes where nothing is broken: every worker tries that, once for each such case.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from framework.pool import EVERYBODY, Broken, Pool
 from .fixtures import HostUnusable, plugin_for
 from .judgement import HostLost
 from .selection import host_name, needs_host
-from .stash import CAUSE, MUTANT, POOL
+from .stash import CAUSE, FAILED, MUTANT, PASSED, POOL
 
 _PROPERTY = "mutant"
 _CHOSEN = pytest.StashKey[list[Mutant]]()
-#: Why a case that killed a mutant fails where nothing is broken; None: it does not.
-_CONTROLS = pytest.StashKey[dict[str, BaseException | None]]()
+#: What is wrong with the cases that killed mutants where nothing is broken, by their names; "": they pass.
+_CONTROLS = pytest.StashKey[dict[str, str]]()
 _VERDICTS = re.compile("|".join(rf"^\s+({kind.value})\b" for kind in Kind), re.M)
 _DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied, HostLost)
 
@@ -71,6 +71,8 @@ class MutantItem(pytest.Item):
 def pytest_configure(config: pytest.Config) -> None:
     """A catalogue that is not right is said before workers start, which could not."""
     if names := config.getoption("--mutate"):
+        if config.getoption("--keep"):
+            raise pytest.UsageError("--keep is for a machine that a case failed on, not one that was broken for it")
         try:
             config.stash[_CHOSEN] = _chosen(catalogue.load(config.getoption("--catalogue")), names)
         except LabError as e:
@@ -200,12 +202,22 @@ def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, p
 
 
 def _require_control(case: pytest.Item) -> None:
-    """Raises LabError when the case fails on the run's own host as well, for then it says nothing of the mutant."""
+    """Raises LabError unless the case passes on a host that is whole, or it says nothing of the mutant."""
     controls = case.config.stash.setdefault(_CONTROLS, {})
     if case.nodeid not in controls:
-        controls[case.nodeid] = _failure(case)
-    if (cause := controls[case.nodeid]) is not None:
-        raise LabError(f"{_short(case.nodeid)} fails where nothing is broken, too: {verdict_of(cause)}")
+        controls[case.nodeid] = _control(case)
+    if wrong := controls[case.nodeid]:
+        raise LabError(f"{_short(case.nodeid)} {wrong}")
+
+
+def _control(case: pytest.Item) -> str:
+    """What is wrong with this case; "" when nothing is. Raises LabError when there is no host to try it on."""
+    try:
+        if (failure := _failure(case)) is not None:
+            return f"fails where nothing is broken, too: {verdict_of(_of_the_mutant(failure))}"
+        return "" if case.stash[PASSED] else "is skipped where nothing is broken"
+    finally:
+        case.config.stash[POOL].discard(host_name(case))  # one QEMU at a time
 
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
@@ -222,8 +234,8 @@ def _killed(mutant: Mutant, cause: BaseException) -> Fate:
 
 
 def _failure(case: pytest.Item) -> BaseException | None:
-    """Why the case failed; None when it did not."""
-    case.stash[CAUSE] = None
+    """Why the case failed; None when it did not. Another run of it left nothing that counts."""
+    case.stash[CAUSE], case.stash[FAILED], case.stash[PASSED] = None, False, False
     runtestprotocol(case, log=False, nextitem=None)
     return case.stash[CAUSE]
 
@@ -233,6 +245,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     if report.failed and item.stash.get(CAUSE, None) is None:
         item.stash[CAUSE] = call.excinfo.value
+    if report.passed and report.when == "call":
+        item.stash[PASSED] = True
     return report
 
 

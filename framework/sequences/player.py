@@ -54,6 +54,7 @@ class Player:
     def _furnish(self) -> None:
         for slot, ipa in IPAS.items():
             self._vm.add_memory(ipa, _SIZE, slot=slot + 1, memory=self._memory)
+        self._vm.vcpus[1].pin(self._host.config.board.cpus - 1)  # the other is on the agent's, the first
         self._vm.guest.ping()
 
     def _begin(self) -> None:

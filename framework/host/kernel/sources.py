@@ -18,9 +18,12 @@ def obtain(config: HostConfig, override: str | None = None) -> Kernel:
 
     Raises KernelError and its kinds, SetupError, CacheFull, ConfigError.
     """
-    if override is not None:
-        return from_argument(config, override)
-    return _SOURCES[config.kernel["source"]](config)
+    try:
+        return from_argument(config, override) if override is not None else _SOURCES[config.kernel["source"]](config)
+    except OSError as e:
+        if e.filename is None:
+            raise
+        raise SetupError(f"{e.filename}: {e.strerror}", remedy="see to its owner and permissions") from e
 
 
 def from_argument(config: HostConfig, what: str) -> Kernel:
