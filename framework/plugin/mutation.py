@@ -185,13 +185,13 @@ def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
 def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, pytest.Item | None]:
     """The cases one after another on the broken host, until one fails: that one, too."""
     pool, mutant = item.config.stash[POOL], item.mutant
-    if not item.cases:
-        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), None
     try:
-        pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]))
+        pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]) if item.cases else None)
     except Broken as e:
         cause = _of_the_mutant(e)
         return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause)), None
+    if not item.cases:
+        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), None
     for number, case in enumerate(item.cases, 1):
         if (failure := _failure(case)) is not None:
             cause = _of_the_mutant(failure)
