@@ -204,11 +204,11 @@ class Guest:
 
         Faster than :meth:`spinning`: a short run needs no thread. The agent answers nobody else until the block's end.
         """
-        request = self._vcpu.send_orders(self.mailbox([Order("spin", count=rounds)]), _WAIT)
+        result = self._vcpu.begin_orders(self.mailbox([Order("spin", count=rounds)]), _WAIT)
         try:
             yield
         finally:
-            self._first_exit, self._answer = self._vcpu.receive_orders(request)
+            self._first_exit, self._answer = result()
             self._end(1)
 
     # -- the mailbox -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import paramiko
 
@@ -118,24 +118,33 @@ class Agent:
 
     def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
         """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
-        return self._told(op, [(op, args)], lambda: [self.receive(self.send(op, blob, **args), deadline)])[0]
+        return self.begin(op, blob, **args)(deadline)
+
+    def begin(self, op: str, /, blob: bytes = b"", **args: object) -> Callable[..., Any]:
+        """Make a request; what is returned waits for its result when it is called, ``deadline`` seconds at most."""
+        self.listener.before(op, args)
+        request = self.send(op, blob, **args)
+
+        def result(deadline: float = _DEFAULT_DEADLINE) -> Any:
+            found = self.receive(request, deadline)
+            self.listener.after(op, args, found)
+            self.listener.answered(op)
+            return found
+
+        return result
 
     def batch(self, requests: list[Request], deadline: float = _DEFAULT_DEADLINE) -> list:
         """Several requests in one exchange; their results. Raises what the first that fails raises alone."""
-        return self._told("batch", requests, lambda: self.receive(self.send("batch", requests=requests), deadline))
-
-    def _told(self, op: str, requests: list[Request], exchange: Callable[[], list]) -> list:
-        """The results of an exchange, of which the listener is told."""
         for request in requests:
             self.listener.before(*request)
-        results = exchange()
+        results = self.receive(self.send("batch", requests=requests), deadline)
         for request, result in zip(requests, results, strict=True):
             self.listener.after(*request, result)
-        self.listener.answered(op)
+        self.listener.answered("batch")
         return results
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
-        """Send a request without waiting; :meth:`receive` takes its answer. Returns the request's id."""
+        """Send a request that no listener hears of; :meth:`receive` takes its answer. Returns the request's id."""
         self.require()
         self._next += 1
         message = {"id": self._next, "op": op, "args": args}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from framework import cache
 from framework.config import HostConfig
-from framework.errors import CacheUnusable, MachineError
+from framework.errors import MachineError
 from framework.machine import version
 from framework.machine.board import Boot, command_line
 from framework.machine.machine import Plugin
@@ -95,11 +95,9 @@ def _held(key: str) -> Saved | None:
     if entry is None:
         return None
     try:
-        meta, held = entry.meta, Saved.at(entry.folder).held()
-        sound = held.checksums() == {name: meta[name] for name in ("ram", "devices")}
-    except PermissionError as e:
-        remedy = "see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE"
-        raise CacheUnusable(f"cannot open the snapshot {e.filename}: {e.strerror}", remedy=remedy) from e
+        with cache.disk_errors(entry.folder):
+            meta, held = entry.meta, Saved.at(entry.folder).held()
+            sound = held.checksums() == {name: meta[name] for name in ("ram", "devices")}
     except (OSError, ValueError, KeyError):
         sound = False
     if not sound:

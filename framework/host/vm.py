@@ -6,7 +6,7 @@ what the oracle holds the kernel against. It trusts nothing it reads back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,10 +61,6 @@ def decode_exit(raw: dict) -> Exit:
         value = raw["value"] if raw["write"] else 0  # of a read, KVM leaves what was there before
         return Mmio(ipa=raw["ipa"], size=raw["size"], write=raw["write"], value=value)
     return Exit(raw["exit"], raw.get("errno", 0), tuple(raw.get("data", ())))
-
-
-def _exit_and_orders(raw: tuple[dict, bytes] | None) -> tuple[Exit | None, bytes]:
-    return (None, b"") if raw is None else (decode_exit(raw[0]), raw[1])
 
 
 class Vcpu:
@@ -130,22 +126,21 @@ class Vcpu:
 
         ``persistent``: a run that ends with EFAULT is tried again.
         """
-        how = {"orders": self._orders_at, "seconds": seconds, "persistent": persistent}
-        return _exit_and_orders(self._agent("vcpu_run", blob=orders, **how, **self._id))
+        return self.begin_orders(orders, seconds, persistent)()
 
-    def send_orders(self, orders: bytes, seconds: float) -> int:
-        """Begin what :meth:`start_orders` does, and do not wait for it; :meth:`receive_orders` does."""
-        return self._agent.send("vcpu_run", blob=orders, orders=self._orders_at, seconds=seconds, **self._id)
+    def begin_orders(
+        self, orders: bytes, seconds: float = 0.0, persistent: bool = False
+    ) -> Callable[[], tuple[Exit | None, bytes]]:
+        """Ask for what :meth:`start_orders` does; what is returned waits for its result when it is called."""
+        where = self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
+        how = {"orders": where, "seconds": seconds, "persistent": persistent}
+        answer = self._agent.begin("vcpu_run", blob=orders, **how, **self._id)
 
-    def receive_orders(self, request: int) -> tuple[Exit | None, bytes]:
-        """What :meth:`start_orders` returns, of the request that was sent."""
-        raw = self._agent.receive(request)
-        self._agent.listener.answered("vcpu_run")
-        return _exit_and_orders(raw)
+        def result() -> tuple[Exit | None, bytes]:
+            raw = answer()
+            return (None, b"") if raw is None else (decode_exit(raw[0]), raw[1])
 
-    @property
-    def _orders_at(self) -> int:
-        return self.vm.mailboxes.hva + self.index * MAILBOX_SIZE
+        return result
 
     def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
         """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""

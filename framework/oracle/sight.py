@@ -10,6 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,18 +46,33 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
     raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
 
 
-def _longer() -> Iterator[int]:
-    """Factors of pose and looks: when nobody was seen, the board may have been slow to begin. Not for ever longer."""
-    return (min(1 << attempt, 64) for attempt in itertools.count())
+def _seen_posing(pose: Callable[[int], AbstractContextManager], look: Callable[[], Regime | None], what: str) -> Regime:
+    """What is found while somebody poses, or is about to: ``pose`` takes how many times longer than at first.
+
+    When nobody was seen, the board may have been slow to begin: longer poses, and more looks.
+    """
+    lengths = (min(1 << attempt, 64) for attempt in itertools.count())
+
+    def looks() -> Regime | None:
+        longer = next(lengths)
+        with pose(longer):
+            for _ in range(_LOOKS * longer):
+                time.sleep(_BETWEEN_LOOKS)
+                if (found := look()) is not None:
+                    return found
+        return None
+
+    return _until_found(looks, what)
 
 
-def _while_posing(look: Callable[[], Regime | None], longer: int) -> Regime | None:
-    """What some looks find, while somebody poses, or is about to."""
-    for _ in range(_LOOKS * longer):
-        time.sleep(_BETWEEN_LOOKS)
-        if (found := look()) is not None:
-            return found
-    return None
+@contextmanager
+def _in_user_mode(agent: Agent, seconds: float) -> Iterator[None]:
+    """Within the block the agent is, or soon will be, in user mode for so long; then it is done with that."""
+    request = agent.send("pose", seconds=seconds)
+    try:
+        yield
+    finally:
+        agent.receive(request)
 
 
 def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
@@ -119,18 +135,8 @@ class Sight:
             with self.gdb.pause():
                 return next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
 
-        longer = _longer()
-
-        def pose() -> Regime | None:
-            factor = next(longer)
-            posing = agent.send("pose", seconds=_POSE * factor)
-            try:
-                return _while_posing(look, factor)
-            finally:
-                agent.receive(posing)
-
         try:
-            return _until_found(pose, "the agent's address space")
+            return _seen_posing(lambda longer: _in_user_mode(agent, _POSE * longer), look, "the agent's address space")
         finally:
             agent("memory_unmap", hva=hva, size=0x1000)
 
@@ -168,14 +174,7 @@ class Sight:
 
         if any(guest.running for guest in vm.guests):
             return _until_found(look, f"VM {vm.id}")
-        longer = _longer()
-
-        def pose() -> Regime | None:
-            factor = next(longer)
-            with vm.guest.posing(_ROUNDS * factor):
-                return _while_posing(look, factor)
-
-        return _until_found(pose, f"VM {vm.id}")
+        return _seen_posing(lambda longer: vm.guest.posing(_ROUNDS * longer), look, f"VM {vm.id}")
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:

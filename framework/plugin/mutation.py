@@ -31,7 +31,7 @@ from framework.pool import EVERYBODY, Broken, Pool
 from .fixtures import HostUnusable, plugin_for
 from .judgement import HostLost
 from .selection import host_name, needs_host
-from .stash import CAUSE, FAILED, MUTANT, PASSED, POOL
+from .stash import CAUSE, FAILED, MUTANT, POOL
 
 _PROPERTY = "mutant"
 _CHOSEN = pytest.StashKey[list[Mutant]]()
@@ -193,7 +193,8 @@ def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, p
     if not item.cases:
         return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), None
     for number, case in enumerate(item.cases, 1):
-        if (failure := _failure(case)) is not None:
+        _try(case)
+        if (failure := case.stash[CAUSE]) is not None:
             cause = _of_the_mutant(failure)
             about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
             return result(_killed(mutant, cause), **about), case
@@ -213,9 +214,10 @@ def _require_control(case: pytest.Item) -> None:
 def _control(case: pytest.Item) -> str:
     """What is wrong with this case; "" when nothing is. Raises LabError when there is no host to try it on."""
     try:
-        if (failure := _failure(case)) is not None:
+        reports = _try(case)
+        if (failure := case.stash[CAUSE]) is not None:
             return f"fails where nothing is broken, too: {verdict_of(_of_the_mutant(failure))}"
-        return "" if case.stash[PASSED] else "is skipped where nothing is broken"
+        return "" if all(report.passed for report in reports) else "is skipped where nothing is broken"
     finally:
         case.config.stash[POOL].discard(host_name(case))  # one QEMU at a time
 
@@ -233,11 +235,10 @@ def _killed(mutant: Mutant, cause: BaseException) -> Fate:
     return Fate.WRONGLY_KILLED if isinstance(cause, _DEATHS) and not mutant.dies else Fate.KILLED
 
 
-def _failure(case: pytest.Item) -> BaseException | None:
-    """Why the case failed; None when it did not. Another run of it left nothing that counts."""
-    case.stash[CAUSE], case.stash[FAILED], case.stash[PASSED] = None, False, False
-    runtestprotocol(case, log=False, nextitem=None)
-    return case.stash[CAUSE]
+def _try(case: pytest.Item) -> list[pytest.TestReport]:
+    """Run the case; why it failed is then in its stash. What another run of it left there does not count."""
+    case.stash[CAUSE], case.stash[FAILED] = None, False
+    return runtestprotocol(case, log=False, nextitem=None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -245,8 +246,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     if report.failed and item.stash.get(CAUSE, None) is None:
         item.stash[CAUSE] = call.excinfo.value
-    if report.passed and report.when == "call":
-        item.stash[PASSED] = True
     return report
 
 
