@@ -25,6 +25,7 @@ from framework.host.kernel import obtain
 from framework.host.ssh import Ssh
 from framework.machine.rundir import live_machines
 from framework.oracle.sight import watch
+from framework.oracle.trace import traced
 
 ARM64 = config.find("arm64")
 
@@ -114,6 +115,7 @@ def test_a_live_host_and_all_the_ways_it_can_fail(boot):
 
 def test_an_agent_that_hangs_is_given_up_and_replaced(boot):
     host = boot()
+    host.agent("trace_start", events=["kvm:kvm_guest_fault"])
     host.create_vm("A64").guest.ping()
     with pytest.raises(AgentTimeout, match="no answer within 1 s"):
         host.agent("pose", seconds=60.0, deadline=1.0)
@@ -121,6 +123,10 @@ def test_an_agent_that_hangs_is_given_up_and_replaced(boot):
         host.agent("hello")  # the connection is over: nobody can tell whose answer would come
     host.reset()
     assert host.agent("hello")["kvm"] and host.vms == []
+
+    with traced(host.agent, ["kvm:kvm_entry"]) as seen:
+        host.create_vm("A64").guest.ping()
+    assert {event.name for event in seen.events} == {"kvm_entry"}, "and what the first agent's trace held is gone"
 
 
 def patch_function(host, name, code):

@@ -39,17 +39,18 @@ class Agent:
         self._children = {}
         self._userfaults = {}
         self._kvm = os.open("/dev/kvm", os.O_RDWR) if os.path.exists("/dev/kvm") else None
-        self._tracer = None
+        self._tracer = trace.Tracer()
         self._log = trace.KernelLog()
-
-    def hello(self):
-        return {
+        self._hello = {
             "machine": os.uname().machine,
             "release": os.uname().release,
             "kvm": self._kvm is not None,
             "pid": os.getpid(),
             "cpus": os.cpu_count(),
         }
+
+    def hello(self):
+        return self._hello
 
     def restored(self, now, blob=b""):
         """This machine was saved some time ago: set its clock (seconds since 1970), and stir this entropy in."""
@@ -231,7 +232,6 @@ class Agent:
     # -- the kernel's own words ---------------------------------------------------------------------
 
     def trace_start(self, events):
-        self._tracer = self._tracer or trace.Tracer()
         self._tracer.start(events)
 
     def trace_stop(self):

@@ -12,33 +12,45 @@ class Tracer:
     """
 
     def __init__(self):
-        root = next((r for r in _ROOTS if os.path.isdir(f"{r}/instances")), None)
-        if root is None:
-            raise OSError(2, "No such file or directory", "tracefs")
-        self._dir = f"{root}/instances/arm-kvm"
-        os.makedirs(self._dir, exist_ok=True)
-        self._write("tracing_on", "0")
-        self._write("buffer_size_kb", "4096")
-        self._events = []
+        """Make the instance if there is none yet. That takes a while, and so it is done before anybody waits for it."""
+        self._events = None
+        self._root = next((r for r in _ROOTS if os.path.isdir(f"{r}/instances")), None)
+        self._dir = f"{self._root}/instances/arm-kvm"
+        if self._root and not os.path.isdir(self._dir):
+            os.mkdir(self._dir)
+            self._write("tracing_on", "0")
+            self._write("buffer_size_kb", "4096")
 
     def _write(self, name, text):
         with open(f"{self._dir}/{name}", "w") as f:
             f.write(text)
 
     def start(self, events):
-        """Drop what is in the buffer and record ``events`` (names like ``kvm:kvm_guest_fault``)."""
-        self._write("tracing_on", "0")
+        """Record ``events`` (names like ``kvm:kvm_guest_fault``) from now on."""
+        if self._root is None:
+            raise OSError(2, "No such file or directory", "tracefs")
+        if self._events is None:
+            self.stop()  # another agent may have left some
         if events != self._events:
             self._write("set_event", "\n".join(events))
             self._events = events
-        self._write("trace", "")
         self._write("tracing_on", "1")
 
     def stop(self):
-        """Stop recording; the text of the trace."""
+        """Stop recording; the text of the trace.
+
+        What is read is gone from the buffer. (To read ``trace``, or to empty it, waits for a grace period of RCU.)
+        """
         self._write("tracing_on", "0")
-        with open(f"{self._dir}/trace", "rb") as f:
-            return f.read()
+        parts = []
+        with open(f"{self._dir}/trace_pipe", "rb", buffering=0, opener=_without_waiting) as pipe:
+            while part := pipe.read(1 << 16):  # None: there is no more
+                parts.append(part)
+        return b"".join(parts)
+
+
+def _without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class KernelLog:

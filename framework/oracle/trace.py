@@ -51,5 +51,5 @@ def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
     try:
         yield seen
     finally:
-        seen.text = agent("trace_stop").decode()
+        seen.text = (agent("trace_stop") or b"").decode()
         seen.events += parse(seen.text)
