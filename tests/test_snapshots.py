@@ -81,6 +81,14 @@ def test_a_sleeping_process_wakes_up(restore):
     host.ssh.run("taskset 1 sleep 0.3 & taskset 2 sleep 0.3 & wait", timeout=10.0)
 
 
+def test_a_cpu_goes_and_comes_back(restore):
+    """PSCI answers, though this QEMU was given no kernel to boot."""
+    host = restore()
+    with host.offline(1):
+        assert host.ssh.run("nproc") == "1\n"
+    assert host.ssh.run("nproc") == "2\n"
+
+
 def test_restored_with_the_probe(restore):
     """Its RAM is a copy of its own, which the plugin shares."""
     host = restore(plugin=Probe(ARM64.board.qemu))

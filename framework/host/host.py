@@ -102,7 +102,7 @@ class Host:
         Without entropy all hosts restored from one begin with the same entropy pool. Raises what boot raises.
         """
         rootfs = rootfs_.obtain(config.rootfs)
-        machine = Machine.start(config.board, Boot(kernel.image), Logs(logs), plugin=plugin, saved=saved)
+        machine = Machine.restore(config.board, saved, Logs(logs), plugin)
         host = cls(config, kernel, machine, rootfs, greet)
         try:
             host.agent("restored", now=time.time(), blob=entropy)

@@ -25,7 +25,7 @@ class Board:
 class Boot:
     """What the board starts: paths of kernel image and initramfs, and the kernel's command line.
 
-    A program that is no Linux has a path alone, and so has a restored machine: initramfs and command line are in RAM.
+    A program that is no Linux has a path alone.
     """
 
     kernel: Path
@@ -35,10 +35,9 @@ class Boot:
 
 def command_line(
     board: Board,
-    boot: Boot,
+    boot: Boot | None,
     *,
     ram_fd: int,
-    restored: bool = False,
     console_fd: int,
     qmp_fd: int,
     port_fd: int,
@@ -48,12 +47,12 @@ def command_line(
 ) -> list[str]:
     """QEMU's argument vector. ``ssh_port`` 0 lets the system choose a free port on loopback.
 
-    A machine that is ``restored`` has the RAM of ``ram_fd`` to itself, copied on write, unless a plugin wants to see
-    it, too; the state of its devices is still to come. ``port_fd`` is a socket that the host sees as the virtio serial
-    port :data:`PORT`. ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the host reaches
-    nobody, only its ssh port is reached.
+    A machine that boots nothing is restored: it has the RAM of ``ram_fd`` to itself, copied on write, unless a plugin
+    wants to see it, too; the state of its devices is still to come. ``port_fd`` is a socket that the host sees as the
+    virtio serial port :data:`PORT`. ``plugin`` is a TCG plugin with its arguments. The user network is restricted: the
+    host reaches nobody, only its ssh port is reached, and when restored it does not announce itself.
     """
-    share = "off" if restored and not plugin else "on"
+    share = "on" if boot or plugin else "off"
     return [
         board.qemu,
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -68,8 +67,11 @@ def command_line(
         *("-chardev", f"socket,id=port,fd={port_fd}"),
         *("-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}"),
         *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
-        *("-device", "virtio-net-device,netdev=net", "-device", "virtio-rng-device"),
-        *(("-incoming", "defer") if restored else ()),
-        *("-kernel", str(boot.kernel)),
-        *(("-initrd", str(boot.initramfs), "-append", boot.cmdline) if boot.initramfs else ()),
+        *("-device", "virtio-net-device,netdev=net,guest_announce=off", "-device", "virtio-rng-device"),
+        *(_booting(boot) if boot else ("-incoming", "defer")),
     ]
+
+
+def _booting(boot: Boot) -> list[str]:
+    linux = ["-initrd", str(boot.initramfs), "-append", boot.cmdline] if boot.initramfs else []
+    return ["-kernel", str(boot.kernel), *linux]

@@ -82,11 +82,13 @@ class Plugin(Protocol):
 
 
 class Machine:
-    """QEMU with its RAM, console, QMP and gdbstub. Make one with :meth:`start`, end it with :meth:`kill`."""
+    """QEMU with its RAM, console, QMP and gdbstub. Made by :meth:`start` or :meth:`restore`, ended by :meth:`kill`."""
 
-    def __init__(
-        self, board: Board, boot: Boot, logs: Logs, ssh_port: int, plugin: Plugin | None, saved: Saved | None
-    ) -> None:
+    def __init__(self, board: Board, what: Boot | Saved, logs: Logs, ssh_port: int, plugin: Plugin | None) -> None:
+        """Raises SetupError: there is no such QEMU."""
+        if shutil.which(board.qemu) is None:
+            raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
+        boot, saved = (None, what) if isinstance(what, Saved) else (what, None)
         self.board = board
         self.logs = logs
         self.plugin = plugin
@@ -100,8 +102,7 @@ class Machine:
         self.port, port_end = socket.socketpair()  #: the lab's end of the serial port board.PORT
         ends = {"console_fd": console_end, "qmp_fd": qmp_end, "port_fd": port_end}
         fds = {"ram_fd": self.ram.file} | {name: end.fileno() for name, end in ends.items()}
-        how = {"ssh_port": ssh_port, "restored": saved is not None}
-        how["plugin"] = plugin.argument(self.ram.file) if plugin else ""
+        how = {"ssh_port": ssh_port, "plugin": plugin.argument(self.ram.file) if plugin else ""}
         self.argv = command_line(board, boot, **fds, gdb=self.folder / "gdb", **how)
         self.console = Console(console, logs.console)
         self.process, self._guardian = self._spawn([*fds.values(), *([plugin.fd] if plugin else [])])
@@ -120,22 +121,17 @@ class Machine:
             raise
 
     @classmethod
-    def start(
-        cls,
-        board: Board,
-        boot: Boot,
-        logs: Logs,
-        ssh_port: int = 0,
-        plugin: Plugin | None = None,
-        saved: Saved | None = None,
-    ) -> Machine:
-        """Start QEMU and the board in it; with a ``saved`` machine, it goes on where that one was saved.
+    def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> Machine:
+        """Start QEMU and the board in it.
 
         Raises SetupError (no such QEMU), QemuRefused (it does not make this board), PortBusy.
         """
-        if shutil.which(board.qemu) is None:
-            raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
-        return cls(board, boot, logs, ssh_port, plugin, saved)
+        return cls(board, boot, logs, ssh_port, plugin)
+
+    @classmethod
+    def restore(cls, board: Board, saved: Saved, logs: Logs, plugin: Plugin | None = None) -> Machine:
+        """Start QEMU, and let a machine of this board go on in it where it was saved. Raises what start raises."""
+        return cls(board, saved, logs, 0, plugin)
 
     def _spawn(self, fds: list[int]) -> tuple[subprocess.Popen, Guardian]:
         with self.logs.stderr.open("wb") as stderr:
@@ -170,8 +166,13 @@ class Machine:
 
     def qmp(self, command: str, **arguments: object) -> object:
         """Execute a QMP command and return its result. Raises MachineError, QemuDied."""
-        try:
+        with self._obeyed(command):
             return self._qmp(command, **arguments)
+
+    @contextmanager
+    def _obeyed(self, command: str) -> Iterator[None]:
+        try:
+            yield
         except FAILURES as e:
             if self.process.poll() is not None:
                 raise self.lost() from e
@@ -195,7 +196,9 @@ class Machine:
         return saved
 
     def _load(self, saved: Saved) -> None:
-        self._migrate("migrate-incoming", f"exec:cat {shlex.quote(str(saved.devices))}")
+        with self._obeyed("getfd"), saved.devices_pipe() as pipe:
+            self._qmp.give(pipe, "devices")
+        self._migrate("migrate-incoming", "fd:devices")
         self.qmp("cont")
 
     def _migrate(self, command: str, uri: str) -> None:

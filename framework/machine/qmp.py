@@ -42,6 +42,11 @@ class Qmp:
         """Execute a command and return its result. Raises one of :data:`FAILURES`."""
         return self._protocol.cmd(command, **arguments)
 
+    def give(self, fd: int, name: str) -> None:
+        """Let QEMU have a copy of a descriptor under this name. Raises one of :data:`FAILURES`."""
+        self._protocol.send_fd_scm(fd)
+        self("getfd", fdname=name)
+
     def close(self) -> None:
         with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
             self._protocol.close()

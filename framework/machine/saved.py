@@ -6,8 +6,11 @@ RAM once in the life of a lab process, which then keeps the file open.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,19 @@ class Saved:
         """The same files, which stay as long as this process, whoever removes them. Raises OSError."""
         fds = (os.open(self.ram, os.O_RDWR | os.O_CLOEXEC), os.open(self.devices, os.O_RDONLY | os.O_CLOEXEC))
         return Saved(*(Path(f"/proc/{os.getpid()}/fd/{fd}") for fd in fds))
+
+    @contextmanager
+    def devices_pipe(self) -> Iterator[int]:
+        """The end of a pipe from which the state of the devices is read. Raises OSError: more than a pipe may hold."""
+        state = self.devices.read_bytes()
+        end, other = os.pipe()
+        try:
+            with open(other, "wb") as pipe:
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, len(state))
+                pipe.write(state)
+            yield end
+        finally:
+            os.close(end)
 
     def write_ram(self, fd: int) -> None:
         """Save RAM; zeros become holes."""
