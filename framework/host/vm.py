@@ -214,9 +214,10 @@ class Vm:
         if not agent.hello["kvm"]:
             raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
         patience = _CREATION + count * _CREATION_EACH
-        numbers = agent.batch([("vm_create", {"ipa_bits": ipa_bits})] * count, patience)
         size = vcpus * MAILBOX_SIZE
-        code, boxes = (where["hva"] for where in agent.batch([_map(CODE_SIZE), _map(count * size)]))
+        maps = [_map(CODE_SIZE), _map(count * size)]
+        *numbers, code, boxes = agent.batch([("vm_create", {"ipa_bits": ipa_bits})] * count + maps, patience)
+        code, boxes = code["hva"], boxes["hva"]
         agent("memory_write", hva=code, blob=assemble(isa.name))
         shared = SharedMemory(agent, code, CODE_SIZE, users=count)
         mailboxes = [Memory(agent, boxes + index * size, size) for index in range(count)]
