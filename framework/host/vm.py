@@ -209,7 +209,7 @@ class Vm:
     def create(cls, agent: Agent, isa: Isa, count: int = 1, *, vcpus: int = 1, ipa_bits: int = 0) -> list[Vm]:
         """``count`` VMs with the payload in them. Its code is one piece of host memory for all of them.
 
-        Raises HostOsError when KVM refuses one; then there is none.
+        Raises HostOsError when KVM refuses one. Those that were made before it end with the agent.
         """
         if not agent.hello["kvm"]:
             raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
