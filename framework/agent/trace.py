@@ -14,9 +14,10 @@ class Tracer:
     def __init__(self):
         """Make the instance if there is none yet. That takes a while, and so it is done before anybody waits for it."""
         self._events = None
-        self._root = next((r for r in _ROOTS if os.path.isdir(f"{r}/instances")), None)
-        self._dir = f"{self._root}/instances/arm-kvm"
-        if self._root and not os.path.isdir(self._dir):
+        homes = (f"{root}/instances" for root in _ROOTS)
+        home = next(filter(os.path.isdir, homes), None)
+        self._dir = home and f"{home}/arm-kvm"
+        if home and not os.path.isdir(self._dir):
             os.mkdir(self._dir)
             self._write("tracing_on", "0")
             self._write("buffer_size_kb", "4096")
@@ -27,7 +28,7 @@ class Tracer:
 
     def start(self, events):
         """Record ``events`` (names like ``kvm:kvm_guest_fault``) from now on."""
-        if self._root is None:
+        if self._dir is None:
             raise OSError(2, "No such file or directory", "tracefs")
         if self._events is None:
             self.stop()  # another agent may have left some
