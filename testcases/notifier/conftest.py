@@ -179,8 +179,9 @@ def khugepaged(host):
         host.ssh.run(
             f"cd {home}; echo never > enabled; echo 100000 > khugepaged/pages_to_scan; echo 10 > "
             "khugepaged/scan_sleep_millisecs; was=$(cat khugepaged/full_scans); echo madvise > enabled;"
-            "for i in $(seq 100); do [ $(cat khugepaged/full_scans) -ge $((was + 2)) ] && break; sleep 0.05; done;"
-            "echo 600000 > khugepaged/scan_sleep_millisecs"
+            "for i in $(seq 600); do [ $(cat khugepaged/full_scans) -ge $((was + 2)) ] && break; sleep 0.05; done;"
+            "echo 600000 > khugepaged/scan_sleep_millisecs; [ $i -lt 600 ]",
+            timeout=120.0,  # guests that hammer leave it, at nice 19, little of the CPUs
         )
 
     return scan
