@@ -2,6 +2,7 @@
 then does something to some of them. "resting": no guest runs meanwhile, and stage 2 must be exactly what the reference
 model demands and allows. "hammering": both vCPUs go on adding to a word of their own in every page."""
 
+import time
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -45,6 +46,16 @@ class Scene:
             finally:
                 self._at_work = False
         self._rounds = [a + hammer.rounds for a, hammer in zip(self._rounds, hammers, strict=True)]
+
+    def wait_for_a_round(self):
+        """Every guest at work has been at every page since this was called."""
+        begun, deadline = self._counts(), time.monotonic() + 10.0
+        while (self._counts() - begun < 2).any():
+            assert time.monotonic() < deadline, "the guests do not get round"
+
+    def _counts(self):
+        """How often each guest has been at the first page."""
+        return np.frombuffer(self.memory.read(0, 4 * len(self.vm.guests)), dtype="<u4")
 
     @contextmanager
     def hammering_if_busy(self):

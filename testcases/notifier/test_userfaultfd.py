@@ -19,6 +19,7 @@ def test_missing_pages_are_filled_in(scene):
     if scene.busy:
         with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults, scene.guests_at_work():
             scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+            scene.wait_for_a_round()
         assert {offset // PAGE for offset, _ in faults.seen} == set(range(8, 24))
         return
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
