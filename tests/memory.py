@@ -36,6 +36,10 @@ class Pages:
         out[inside] = self.words[((pas[inside] - np.uint64(BASE)) >> np.uint64(3)).astype(np.int64)]
         return out
 
+    def tables(self, bases: np.ndarray, entries: int) -> np.ndarray:
+        words = np.arange(entries, dtype=np.uint64) << np.uint64(3)
+        return self.fetch((bases[:, None] + words).ravel()).reshape(-1, entries)
+
     def backed(self, pas: np.ndarray) -> np.ndarray:
         return (pas - np.uint64(BASE)) < np.uint64(len(self.words) * 8)
 

@@ -43,18 +43,34 @@ class Ram:
         offsets = pas - np.uint64(self.base)
         inside = offsets < np.uint64(self.size)
         if inside.all():
-            return self._words(offsets)
+            return self._words(offsets) if len(offsets) else offsets
         words = np.zeros(len(pas), dtype=np.uint64)
         words[inside] = self._words(offsets[inside])
         return words
 
     def _words(self, offsets: np.ndarray) -> np.ndarray:
-        pages, index = np.unique(offsets >> np.uint64(_PAGE_SHIFT), return_inverse=True)
-        content = np.empty((len(pages), _WORDS), dtype="<u8")
-        for first, last in _runs(pages):
-            where = self.start + int(pages[first]) * _PAGE
-            os.preadv(self.fd, [memoryview(content[first:last]).cast("B")], where)
-        return content[index, (offsets >> np.uint64(3)) & np.uint64(_WORDS - 1)]
+        pages = offsets >> np.uint64(_PAGE_SHIFT)
+        begins = np.concatenate([[True], pages[1:] != pages[:-1]])  # neighbours are mostly of one page
+        runs = pages[begins].tolist()
+        rows = {page: row for row, page in enumerate(dict.fromkeys(runs))}
+        content = self._rows([page << _PAGE_SHIFT for page in rows], _WORDS)
+        row = np.array([rows[page] for page in runs])[np.cumsum(begins) - 1]
+        return content[row, (offsets >> np.uint64(3)) & np.uint64(_WORDS - 1)]
+
+    def tables(self, bases: np.ndarray, entries: int) -> np.ndarray:
+        """``entries`` words from each of these physical addresses, a row each; 0 for those that are not RAM."""
+        offsets = bases - np.uint64(self.base)
+        if (offsets <= np.uint64(self.size - entries * 8)).all():
+            return self._rows(offsets.tolist(), entries)
+        words = np.arange(entries, dtype=np.uint64) << np.uint64(3)
+        return self.fetch((bases[:, None] + words).ravel()).reshape(-1, entries)
+
+    def _rows(self, offsets: list[int], words: int) -> np.ndarray:
+        """So many words from each offset in RAM."""
+        rows = np.empty((len(offsets), words), dtype="<u8")
+        for row, offset in zip(rows, offsets, strict=True):
+            os.preadv(self.fd, [row], self.start + offset)
+        return rows
 
     def backed(self, pas: np.ndarray) -> np.ndarray:
         return (pas - np.uint64(self.base)) < np.uint64(self.size)
@@ -136,13 +152,6 @@ class SavedRam(Ram):
         os.close(self.file)
         if self.fd >= 0:
             super().close()
-
-
-def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
-    """``[first, last)`` of every run of consecutive numbers, by index."""
-    if len(pages):
-        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-        yield from zip([0, *breaks], [*breaks, len(pages)], strict=True)
 
 
 def chunks(fd: int) -> Iterator[tuple[int, bytes]]:

@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,9 @@ class Memory(Protocol):
 
     def fetch(self, pas: np.ndarray) -> np.ndarray:
         """The uint64 words at these physical addresses (uint64, bytes, 8-byte aligned); 0 where there is no RAM."""
+
+    def tables(self, bases: np.ndarray, entries: int) -> np.ndarray:
+        """``entries`` words from each of these physical addresses, a row each; 0 where there is no RAM."""
 
     def backed(self, pas: np.ndarray) -> np.ndarray:
         """Which of these physical addresses are RAM (bool array)."""
@@ -110,8 +114,7 @@ def sweep(regime: Regime, memory: Memory) -> Tables:
 
 def _live_entries(memory: Memory, bases: np.ndarray, inputs: np.ndarray, entries: int, shift: int):
     """Address, input address and value of every valid entry of the tables at ``bases``."""
-    index = np.arange(entries, dtype=np.uint64)
-    desc = memory.fetch((bases[:, None] + (index << np.uint64(3))).ravel())
+    desc = memory.tables(bases, entries).ravel()
     live = np.flatnonzero(d.VALID.of(desc))
     table, slot = np.divmod(live, entries)
     slot = slot.astype(np.uint64)
@@ -158,13 +161,19 @@ def _odd(regime: Regime, level: int, desc: np.ndarray) -> np.ndarray:
     attributes = desc & ~np.uint64(regime.format.address_field(level))
     patterns = np.unique(attributes[np.flatnonzero(np.diff(attributes, prepend=~attributes[:1]))])
     odd = np.array([p for p in patterns if _reservations(regime, level, int(p))], dtype=np.uint64)
-    return np.isin(attributes, odd) | _beyond(regime, _address(regime, desc))
+    beyond = _beyond(regime, _address(regime, desc))
+    return beyond | np.isin(attributes, odd) if len(odd) else beyond
 
 
 def _reservations(regime: Regime, level: int, desc: int) -> list[str]:
-    if regime.stage == 2:
-        return d.reserved(desc, level, regime.format)
-    kind = d.reserved_type(desc, level, regime.granule)
+    return _reserved(regime.stage, level, desc, regime.format)
+
+
+@lru_cache(maxsize=1024)  # few patterns, seen again and again
+def _reserved(stage: int, level: int, desc: int, fmt: Format) -> list[str]:
+    if stage == 2:
+        return d.reserved(desc, level, fmt)
+    kind = d.reserved_type(desc, level, fmt.granule)
     return [kind] if kind else []
 
 
