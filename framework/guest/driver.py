@@ -230,7 +230,7 @@ class Guest:
         """What the mailbox holds when the vCPU is about to run with these orders, which it now is."""
         for order in orders:
             if order.wrote:
-                self._vm.written.add(*order.wrote)
+                self._vm.expect_write(*order.wrote)
         self.entered = self.running = True
         header = _HEADER.pack(len(orders), 0, 0, 0).ljust(p.ORDERS, b"\0")
         return header + b"".join(order.encode() for order in orders)

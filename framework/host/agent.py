@@ -114,6 +114,7 @@ class Agent:
         self.listener = Listener()
         self.suffix = ""  #: of the names of its VMs, when it is not the host's only VMM
         self._broken: AgentError | None = None
+        self._meanwhile: Callable[[], None] | None = None
         self.hello = self("hello", deadline=timeout)
 
     def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
@@ -143,6 +144,10 @@ class Agent:
         self.listener.answered("batch")
         return results
 
+    def meanwhile(self, do: Callable[[], None]) -> None:
+        """Do this, once, while the next answer is on its way: the lab has a CPU to itself then."""
+        self._meanwhile = do
+
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
         """Send a request that no listener hears of; :meth:`receive` takes its answer. Returns the request's id."""
         self.require()
@@ -168,6 +173,9 @@ class Agent:
 
     def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
         """The answer to ``request``, within ``deadline`` seconds."""
+        do, self._meanwhile = self._meanwhile, None
+        if do:
+            do()
         end = time.monotonic() + deadline
         reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
         self._say(f"< {reply} {f'+{len(blob)} B' if blob else ''}")

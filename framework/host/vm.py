@@ -313,6 +313,11 @@ class Vm:
             self.written.forget(slot)
         return self._memslot(slot)
 
+    def expect_write(self, ipa: int, size: int) -> None:
+        """A guest is about to be told to write there; remembered where it matters."""
+        if any(slot.logging for slot in self.slots.values()):
+            self.written.add(ipa, size)
+
     def slot_at(self, ipa: int) -> Memslot:
         """The memslot that covers ``ipa``; KeyError when none does."""
         for slot in self.slots.values():

@@ -36,6 +36,7 @@ class HostView:
 
     All arrays have one element a page: its IPA, the PA stage 2 gives it, the index of its leaf, the
     index of its memslot (-1 outside all), and the host's own descriptor and PA for its HVA (0: none).
+    ``others`` are the host's PAs for the other HVAs that were asked for.
     """
 
     ipa: np.ndarray
@@ -44,8 +45,10 @@ class HostView:
     slot: np.ndarray
     host_desc: np.ndarray
     host_pa: np.ndarray
+    others: np.ndarray
 
 
+_NONE = np.zeros(0, dtype=np.uint64)
 Translate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -58,15 +61,20 @@ def _pages(leaves: Leaves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return leaves.ia[leaf] + offset, leaves.pa[leaf] + offset, leaf
 
 
-def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate) -> HostView:
-    """Read the host's side of these leaves; ``translate`` walks the VMM's own stage 1 (HVA -> desc, PA)."""
+def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others: np.ndarray = _NONE) -> HostView:
+    """Read the host's side of these leaves, and of other HVAs, in one walk of the VMM's own stage 1.
+
+    ``translate`` is that walk (HVA -> desc, PA).
+    """
     ipa, pa, leaf = _pages(leaves)
     slot = covering(slots, ipa)
     delta = np.array([s.hva - s.ipa for s in slots] or [0], dtype=np.int64).astype(np.uint64)
     inside = slot >= 0
     host_desc, host_pa = np.zeros_like(ipa), np.zeros_like(ipa)
-    host_desc[inside], host_pa[inside] = translate(ipa[inside] + delta[slot[inside]])
-    return HostView(ipa, pa, leaf, slot, host_desc, host_pa)
+    hva = ipa[inside] + delta[slot[inside]]
+    desc, found = translate(np.concatenate([hva, others]))
+    host_desc[inside], host_pa[inside] = desc[: len(hva)], found[: len(hva)]
+    return HostView(ipa, pa, leaf, slot, host_desc, host_pa, found[len(hva) :])
 
 
 @dataclass(frozen=True)

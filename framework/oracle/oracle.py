@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from framework.host.host import Host
 from framework.host.vm import Vm
 from framework.model import sweep
+from framework.model.memslots import Memslot
 from framework.model.sweep import Tables
 
 from . import judge, splats
@@ -21,6 +22,27 @@ from .verdicts import Finding, Kind, Violation
 
 _LOOKS = 3
 _BETWEEN_LOOKS = 0.01
+
+
+NOWHERE = np.zeros(0, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What was read of some VMs, by name, while the machine stood still, and of the tables of all: to be judged."""
+
+    cases: dict[str, judge.Case]
+    tables: dict[str, Tables]
+
+    def judged(self) -> list[tuple[Stage2, list[Finding]]]:
+        """Each VM's tables, and all that is wrong with them."""
+        shared = judge.shared_tables(self.tables)
+        return [(Stage2(case.tables), case.findings() + shared[name]) for name, case in self.cases.items()]
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """The host's frames for the HVAs that were asked for, physical addresses; 0: none."""
+        return tuple(next(iter(self.cases.values())).view.others.tolist())
 
 
 class Oracle:
@@ -50,33 +72,33 @@ class Oracle:
         entry, which is then empty: such a leaf is looked at again.
         """
         for _ in range(_LOOKS):
-            seen = self._look(vms)
+            seen = self.look(*vms).judged()
             odd = [f for _, found in seen for f in found]
             if not any(f.kind is Kind.WRONG_FRAME and judge.NO_PAGE in f.expected for f in odd):
                 break
             time.sleep(_BETWEEN_LOOKS)
         return seen
 
-    def _look(self, vms: Sequence[Vm]) -> list[tuple[Stage2, list[Finding]]]:
+    def look(self, *vms: Vm, hvas: np.ndarray = NOWHERE) -> Sighting:
+        """Each VM's tables and the host's side of them, all at one moment, to be judged when there is time.
+
+        So are the host's frames for ``hvas`` (uint64) of the first VM's process.
+        """
         for vm in vms:
             self.sight.stage2_regime(vm)
         spaces = [self.sight.vmm_space(vm.agent) for vm in vms]
-        slots = {vm.name: tuple(vm.slots.values()) for vm in vms}
+        slots = [tuple(vm.slots.values()) for vm in vms]
+        others = [hvas, *[NOWHERE] * (len(vms) - 1)]
+        views = []
         with self.sight.gdb.pause():
             tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
-            views = {
-                vm.name: judge.look(tables[vm.name].leaves, slots[vm.name], partial(sweep.translate, space, self._ram))
-                for vm, space in zip(vms, spaces, strict=True)
-            }
-        shared = judge.shared_tables(tables)
-        out = []
-        for vm in vms:
-            own = tables[vm.name]
-            findings = self._case(vm, own, slots[vm.name], views[vm.name]).findings() + shared[vm.name]
-            out.append((Stage2(own), findings))
-        return out
+            for vm, space, own, asked in zip(vms, spaces, slots, others, strict=True):
+                translate = partial(sweep.translate, space, self._ram)
+                views.append(judge.look(tables[vm.name].leaves, own, translate, asked))
+        cases = [self._case(vm, tables[vm.name], *side) for vm, *side in zip(vms, slots, views, strict=True)]
+        return Sighting({vm.name: case for vm, case in zip(vms, cases, strict=True)}, tables)
 
-    def _case(self, vm: Vm, own: Tables, slots: tuple, view: judge.HostView) -> judge.Case:
+    def _case(self, vm: Vm, own: Tables, slots: tuple[Memslot, ...], view: judge.HostView) -> judge.Case:
         page = np.uint64(0x1000)
         return judge.Case(
             tables=own,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,9 +14,8 @@ from framework.guest.driver import RunFailed
 from framework.host.agent import Request
 from framework.host.host import Host
 from framework.host.memory import BLOCK, Advice, Child, Prot
-from framework.model import sweep
 from framework.model.memslots import Memslot, SlotFlags
-from framework.oracle.oracle import Oracle
+from framework.oracle.oracle import Oracle, Sighting
 from framework.oracle.witness import leaves_of
 
 from .steps import PAGES, Kind, Step
@@ -34,19 +34,34 @@ class Broken(AssertionError):
         super().__init__("\n".join([*lines, *(f"    {step}" for step in steps)]))
 
 
-class Player:
-    """One sequence on one host. :meth:`do` raises Broken at the first step that goes wrong; :meth:`end` cleans up.
+@dataclass(frozen=True)
+class _Unjudged:
+    """The last step, how many there are with it, what was read of the host then, the IPA ranges it owes to be gone."""
 
-    After a sequence that did not go wrong, :meth:`begin_anew` is faster than another player.
+    step: Step
+    number: int
+    sighting: Sighting
+    owed: tuple[tuple[int, int], ...]
+
+
+class Player:
+    """One sequence on one host. :meth:`do` and :meth:`settle` raise Broken at the first step that goes wrong.
+
+    What was read of the host after a step is judged while the agent is at work on the next one, so the last step of a
+    sequence is judged by :meth:`settle`. :meth:`end` cleans up; after a sequence that did not go wrong,
+    :meth:`begin_anew` is faster than another player.
     """
 
     def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
         self._host, self._oracle, self._isa = host, oracle, isa
         self._child: Child | None = None
+        self._unjudged: _Unjudged | None = None
+        self._complaints, self._judged = [], 0  # of the step that was judged last, and its number
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
         self._memory = self._vm.memory(_SIZE, align=BLOCK)
         self._vm.memories.remove(self._memory)  # outlives its VM
+        self._hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
         self._ages = self._idle_tracking or host.kernel_version < (6, 9)
         self._furnish()
         self._begin()
@@ -61,18 +76,20 @@ class Player:
         self.steps: list[Step] = []
         self.broken = True
         self.world = World(self._memory.hva, self._host.kernel_version, self._ages)
-        self._before = self._look()
-        self._demand([f"IPA {ipa:#x} is mapped at the beginning" for ipa in self._before.leaves])
+        self._before, findings = _reading(self._see())
+        self._demand(findings + [f"IPA {ipa:#x} is mapped at the beginning" for ipa in self._before.leaves])
         self.broken = False
 
     def begin_anew(self) -> None:
-        """Another sequence with the same VM: no child, new memory, new memslots."""
+        """Another sequence with the same VM: no child, new memory, and the memslots as they were at first."""
         self._end_child()
         requests: list[Request] = [("memory_map", {"at": self._memory.hva, "size": _SIZE})]
         for slot, ipa in IPAS.items():
-            if slot + 1 in self._vm.slots:
-                requests.append(self._vm.note(Memslot(slot + 1, ipa, 0, self._memory.hva)))
-            requests.append(self._vm.note(Memslot(slot + 1, ipa, _SIZE, self._memory.hva)))
+            wanted, found = Memslot(slot + 1, ipa, _SIZE, self._memory.hva), self._vm.slots.get(slot + 1)
+            if found not in (wanted, None):
+                requests.append(self._vm.note(replace(wanted, size=0)))
+            if found != wanted:
+                requests.append(self._vm.note(wanted))
         self._vm.agent.batch(requests)
         self._vm.exits.clear()
         self._begin()
@@ -94,19 +111,41 @@ class Player:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
-        """Carry it out and judge. Raises Broken; ValueError for a step that makes no sense now."""
+        """Carry it out, and judge the step before. Raises Broken; ValueError for a step that makes no sense now."""
         if not self.world.allows(step):
             raise ValueError(f"step {len(self.steps) + 1} makes no sense here: {step}")
         self.steps.append(step)
         self.broken = True  # whatever it fails with
-        owed = self._carry_out(step)
-        after = self._look()
-        self._demand(self.world.complaints(step, self._before, after, owed))
-        self._before, self.broken = after, False
+        self._vm.agent.meanwhile(self._judge)
+        failed, owed = None, ()
+        try:
+            owed = self._carry_out(step)
+        except Exception as e:
+            failed = e
+        self.settle()  # if the step before went wrong, whatever this one met may come from that
+        if failed:
+            raise failed
+        self._unjudged = _Unjudged(step, len(self.steps), self._see(), owed)
+        self.broken = False
 
-    def _demand(self, complaints: list[str]) -> None:
+    def settle(self) -> None:
+        """Judge the last step, if it was not judged yet. Raises Broken."""
+        self._judge()
+        self._demand(self._complaints, self._judged)
+
+    def _judge(self) -> None:
+        """Hold what was read after the last step against the world, which is still as that step left it."""
+        if (last := self._unjudged) is not None:
+            self._unjudged = None
+            after, findings = _reading(last.sighting)
+            complaints = self.world.complaints(last.step, self._before, after, last.owed)
+            self._before, self._complaints, self._judged = after, findings or complaints, last.number
+
+    def _demand(self, complaints: list[str], steps: int | None = None) -> None:
+        """After so many steps (all) there is nothing to complain of. Raises Broken."""
         if complaints:
-            raise Broken(self.steps, complaints)
+            self.broken = True
+            raise Broken(self.steps[:steps], complaints)
 
     def _carry_out(self, step: Step) -> tuple[tuple[int, int], ...]:
         """The IPA ranges that a memslot operation owes to be gone."""
@@ -212,9 +251,10 @@ class Player:
 
     def _dirty_log(self, step: Step) -> None:
         ipa = IPAS[step.slot]
+        found = self._vm.dirty_pages(ipa)
         pages, _ = self.world.slots.take_dirty_log(step.slot)
         expected = [ipa + page * PAGE for page in pages]
-        if (found := self._vm.dirty_pages(ipa)) != expected:
+        if found != expected:
             self._demand([f"the dirty log says {_hex(found)}, guests have written {_hex(expected)}"])
 
     def _new_vm(self) -> None:
@@ -226,19 +266,18 @@ class Player:
 
     # -- looking -------------------------------------------------------------------------------------------------
 
-    def _look(self) -> Look:
-        """The host as it stands; safety is judged here."""
-        ((stage2, findings),) = self._oracle.examine(self._vm)
-        self._demand([str(finding) for finding in findings])
-        leaves = leaves_of(stage2)
-        spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
-        return Look({i: leaf for i, leaf in leaves.items() if _watched(i)}, spare, self._frames())
+    def _see(self) -> Sighting:
+        """The host as it stands: the VM's tables, and the frame of each page."""
+        return self._oracle.look(self._vm, hvas=self._hvas)
 
-    def _frames(self) -> tuple[int, ...]:
-        """The host's frame of each page, by its own stage 1."""
-        hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
-        space = self._oracle.sight.vmm_space(self._vm.agent)
-        return tuple(sweep.translate(space, self._host.machine.ram, hvas)[1].tolist())
+
+def _reading(sighting: Sighting) -> tuple[Look, list[str]]:
+    """What the world is held against; and what safety says of it."""
+    ((stage2, findings),) = sighting.judged()
+    leaves = leaves_of(stage2)
+    spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
+    watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
+    return Look(watched, spare, sighting.frames), [str(finding) for finding in findings]
 
 
 def _watched(ipa: int) -> bool:
@@ -256,5 +295,6 @@ def play(host: Host, oracle: Oracle, isa: str, steps: Iterable[Step]) -> Iterato
         for step in steps:
             player.do(step)
             yield step
+        player.settle()
     finally:
         player.end()

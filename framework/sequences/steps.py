@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from pathlib import Path
 
 from framework.errors import ConfigError
@@ -65,6 +66,14 @@ class Step:
 
     def __str__(self) -> str:
         return self.kind.value.format(page=self.page, last=self.last, vcpu=self.vcpu, slot=self.slot)
+
+
+def every(kind: Kind) -> list[Step]:
+    """All steps of this kind, the simplest first."""
+    choices = {"vcpu": range(VCPUS), "slot": SLOTS, "page": range(PAGES), "last": range(PAGES)}
+    names = [name for name in choices if f"{{{name}}}" in kind.value]
+    arguments = (dict(zip(names, values, strict=True)) for values in product(*(choices[name] for name in names)))
+    return [Step(kind, **what) for what in arguments if what.get("page", 0) <= what.get("last", PAGES)]
 
 
 def parse(line: str) -> Step | None:
