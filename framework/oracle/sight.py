@@ -31,10 +31,10 @@ from framework.model.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, 
 from .stage2 import Stage2
 
 _PATIENCE = 5.0
-_BETWEEN_LOOKS = 0.003  #: the machine stands still while it is looked at
-_LOOKS = 6  #: at one pose
+_BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
+_LOOKS = 10  #: at one pose
 _POSE = 0.02  #: seconds in which the agent stays in user mode, at first
-_ROUNDS = 1 << 21  #: of a guest's loop, at first: some 10 ms
+_ROUNDS = 1 << 20  #: of a guest's loop, at first: some 5 ms
 
 
 def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
