@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from .config import HostConfig
@@ -17,6 +18,7 @@ from .host.kernel import Kernel, obtain
 from .host.snapshots import Snapshot
 from .machine.machine import Plugin
 from .progress import note
+from .spares import AHEAD, Spares
 
 MakePlugin = Callable[[str], Plugin]
 _ENTROPY = 64  #: bytes
@@ -47,13 +49,14 @@ class _Live:
     owner: Owner
 
 
-@dataclass
-class _Spare:
-    """A host that nobody has touched, or is on its way."""
+@dataclass(frozen=True)
+class Expected:
+    """What a test will ask for that has a host to itself, and what is done to the host before."""
 
+    owner: Owner
     name: str
-    probed: bool
-    host: Future[Host]
+    make_plugin: MakePlugin | None
+    furnish: Callable[[Host], None]
 
 
 class Pool:
@@ -77,9 +80,8 @@ class Pool:
         self._snapshots: dict[str, Snapshot] = {}
         self._live: dict[str, _Live] = {}
         self._broken: dict[str, LabError] = {}
-        self._starts = 0
-        self._spare: _Spare | None = None
-        self._restorer = ThreadPoolExecutor(1, "restorer")
+        self._starts = count(1)
+        self._spares = Spares()
         self._prepare: Callable[[Host], None] = lambda host: None
 
     def apart(self, name: str, why: str, prepare: Callable[[Host], None], kernel: Kernel | None = None) -> Pool:
@@ -148,7 +150,7 @@ class Pool:
 
         if not config.boot_afresh:
             try:
-                return self._taken(name, make_plugin) or self._restore(name, self._logs(name, owner), plugin())
+                return self._spares.take(owner.name) or self._restore(name, self._logs(name, owner), plugin())
             except (MachineError, AgentError) as e:
                 note(f"{name} cannot be restored, and boots afresh: {e.one_line}")
         return Host.boot(config, kernel, self._logs(name, owner), plugin=plugin())
@@ -157,25 +159,23 @@ class Pool:
         entropy = os.urandom(_ENTROPY) if self._entropy else b""
         return self._snapshot(name).restore(logs, plugin, entropy)
 
-    def expect(self, name: str, make_plugin: MakePlugin | None = None) -> None:
-        """The next test will have a host of its own: restore it meanwhile, on a CPU that this one leaves idle."""
-        self._dismiss()
-        if name in self._snapshots and name not in self._broken:
-            plugin = make_plugin(self.configs[name].board.qemu) if make_plugin else None
-            coming = self._restorer.submit(self._restore, name, self._logs(name, Owner(alone=True)), plugin)
-            self._spare = _Spare(name, plugin is not None, coming)
+    def expect(self, coming: Iterable[Expected]) -> None:
+        """Tests to come have hosts of their own: restore and furnish them meanwhile, on CPUs that this one leaves idle.
 
-    def _taken(self, name: str, make_plugin: MakePlugin | None) -> Host | None:
-        """The host that was restored meanwhile, if it is of the kind wanted now. Raises what restoring it raised."""
-        spare, self._spare = self._spare, None
-        if spare and (spare.name, spare.probed) == (name, make_plugin is not None):
-            return spare.host.result()
-        _end(spare)
-        return None
+        Where that fails, the test has a host restored when it asks for one, and meets the reason.
+        """
+        possible = (test for test in coming if test.name in self._snapshots and test.name not in self._broken)
+        self._spares.expect({test.owner.name: partial(self._furnished, test) for test in possible})
 
-    def _dismiss(self) -> None:
-        spare, self._spare = self._spare, None
-        _end(spare)
+    def _furnished(self, test: Expected) -> Host:
+        plugin = test.make_plugin(self.configs[test.name].board.qemu) if test.make_plugin else None
+        host = self._restore(test.name, self._logs(test.name, test.owner), plugin)
+        try:
+            test.furnish(host)
+        except BaseException:
+            host.shutdown()
+            raise
+        return host
 
     def _snapshot(self, name: str) -> Snapshot:
         if name not in self._snapshots:
@@ -184,11 +184,11 @@ class Pool:
         return self._snapshots[name]
 
     def _logs(self, name: str, owner: Owner) -> Path:
-        """A folder for each machine; those of single tests share two, for a test's folder has its part of the logs."""
-        self._starts += 1
-        parts = [self._worker, f"{self._starts:02}", name]
+        """A folder for each machine; those of single tests share some, for a test's folder has its part of the logs."""
+        number = next(self._starts)
+        parts = [self._worker, f"{number:02}", name]
         if owner.alone:
-            parts = [self._worker, name, "ab"[self._starts % 2]]
+            parts = [self._worker, name, f"alone{number % (AHEAD + 2)}"]
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
     def _once(self, name: str, action):
@@ -208,7 +208,8 @@ class Pool:
     def done(self, host: Host) -> None:
         """A test is done with this host: the next that shares it finds no VM on it. Raises LabError: it is lost."""
         if self._live[host.config.name].owner.alone:
-            self.discard(host.config.name)
+            del self._live[host.config.name]
+            self._spares.end(host)
         else:
             host.reset()
 
@@ -227,17 +228,10 @@ class Pool:
 
     def close(self) -> None:
         """End all machines."""
-        self._dismiss()
-        self._restorer.shutdown()
+        self._spares.close()
         hosts = [*(live.host for live in self._live.values()), *self.kept]
         self._live.clear()
         self.kept.clear()
         with ExitStack() as stack:  # every one is ended, whatever another says
             for host in hosts:
                 stack.callback(host.shutdown)
-
-
-def _end(spare: _Spare | None) -> None:
-    if spare:
-        with suppress(Exception):  # it was for nobody yet; whoever needs a host meets the reason
-            spare.host.result().shutdown()

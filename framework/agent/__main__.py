@@ -181,7 +181,7 @@ class Agent:
     memory_write = staticmethod(memory.write)
     memory_pagemap = staticmethod(memory.pagemap)
     memory_move = staticmethod(memory.move)
-    memory_vmas = staticmethod(memory.vmas)
+    memory_maps = staticmethod(memory.maps)
     memory_drain = staticmethod(ageing.drain)
     memory_mark_idle = staticmethod(ageing.mark_idle)
     memory_idle = staticmethod(ageing.idle)

@@ -68,15 +68,10 @@ def move(hva, size, to) -> None:
     libc.mremap(hva, size, to)
 
 
-def vmas(private=False) -> list:
-    """The process's mappings as [start, end], in order; the private and writable ones only if asked."""
-    found = []
-    with open("/proc/self/maps") as f:
-        for line in f:
-            span, rights = line.split()[:2]
-            if not private or rights[1] + rights[3] == "wp":
-                found.append([int(bound, 16) for bound in span.split("-")])
-    return found
+def maps() -> "tuple[None, bytes]":
+    """/proc/self/maps, for the lab to read: an emulated CPU would take longer."""
+    with open("/proc/self/maps", "rb", buffering=0) as f:
+        return None, b"".join(iter(lambda: f.read(1 << 16), b""))
 
 
 def unmap(hva, size) -> None:

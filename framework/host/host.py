@@ -44,6 +44,7 @@ class Host:
         self.machine = machine
         self.rootfs = rootfs
         self.vms: list[Vm] = []
+        self.vm_ahead: Vm | None = None  #: of :attr:`vms`, made for somebody who has not asked for it yet
         self.boot_states = Progress()
         self.facts: dict[str, object] = {}  #: see :meth:`fact`
         self._ssh: Ssh | None = None

@@ -37,6 +37,13 @@ class Prot(IntEnum):
     READ_WRITE = 3
 
 
+def mappings(agent: Agent, private: bool = False) -> list[tuple[int, int]]:
+    """The process's mappings, ``[start, end)`` in order; the private and writable ones only if asked."""
+    words = [line.split()[:2] for line in agent("memory_maps").decode().splitlines()]
+    spans = [span.split("-") for span, rights in words if not private or rights[1] + rights[3] == "wp"]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+
 class Memory:
     """A mapping. Offsets and sizes in bytes; an operation without them is on the whole."""
 

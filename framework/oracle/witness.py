@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from framework.host.host import Host
-from framework.host.memory import Memory
+from framework.host.memory import Memory, mappings
 from framework.host.vm import Vm
 from framework.model import notifier
 from framework.model.notifier import CHANGE_PTE_GONE, Call, Leaves, Notice, Operation, Span, Told
@@ -87,7 +87,7 @@ class Witness:
     def _notices(self, operation: Operation, memory: Memory, offset: int, size: int) -> list[Notice]:
         """What is announced. A fork tells of every private mapping of the process."""
         start, end = memory.hva + offset, memory.hva + offset + size
-        vmas = [tuple(span) for span in self._host.agent("memory_vmas", private=operation is Operation.FORK)]
+        vmas = mappings(self._host.agent, private=operation is Operation.FORK)
         if notifier.RULES[operation].told is Told.VMA:
             return [Notice(operation, *vma, vma, self._kernel) for vma in vmas]
         own = [vma for vma in vmas if vma[0] <= start < vma[1]]

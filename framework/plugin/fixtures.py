@@ -13,6 +13,7 @@ from framework.artifacts import TestFolder
 from framework.errors import KernelError, LabError
 from framework.events.violations import ProtocolBroken
 from framework.host.host import Host
+from framework.host.ssh import Ssh
 from framework.host.vgic import Vgic, gicv_of
 from framework.host.vm import Vm
 from framework.host.vmm import Vmm
@@ -20,14 +21,14 @@ from framework.oracle import Oracle
 from framework.oracle import trace as trace_
 from framework.oracle.stage2 import Stage2
 from framework.oracle.witness import Witness
-from framework.pool import Broken, MakePlugin, Pool
+from framework.pool import Broken, Pool
 from framework.recorder.breakpoints import Breakpoints
-from framework.recorder.probe import Probe
 from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
+from .ahead import expect_next, first_vm, plugin_for, with_probe
 from .judgement import HostLost, HostSession
-from .selection import alone_next, host_name, owner_of, records
+from .selection import owner_of
 from .stash import BLAMED, FAILED, POOL, SESSION
 
 _RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
@@ -52,19 +53,13 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """
     pool, name = request.config.stash[POOL], request.param
     host = _host_or_outcome(request.node, pool, name)
-    if after := alone_next(request.node):
-        pool.expect(host_name(after), plugin_for(after))
-    session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid))
+    expect_next(request.node)
+    session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid), owner_of(request.node).alone)
     request.node.stash[SESSION] = session
     try:
         yield host
     finally:
         _leave(request, pool, session)
-
-
-def plugin_for(item: pytest.Item) -> MakePlugin | None:
-    """What is loaded into the QEMU of the host that this case needs."""
-    return Probe if records(item) and _with_probe(item.config) else None
 
 
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
@@ -142,7 +137,13 @@ def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
 
 
 @pytest.fixture
-def make_vmm(host: Host) -> Iterator[Callable[[], Vmm]]:
+def ssh(host: Host) -> Ssh:
+    """The host's shell, connected: ``ssh.run("uname -a")`` answers what the command prints."""
+    return host.ssh
+
+
+@pytest.fixture
+def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
     """``make_vmm()``: another VMM process on the host, to be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
     made: list[Vmm] = []
 
@@ -156,9 +157,12 @@ def make_vmm(host: Host) -> Iterator[Callable[[], Vmm]]:
 
 
 @pytest.fixture
-def vm(make_vm: Callable[..., Vm]) -> Vm:
-    """A VM with one vCPU, and no memory but the payload's own. See ``make_vm``."""
-    return make_vm()
+def vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+    """A VM with no memory but the payload's own, and one vCPU, or as many as the mark ``vcpus(n)`` says.
+
+    With ``vcpus(n, pinned=True)`` each is bound to a CPU of the host. See ``make_vm``.
+    """
+    return first_vm(request.node, host)
 
 
 @pytest.fixture
@@ -177,14 +181,10 @@ def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
     return request.node.stash[SESSION].oracle
 
 
-def _with_probe(config: pytest.Config) -> bool:
-    return config.getoption("--recorder") == "probe"
-
-
 def _recorder(config: pytest.Config, session: HostSession) -> Recorder:
     host = session.host
     if host not in _RECORDERS:
-        mechanism = host.machine.plugin if _with_probe(config) else Breakpoints(host)
+        mechanism = host.machine.plugin if with_probe(config) else Breakpoints(host)
         _RECORDERS[host] = Recorder(host, mechanism, session.oracle.sight)
     return _RECORDERS[host]
 

@@ -27,12 +27,14 @@ class HostLost(pytest.fail.Exception):
 class HostSession:
     """What the lab holds of one test: its host, its oracle, its folder; and the judgement at its end."""
 
-    def __init__(self, host: Host, folder: TestFolder) -> None:
+    def __init__(self, host: Host, folder: TestFolder, alone: bool) -> None:
+        """``alone``: all that this machine has said is the test's."""
         self.host = host
         self.oracle = _ORACLES.setdefault(host, Oracle(host))  # it remembers what it has found of the host
         self.folder = folder
-        folder.begin(host.machine.logs)
-        self.oracle.splats()  # what was said between tests is nobody's
+        folder.begin(host.machine.logs, whole=alone)
+        if not alone:
+            self.oracle.splats()  # what was said between tests is nobody's
 
     def judge(self) -> list[Finding]:
         """Every VM of the test that has run, and the kernel's log."""

@@ -8,6 +8,7 @@ last run: nobody is left waiting for a slow one at the end.
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import blake2b
 from itertools import chain
 
 import pytest
@@ -24,6 +25,11 @@ def worker_of(config: pytest.Config) -> str:
     return getattr(config, "workerinput", {}).get("workerid", "")
 
 
+def parallel(config: pytest.Config) -> bool:
+    """Whether this is a worker, or hands out the cases to workers."""
+    return bool(worker_of(config) or getattr(config.option, "numprocesses", None))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not worker_of(config):
@@ -34,7 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Host by host; those that record come last on theirs, which starts once more, with the probe in its QEMU."""
+    """Host by host; those that record come last on theirs, which starts once more, with the probe in its QEMU.
+
+    Where one process gives each case a host to itself, long and short ones are mixed: hosts are made during the long.
+    """
+    if config.getoption("--isolation") == "test" and not parallel(config):
+        items.sort(key=lambda item: blake2b(item.nodeid.encode()).digest())
+        return
     order = list(config.stash[POOL].configs)
     took = getattr(config, "workerinput", {}).get(_KEY, {})
 

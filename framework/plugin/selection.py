@@ -72,10 +72,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     item.stash[NEXT] = nextitem
 
 
-def alone_next(item: pytest.Item) -> pytest.Item | None:
-    """The test after this one, if it has a host of its own."""
-    after = item.stash.get(NEXT, None)
-    return after if after is not None and needs_host(after) and owner_of(after).alone else None
+def after(item: pytest.Item, count: int) -> list[pytest.Item]:
+    """The tests after this one, ``count`` at most; a worker knows of one only."""
+    following = item.stash.get(NEXT, None)
+    if following is None or hasattr(item.config, "workerinput"):
+        return [following] if following is not None else []
+    items = item.session.items
+    at = items.index(following)
+    return items[at : at + count]
 
 
 def records(item: pytest.Item) -> bool:

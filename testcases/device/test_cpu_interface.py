@@ -84,9 +84,9 @@ def test_any_page_will_do(vm, make_vgic, stage2, ipa):
     assert mapped(stage2, vm, ipa) == [ipa, ipa + PAGE]
 
 
-def test_all_vcpus_share_the_mapping(make_vm, make_vgic, stage2):
+@pytest.mark.vcpus(2)
+def test_all_vcpus_share_the_mapping(vm, make_vgic, stage2):
     """One mapping for all: which vCPU's registers it shows, the board decides by CPU."""
-    vm = make_vm(vcpus=2)
     vgic = make_vgic(vm)
     vgic.place(Frame.DISTRIBUTOR, GICD)
     vgic.place(Frame.CPU_INTERFACE, GICC)

@@ -85,9 +85,8 @@ def test_notifier_during_destruction(make_vm, make_vms, host, stage2):
     assert works(make_vm, stage2)
 
 
-def test_vm_closed_while_a_vcpu_runs(make_vm, host, tables, page_trace):
+def test_vm_closed_while_a_vcpu_runs(vm, host, tables, page_trace):
     """The VM's descriptor is closed under a running vCPU, which runs on: it holds the VM itself."""
-    vm = make_vm()
     vm.add_memory(IPA, 4 * PAGE)
     vm.guest.fill(IPA, 4)
     own = tables(vm)
@@ -103,9 +102,9 @@ def test_vm_closed_while_a_vcpu_runs(make_vm, host, tables, page_trace):
     assert own <= pages.freed
 
 
-def test_neighbouring_memslot_deleted_under_a_running_vcpu(make_vm, stage2):
+@pytest.mark.vcpus(2)
+def test_neighbouring_memslot_deleted_under_a_running_vcpu(vm, stage2):
     """One memslot comes and goes while both vCPUs work in another: no store is lost."""
-    vm = make_vm(vcpus=2)
     memory = vm.add_memory(IPA, 64 * PAGE)
     other = vm.memory(64 * PAGE)
     with vm.guests[0].hammering(IPA, 64) as first, vm.guests[1].hammering(IPA + 4, 64) as second:

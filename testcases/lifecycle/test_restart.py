@@ -30,9 +30,9 @@ def test_memory_is_kept(vm, stage2):
     assert stage2(vm).leaf(IPA).pa == frame
 
 
-def test_first_init_unmaps_nothing(make_vm, stage2):
+@pytest.mark.vcpus(2)
+def test_first_init_unmaps_nothing(vm, stage2):
     """A second vCPU that has not run yet may be initialised while the first has memory."""
-    vm = make_vm(vcpus=2)
     vm.add_memory(IPA, PAGE)
     vm.guest.write(IPA, 1)
     vm.vcpus[1].reset()

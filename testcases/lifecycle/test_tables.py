@@ -125,8 +125,7 @@ def test_memory_unmapped_before_and_after_the_vm(make_vm, tables, page_trace):
         assert own <= pages.freed
 
 
-def test_destroyed_from_another_thread(make_vm, tables, page_trace, host):
-    vm = make_vm()
+def test_destroyed_from_another_thread(vm, tables, page_trace, host):
     vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA, 16)
     own = tables(vm)
@@ -136,9 +135,8 @@ def test_destroyed_from_another_thread(make_vm, tables, page_trace, host):
     assert own <= pages.freed
 
 
-def test_a_forked_child_holds_the_vm(make_vm, tables, page_trace, host):
+def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
     """The VMM closes everything; the child's copies of the descriptors keep the tables until it exits."""
-    vm = make_vm()
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.memories.remove(memory)  # stays mapped: its end would take tables, too
     child = Child(host.agent)

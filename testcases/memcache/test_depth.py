@@ -72,12 +72,10 @@ def test_two_tables_from_what_is_left_of_the_cache(vm, stage2, used):
     assert stage2(vm).leaf(IPA + GIB).writable
 
 
-def test_two_vcpus_with_a_cache_each(make_vm, pages):
+@pytest.mark.vcpus(2, pinned=True)
+def test_two_vcpus_with_a_cache_each(vm, pages):
     """Both fault in far-apart places at once; no table is made twice."""
-    vm = make_vm(vcpus=2)
     vm.add_memory(IPA, 80 * BLOCK)
-    for cpu, vcpu in enumerate(vm.vcpus):
-        vcpu.pin(cpu)
     vm.guest.ping()
     before = pages(vm)
     for number, guest in enumerate(vm.guests):

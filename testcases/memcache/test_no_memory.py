@@ -16,7 +16,7 @@ from framework.model.memcache import pages_needed
 
 IPA = 0x8000_0000
 MOST = 200  #: allocations of one call that are tried
-pytestmark = [pytest.mark.native, pytest.mark.needs("fail-nth")]
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2), pytest.mark.needs("fail-nth")]
 
 
 def every_failure(host, op, undo, **args):
@@ -35,9 +35,8 @@ def every_failure(host, op, undo, **args):
 
 
 @pytest.fixture
-def vm(make_vm):
+def vm(vm):
     """A VM whose second vCPU has an empty cache, and nothing to fault on but what it is told to touch."""
-    vm = make_vm(vcpus=2)
     vm.guest.write(vm.vcpus[1].mailbox, 0)
     return vm
 

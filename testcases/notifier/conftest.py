@@ -25,8 +25,6 @@ class Scene:
         self._witness, self._oracle = witness, oracle
         self._rounds = [0, 0]
         self._at_work = False
-        for cpu, vcpu in enumerate(vm.vcpus):
-            vcpu.pin(cpu)
         # No two pages are alike, and none was read first: the zero page would be split up.
         memory.write(0, np.pad(np.arange(1, self.pages + 1, dtype="<u4")[:, None], ((0, 0), (2, 1021))).tobytes())
         with self.guests_at_work():
@@ -134,11 +132,10 @@ def busy(request):
 
 
 @pytest.fixture
-def make_scene(make_vm, witness, oracle, busy):
+def make_scene(vm, witness, oracle, busy):
     """``make_scene(shared=True)``: a scene over memory of that kind; ``memory=`` makes it over this."""
 
     def make(pages=PAGES, memory=None, **kind):
-        vm = make_vm(vcpus=2)
         if memory is None:
             memory = vm.add_memory(IPA, pages * PAGE, align=BLOCK, **kind)
         else:
@@ -156,28 +153,28 @@ def scene(make_scene):
 
 
 @pytest.fixture
-def swap(host):
+def swap(host, ssh):
     """The host can swap, to memory."""
     with facilities.swap(host):
         yield
 
 
 @pytest.fixture
-def disk(host):
+def disk(host, ssh):
     """A folder on a file system whose pages can be evicted."""
     with facilities.filesystem(host) as folder:
         yield folder
 
 
 @pytest.fixture
-def cgroup(host):
+def cgroup(host, ssh):
     """A memory cgroup that holds the VMM."""
     with facilities.memory_cgroup(host) as group:
         yield group
 
 
 @pytest.fixture
-def khugepaged(host):
+def khugepaged(host, ssh):
     """Have khugepaged look at everything: ``khugepaged()``.
 
     It is ended and begun anew: one that sleeps cannot be woken in the first five minutes of a 32-bit host (5.4
@@ -187,7 +184,7 @@ def khugepaged(host):
 
     def scan():
         host.agent("memory_drain")  # it takes pages of the LRU only
-        host.ssh.run(
+        ssh.run(
             f"cd {home}; echo never > enabled; echo 100000 > khugepaged/pages_to_scan; echo 10 > "
             "khugepaged/scan_sleep_millisecs; was=$(cat khugepaged/full_scans); echo madvise > enabled;"
             "for i in $(seq 600); do [ $(cat khugepaged/full_scans) -ge $((was + 2)) ] && break; sleep 0.05; done;"

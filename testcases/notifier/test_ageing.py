@@ -11,7 +11,7 @@ from framework.model import descriptors as d
 from framework.model.notifier import Call, Operation
 
 IPA = 0x8000_0000
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 idle = pytest.mark.needs("idle-tracking")
 
 

@@ -12,7 +12,7 @@ from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
 SIZE = 64 * PAGE
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 @pytest.fixture

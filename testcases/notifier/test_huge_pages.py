@@ -11,7 +11,7 @@ from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
 IN_A_BLOCK = BLOCK // PAGE
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_split_by_moving_a_page(huge):
     huge.settle()
 
 
-def test_split_of_the_page_itself(huge, host):
+def test_split_of_the_page_itself(huge, host, ssh):
     """debugfs split_huge_pages: the frame is no longer one, and no block may map it."""
     host.agent("memory_drain")  # a page that waits for the LRU is in use
     with huge.host_does(Operation.THP_SPLIT_PAGE):
-        host.ssh.run("echo 1 > /sys/kernel/debug/split_huge_pages")
+        ssh.run("echo 1 > /sys/kernel/debug/split_huge_pages")
     if not huge.busy:
         assert huge.vm.guest.read(IPA + 8) == 1
         assert not huge.leaf(0).is_block

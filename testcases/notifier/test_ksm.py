@@ -13,7 +13,7 @@ IPA = 0x8000_0000
 SAME = range(8, 24)
 #: Pages that are written all the time are not merged.
 resting = pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 @pytest.fixture

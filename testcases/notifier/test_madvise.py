@@ -8,7 +8,7 @@ import pytest
 from framework.host.memory import PAGE, Advice
 from framework.model.notifier import Operation
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 def test_dontneed(scene):

@@ -13,7 +13,7 @@ from framework.host.memory import PAGE, Prot
 from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 def refused(access, *args):

@@ -10,7 +10,7 @@ from framework.host.memory import PAGE, Advice
 from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
-pytestmark = [pytest.mark.native, pytest.mark.needs("memory-failure")]
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True), pytest.mark.needs("memory-failure")]
 
 
 def test_guest_that_reads_a_bad_page(vm, witness, stage2):
@@ -30,9 +30,8 @@ def test_guest_that_reads_a_bad_page(vm, witness, stage2):
     stage2(vm)
 
 
-def test_guests_that_go_on_beside_it(make_vm, stage2):
+def test_guests_that_go_on_beside_it(vm, stage2):
     """One page fails while both vCPUs work on its neighbours."""
-    vm = make_vm(vcpus=2)
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA + 15 * PAGE, 1)
     with vm.guests[0].hammering(IPA, 8), vm.guests[1].hammering(IPA + 4, 8):

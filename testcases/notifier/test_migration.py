@@ -12,7 +12,7 @@ from framework.model.notifier import Call, Operation
 IPA = 0x8000_0000
 PAGES = 2048
 _HOG = 400 << 20
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 @pytest.mark.needs("memory-failure")
@@ -26,7 +26,7 @@ def test_soft_offline(scene, host):
     scene.settle()
 
 
-def test_compaction(make_scene, host, trace):
+def test_compaction(make_scene, host, trace, ssh):
     """Memory full of holes is compacted: some pages of the guest find themselves in other frames."""
     hog = None
 
@@ -48,7 +48,7 @@ def test_compaction(make_scene, host, trace):
         scene.memory.advise(Advice.DONTNEED, (page + 1) * PAGE, 7 * PAGE)
     before = scene.memory.frames()[kept]
     with scene.hammering_if_busy(), trace(f"kvm:{Call.UNMAP.value}") as events:
-        host.ssh.run("echo 1 > /proc/sys/vm/compact_memory")
+        ssh.run("echo 1 > /proc/sys/vm/compact_memory")
         scene.stage2()
     moved = np.count_nonzero(before != scene.memory.frames()[kept])
     assert moved <= len(events)

@@ -9,7 +9,7 @@ from framework.host.memory import PAGE, Advice
 from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
-pytestmark = [pytest.mark.native, pytest.mark.usefixtures("swap")]
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True), pytest.mark.usefixtures("swap")]
 
 
 def test_out_and_back(scene):

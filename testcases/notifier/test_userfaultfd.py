@@ -11,7 +11,7 @@ from framework.host.memory import PAGE, Advice
 from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 def test_missing_pages_are_filled_in(scene):

@@ -4,13 +4,15 @@ Both faults are served, one leaf results, no store is lost; the loser must not c
 without need (976d34e2dab1, 86658b819cd0) and no reference may leak.
 """
 
+import pytest
+
 IPA = 0x8000_0000
 PAGE = 0x1000
 PAGES = 256
+pytestmark = pytest.mark.vcpus(2, pinned=True)
 
 
-def test_two_vcpus_race_on_one_page(make_vm, stage2):
-    vm = make_vm(vcpus=2)
+def test_two_vcpus_race_on_one_page(vm, stage2):
     memory = vm.add_memory(IPA, PAGES * PAGE)
     for page in range(8):
         for number, guest in enumerate(vm.guests):
@@ -22,10 +24,7 @@ def test_two_vcpus_race_on_one_page(make_vm, stage2):
         assert vm.guest.check(IPA + page * PAGE, 2, stride=4) == []
 
 
-def test_two_vcpus_race_through_the_same_memory(make_vm, stage2):
-    vm = make_vm(vcpus=2)
-    for cpu, vcpu in enumerate(vm.vcpus):
-        vcpu.pin(cpu)
+def test_two_vcpus_race_through_the_same_memory(vm, stage2):
     vm.add_memory(IPA, PAGES * PAGE)
     for number, guest in enumerate(vm.guests):
         guest.start_fill(IPA + 8 * number, PAGES)
@@ -36,8 +35,7 @@ def test_two_vcpus_race_through_the_same_memory(make_vm, stage2):
         assert vm.guest.check(IPA + 8 * number, PAGES) == []
 
 
-def test_vcpus_of_one_vm_share_its_tables(make_vm, stage2):
-    vm = make_vm(vcpus=2)
+def test_vcpus_of_one_vm_share_its_tables(vm, stage2):
     vm.add_memory(IPA, PAGE)
     vm.guests[0].write(IPA, 0x11)
     assert vm.guests[1].read(IPA) == 0x11

@@ -57,7 +57,7 @@ def test_all_vcpus_share_one(make_vm, record, vmid):
     assert [vm.guests[-1].read(DATA + 0x1000 * index) for index in range(4)] == [0, 1, 2, 3]
 
 
-def test_stable_over_exits_migration_and_idle_time(host, make_vms, record, vmid):
+def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
     """A hundred exits, ten moves between CPUs, a second in which the host runs no guest."""
     with record() as run:
         vm, other = make_vms(2)
@@ -67,7 +67,7 @@ def test_stable_over_exits_migration_and_idle_time(host, make_vms, record, vmid)
                 vm.vcpus[0].pin(turn // 10 % 2)
             vm.guest.write(DATA, turn)
         other.guest.ping()
-        host.ssh.run("sleep 1")
+        ssh.run("sleep 1")
         vm.guest.ping()
         sampled = vmid(vm)
     assert run.vmids(vm) == [sampled]

@@ -1,0 +1,54 @@
+"""Hosts that are made before anybody asks for them, and ended when nobody waits, on a CPU that would be idle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from .errors import LabError
+from .host.host import Host
+
+AHEAD = 4  #: hosts at most; each takes some 100 MB
+#: Seconds after which a thread that computes lets another: whoever waits for a machine's answer should have it soon.
+_TURN = 0.0005
+
+
+class Spares:
+    """Hosts by the name of whoever will want one. They are made one after another."""
+
+    def __init__(self) -> None:
+        self._maker = ThreadPoolExecutor(1, "spares")
+        self._coming: dict[str, Future[Host]] = {}
+
+    def expect(self, makes: dict[str, Callable[[], Host]]) -> None:
+        """Have these hosts made, the first of them first. Those made for others end."""
+        for name in self._coming.keys() - makes.keys():
+            if not (coming := self._coming.pop(name)).cancel():
+                self._maker.submit(_end, coming)
+        for name, make in makes.items():
+            if name not in self._coming:
+                sys.setswitchinterval(_TURN)
+                self._coming[name] = self._maker.submit(make)
+
+    def take(self, name: str) -> Host | None:
+        """The host made for this one, when it is there; None if there is none, or making it failed."""
+        coming = self._coming.pop(name, None)
+        with suppress(LabError):  # whoever makes another meets the reason
+            return coming and coming.result()
+        return None
+
+    def end(self, host: Host) -> None:
+        """End a host that nobody needs any more."""
+        self._maker.submit(host.shutdown)
+
+    def close(self) -> None:
+        """End all that nobody took, and wait for all that end."""
+        self.expect({})
+        self._maker.shutdown()
+
+
+def _end(coming: Future[Host]) -> None:
+    with suppress(Exception):  # it was for nobody
+        coming.result().shutdown()
