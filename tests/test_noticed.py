@@ -12,7 +12,7 @@ from framework.oracle.verdicts import Kind as Verdict
 from framework.oracle.verdicts import Violation
 from framework.sequences.player import Broken, Player
 from framework.sequences.search import search
-from framework.sequences.steps import Kind
+from framework.sequences.steps import Kind, Step
 
 SHORT = 6  #: steps that a failure is shrunk to, at most
 ENOUGH = 400  #: sequences within which it is found
@@ -104,3 +104,16 @@ def test_freeing_of_tables(without, make_vm, stage2, trace):
                     vm.destroy()
         freed = {event.fields["pfn"] + n for event in events for n in range(1 << event.fields.get("order", 0))}
         assert own <= freed if healthy else not own & freed
+
+
+@pytest.mark.parametrize("judge", [Player.settle, lambda player: player.do(Step(Kind.HOST_READS))])
+def test_a_step_is_judged_with_the_next_one_or_at_the_end(without, host, oracle, isa, judge):
+    """What is told are the steps up to the one that went wrong, whatever came after."""
+    player = Player(host, oracle, isa)
+    player.do(Step(Kind.GUEST_WRITES, page=3))
+    with without(*UNMAP, value=0):
+        player.do(Step(Kind.DONTNEED, page=3, last=3))
+        with pytest.raises(Broken) as found:
+            judge(player)
+    assert [step.kind for step in found.value.steps] == [Kind.GUEST_WRITES, Kind.DONTNEED] and player.broken
+    player.end()

@@ -8,7 +8,8 @@ from . import libc, memory, placement
 _BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 _FRAME = (1 << 55) - 1
 #: More than the per-CPU lists hold on which new pages wait before reclaim and idle tracking know them.
-_MANY = 33
+_SIZE = 33 * memory.PAGE
+_POPULATED = (libc.PROT_READ | libc.PROT_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_POPULATE)
 
 
 def drain():
@@ -16,9 +17,7 @@ def drain():
     with placement.anywhere():
         for cpu in os.sched_getaffinity(0):
             os.sched_setaffinity(0, {cpu})
-            hva = memory.map_memory(_MANY * memory.PAGE)["hva"]
-            libc.write_memory(hva, bytes(_MANY * memory.PAGE))
-            libc.munmap(hva, _MANY * memory.PAGE)
+            libc.munmap(libc.mmap(None, _SIZE, *_POPULATED), _SIZE)
 
 
 def _frames(hva, size):
@@ -29,9 +28,12 @@ def _frames(hva, size):
 def mark_idle(hva, size) -> None:
     """Call these pages idle: clears their accessed flags, the guests' too."""
     drain()
+    words = {}
+    for frame in _frames(hva, size):
+        words[frame // 64] = words.get(frame // 64, 0) | 1 << frame % 64
     with open(_BITMAP, "r+b", buffering=0) as bitmap:
-        for frame in _frames(hva, size):
-            os.pwrite(bitmap.fileno(), struct.pack("<Q", 1 << frame % 64), frame // 64 * 8)
+        for word, bits in words.items():
+            os.pwrite(bitmap.fileno(), struct.pack("<Q", bits), word * 8)
 
 
 def idle(hva, size) -> list:

@@ -9,6 +9,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x10, 0x20, 0x40000
+MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 3
 _PUNCH_HOLE_KEEP_SIZE = 3
 #: Numbers of system calls: 32-bit Arm (arch/arm/tools/syscall.tbl), arm64 (include/uapi/asm-generic/unistd.h).

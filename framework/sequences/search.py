@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from framework.lab import cache_root
 
 from .player import Player
-from .steps import Kind, Step, every
+from .steps import PAGES, Kind, Step, every
 
 _LENGTH = 20  #: steps of a sequence, at most
 _QUICK, _NIGHTLY = 25, 2000  #: sequences
@@ -31,8 +31,12 @@ _SLOT = (Kind.SLOT_DELETE, Kind.SLOT_CREATE)
 
 
 def _any(kinds: Iterable[Kind]) -> st.SearchStrategy[Step]:
-    """A step of one of these kinds: one choice, for drawing each argument by itself takes a fifth of a step's time."""
-    return st.sampled_from([step for kind in kinds for step in every(kind)])
+    """A step of one of these kinds: one choice, for drawing each argument by itself takes a fifth of a step's time.
+
+    Every other range is all pages: some things show only where a guest has been.
+    """
+    steps = [step for kind in kinds for step in every(kind)]
+    return st.sampled_from(steps + [replace(step, page=0, last=PAGES - 1) for step in steps if step.last])
 
 
 class Profile(Enum):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.errors import ConfigError
-from framework.sequences.steps import PAGES, SLOTS, VCPUS, Kind, Step, load, parse
+from framework.sequences.steps import PAGES, SLOTS, VCPUS, Kind, Step, every, load, parse
 
 
 @st.composite
@@ -54,3 +54,14 @@ def test_what_is_no_step_is_named_with_its_line(tmp_path, line):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_step_of_a_kind_is_listed_once_the_simplest_first(kind):
+    listed = every(kind)
+    assert len(set(listed)) == len(listed) and listed[0] == Step(kind)
+
+
+@given(steps())
+def test_every_step_is_listed(step):
+    assert step in every(step.kind)

@@ -1,0 +1,87 @@
+"""Cases that have a host to themselves: what they begin with is made ahead, and is what they would have made."""
+
+import pytest
+
+from framework.machine.rundir import live_machines
+
+from .test_plugin import Run
+
+SUITE = """
+import pytest
+
+def test_first(vm, host):
+    assert host.vms == [vm] and len(vm.vcpus) == 1
+
+@pytest.mark.vcpus(2, pinned=True)
+def test_two(vm, host, ssh):
+    assert host.vms == [vm] and vm.id == 1 and len(vm.vcpus) == 2
+    lists = ssh.run(f"grep -h Cpus_allowed_list /proc/{host.agent.hello['pid']}/task/*/status").split()[1::2]
+    assert lists == ["0", "0", "1"]
+    vm.guests[1].ping()
+
+def test_none(host):
+    assert host.vms == []
+
+class TestAnother:
+    @pytest.fixture
+    def vm(self):
+        return "of my own"
+
+    def test_another(self, vm, host, isa):
+        assert host.vms == []
+
+class TestMore:
+    @pytest.fixture
+    def vm(self, vm):
+        vm.guest.ping()
+        return vm
+
+    def test_more(self, vm, host):
+        assert host.vms == [vm] and vm.guest.entered
+"""
+
+REFUSED = """
+import pytest
+
+def test_first(vm):
+    vm.guest.ping()
+
+@pytest.mark.vcpus(5000)
+def test_too_many(vm):
+    pass
+
+def test_last(vm):
+    vm.guest.ping()
+"""
+
+FAILS = "def test_fails(vm):\n    assert False\n" + "".join(f"def test_{n}(vm): pass\n" for n in range(9))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def alone(run, suite, *options):
+    return run(suite, "--host", "arm64", "--isolation", "test", "-k", "A64 or none", *options)
+
+
+def test_each_case_has_its_own_and_no_more(run, tmp_path):
+    code, said = alone(run, SUITE)
+    assert code == 0 and "5 passed" in said, said
+    logs = {path.parent.name: path.read_text() for path in tmp_path.glob("artifacts/**/test_suite.*/agent.log")}
+    ahead = [name for name, log in logs.items() if log.count("> 3 kernel_log") and "restored" in log]
+    assert len(logs) == 5 and len(ahead) == 4  # all but the first in line
+
+
+def test_what_kvm_refuses_is_met_by_the_case_that_asks(run):
+    code, said = alone(run, REFUSED)
+    assert code == 1 and "2 passed" in said and "1 error" in said
+    assert "KVM_CREATE_VCPU" in said and "boots afresh" not in said
+
+
+def test_hosts_that_nobody_takes_end(run):
+    before = {card.qemu_pid for card in live_machines()}
+    code, said = alone(run, FAILS, "-x")
+    assert code == 1 and "1 failed" in said
+    assert {card.qemu_pid for card in live_machines()} <= before
