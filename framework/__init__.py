@@ -11,6 +11,7 @@ The rooms; imports go down only, from line to line::
     model                            stage 2, VMIDs and notifiers as they have to be; imports nothing
 
 ``agent`` runs inside the host, on the standard library alone: it is copied into the root file
-system, and only its wire format is used on this side. ``pool`` has the hosts of a run; ``errors``,
-``cache``, ``progress``, ``guardian``, ``lab`` and ``config`` serve all rooms but the model.
+system, and only its wire format is used on this side. ``pool`` has the hosts of a run, ``spares``
+those to come; ``errors``, ``cache``, ``progress``, ``guardian``, ``lab`` and ``config`` serve all
+rooms but the model.
 """

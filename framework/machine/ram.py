@@ -43,18 +43,19 @@ class Ram:
         offsets = pas - np.uint64(self.base)
         inside = offsets < np.uint64(self.size)
         if inside.all():
-            return self._words(offsets) if len(offsets) else offsets
+            return self._words(offsets)
         words = np.zeros(len(pas), dtype=np.uint64)
         words[inside] = self._words(offsets[inside])
         return words
 
     def _words(self, offsets: np.ndarray) -> np.ndarray:
         pages = offsets >> np.uint64(_PAGE_SHIFT)
-        begins = np.concatenate([[True], pages[1:] != pages[:-1]])  # neighbours are mostly of one page
+        begins = np.ones(len(pages), dtype=bool)  # neighbours are mostly of one page
+        begins[1:] = pages[1:] != pages[:-1]
         runs = pages[begins].tolist()
         rows = {page: row for row, page in enumerate(dict.fromkeys(runs))}
         content = self._rows([page << _PAGE_SHIFT for page in rows], _WORDS)
-        row = np.array([rows[page] for page in runs])[np.cumsum(begins) - 1]
+        row = np.array([rows[page] for page in runs], dtype=np.int64)[np.cumsum(begins) - 1]
         return content[row, (offsets >> np.uint64(3)) & np.uint64(_WORDS - 1)]
 
     def tables(self, bases: np.ndarray, entries: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a test begins with, made while the test before it still runs.
+"""What a test begins with, made while those before it still run.
 
 A test that has a host for itself finds it restored, and in it the VM that its ``vm`` fixture asks for: a QEMU that has
 just been started translates all code for the first time, and the first VM of a host runs some 9,000 blocks of it.
