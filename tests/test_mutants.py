@@ -330,12 +330,12 @@ def test_a_mutant_is_not_kept(tmp_path):
 
 LOSES_ITS_COMPILER = """
 from framework.errors import SetupError
-from framework.plugin import fixtures
+from framework.plugin import ahead
 
 def missing(qemu):
     raise SetupError("gcc is not installed")
 
-fixtures.Probe = missing
+ahead.Probe = missing
 
 def test_one(vm):
     vm.guest.ping()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -20,17 +20,8 @@ from .steps import PAGES, Kind, Step, every
 _LENGTH = 20  #: steps of a sequence, at most
 _QUICK, _NIGHTLY = 25, 2000  #: sequences
 
-# What one rule does, in one way or another.
-_GUEST = (Kind.GUEST_WRITES, Kind.GUEST_READS)
-_TOUCH = (Kind.HOST_WRITES, Kind.HOST_READS)
-_DROP = (Kind.DONTNEED, Kind.FREE, Kind.REPLACE)
-_CHANGE = (Kind.PROTECT_NONE, Kind.PROTECT_READ, Kind.PROTECT_WRITE, Kind.AGE)
-_CHILD = (Kind.FORK, Kind.CHILD_WRITES, Kind.CHILD_EXITS)
-_LOG = (Kind.LOG_ON, Kind.DIRTY_LOG, Kind.LOG_OFF)
-_SLOT = (Kind.SLOT_DELETE, Kind.SLOT_CREATE)
 
-
-def _any(kinds: Iterable[Kind]) -> st.SearchStrategy[Step]:
+def _any(*kinds: Kind) -> st.SearchStrategy[Step]:
     """A step of one of these kinds: one choice, for drawing each argument by itself takes a fifth of a step's time.
 
     Every other range is all pages: some things show only where a guest has been.
@@ -112,42 +103,43 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
             self.player = players.next()
             tally.sequences += 1
 
-        def _do(self, step: Step, kinds: Sequence[Kind]) -> None:
-            """This step, or with the next of these kinds that makes sense now, if one does."""
-            at = kinds.index(step.kind)
-            alike = (replace(step, kind=kind) for kind in (*kinds[at:], *kinds[:at]))
-            if (step := next(filter(self.player.world.allows, alike), None)) is not None:
+        def _do(self, step: Step) -> None:
+            if self.player.world.allows(step):
                 self.player.do(step)
                 tally.steps += 1
                 tally.kinds.add(step.kind)
 
-        @rule(step=_any(_GUEST))
-        def guest(self, step: Step) -> None:
-            self._do(step, _GUEST)
+        @rule(step=_any(Kind.GUEST_WRITES))
+        def guest_writes(self, step: Step) -> None:
+            self._do(step)
 
-        @rule(step=_any(_TOUCH))
+        @rule(step=_any(Kind.GUEST_READS))
+        def guest_reads(self, step: Step) -> None:
+            self._do(step)
+
+        @rule(step=_any(Kind.HOST_WRITES, Kind.HOST_READS))
         def host_touches(self, step: Step) -> None:
-            self._do(step, _TOUCH)
+            self._do(step)
 
-        @rule(step=_any(_DROP))
+        @rule(step=_any(Kind.DONTNEED, Kind.FREE, Kind.REPLACE))
         def host_drops(self, step: Step) -> None:
-            self._do(step, _DROP)
+            self._do(step)
 
-        @rule(step=_any(_CHANGE))
+        @rule(step=_any(Kind.PROTECT_NONE, Kind.PROTECT_READ, Kind.PROTECT_WRITE, *2 * [Kind.AGE]))
         def host_protects_or_ages(self, step: Step) -> None:
-            self._do(step, _CHANGE)
+            self._do(step)
 
-        @rule(step=_any(_CHILD))
+        @rule(step=_any(*4 * [Kind.FORK], Kind.CHILD_WRITES, *4 * [Kind.CHILD_EXITS]))
         def child(self, step: Step) -> None:
-            self._do(step, _CHILD)
+            self._do(step)
 
-        @rule(step=_any(_LOG))
+        @rule(step=_any(Kind.LOG_ON, Kind.DIRTY_LOG, Kind.LOG_OFF))
         def dirty_log(self, step: Step) -> None:
-            self._do(step, _LOG)
+            self._do(step)
 
-        @rule(step=_any([*4 * _SLOT, Kind.NEW_VM]))
+        @rule(step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE], Kind.NEW_VM))
         def vmm(self, step: Step) -> None:
-            self._do(step, _SLOT if step.kind in _SLOT else (step.kind,))
+            self._do(step)
 
         def teardown(self) -> None:
             if not self.player.broken:
