@@ -22,7 +22,7 @@ _QUICK, _NIGHTLY = 25, 2000  #: sequences
 
 
 def _any(*kinds: Kind) -> st.SearchStrategy[Step]:
-    """A step of one of these kinds: one choice, for drawing each argument by itself takes a fifth of a step's time.
+    """A step of one of these kinds, in one choice: to draw each argument by itself takes longer.
 
     Every other range is all pages: some things show only where a guest has been.
     """
