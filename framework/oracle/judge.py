@@ -48,7 +48,7 @@ class HostView:
     others: np.ndarray
 
 
-_NONE = np.zeros(0, dtype=np.uint64)
+NOWHERE = np.zeros(0, dtype=np.uint64)  #: no address
 Translate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -61,7 +61,7 @@ def _pages(leaves: Leaves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return leaves.ia[leaf] + offset, leaves.pa[leaf] + offset, leaf
 
 
-def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others: np.ndarray = _NONE) -> HostView:
+def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others: np.ndarray = NOWHERE) -> HostView:
     """Read the host's side of these leaves, and of other HVAs, in one walk of the VMM's own stage 1.
 
     ``translate`` is that walk (HVA -> desc, PA).

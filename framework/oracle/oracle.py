@@ -24,9 +24,6 @@ _LOOKS = 3
 _BETWEEN_LOOKS = 0.01
 
 
-NOWHERE = np.zeros(0, dtype=np.uint64)
-
-
 @dataclass(frozen=True)
 class Sighting:
     """What was read of some VMs, by name, while the machine stood still, and of the tables of all: to be judged."""
@@ -79,7 +76,7 @@ class Oracle:
             time.sleep(_BETWEEN_LOOKS)
         return seen
 
-    def look(self, *vms: Vm, hvas: np.ndarray = NOWHERE) -> Sighting:
+    def look(self, *vms: Vm, hvas: np.ndarray = judge.NOWHERE) -> Sighting:
         """Each VM's tables and the host's side of them, all at one moment, to be judged when there is time.
 
         So are the host's frames for ``hvas`` (uint64) of the first VM's process.
@@ -88,7 +85,7 @@ class Oracle:
             self.sight.stage2_regime(vm)
         spaces = [self.sight.vmm_space(vm.agent) for vm in vms]
         slots = [tuple(vm.slots.values()) for vm in vms]
-        others = [hvas, *[NOWHERE] * (len(vms) - 1)]
+        others = [hvas, *[judge.NOWHERE] * (len(vms) - 1)]
         views = []
         with self.sight.gdb.pause():
             tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}

@@ -5,6 +5,8 @@ Every recording is also held against the model's allocator and the rules of TLB 
 
 from itertools import pairwise
 
+import pytest
+
 from framework.host.fleet import Fleet
 
 DATA = 0x8000_0000
@@ -57,6 +59,7 @@ def test_all_vcpus_share_one(make_vm, record, vmid):
     assert [vm.guests[-1].read(DATA + 0x1000 * index) for index in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.isolation("test")  # where no VMs before these may bring about a rollover
 def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
     """A hundred exits, ten moves between CPUs, a second in which the host runs no guest."""
     with record() as run:
@@ -70,7 +73,7 @@ def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
         ssh.run("sleep 1")
         vm.guest.ping()
         sampled = vmid(vm)
-    assert run.vmids(vm)[-1] == sampled and len(run.vmids(vm)) <= 1 + run.rollovers  # of VMs before these, perhaps
+    assert run.vmids(vm) == [sampled]
     assert run.vmids(other) != [sampled]
     assert int.from_bytes(memory.read(0, 4), "little") == 99
 
