@@ -15,8 +15,8 @@ _GROUP = f"{_CGROUPS}/arm-kvm"
 def free_memory(host: Host, looks: int = 8) -> int:
     """Bytes free, caches dropped: the most seen within a while, for what is freed by RCU or a worker takes its time.
 
-    With the pages that each CPU keeps for its next allocations (``count:``), which MemFree leaves out: they are
-    hundreds, and come and go with what ran where (mm/vmstat.c zoneinfo_show_print, Linux 5.4 to 6.12).
+    With the pages that each CPU keeps for its next allocations (``count:`` in /proc/zoneinfo, mm/vmstat.c, Linux 5.4),
+    which MemFree leaves out. They come and go with what ran where: hundreds on 5.4, 10,000 on 6.12.
     """
     pages = "awk '/pages free/ {n += $3} /count:/ {n += $2} END {print n}' /proc/zoneinfo"
     ask = f"echo 3 > /proc/sys/vm/drop_caches; {pages}; sleep 0.3"
