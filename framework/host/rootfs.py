@@ -100,9 +100,8 @@ def obtain(architecture: str) -> Rootfs:
     Raises RootfsError, SetupError (mmdebstrap missing), CacheFull.
     """
     text = (IMAGES / "rootfs.yaml").read_bytes()
-    spec = yaml.safe_load(text)
     key = cache.key_of(_FORMAT, architecture, text)
-    entry = cache.obtain("rootfs", key, lambda out, work: _make(spec, architecture, out, work))
+    entry = cache.obtain("rootfs", key, lambda out, work: _make(yaml.safe_load(text), architecture, out, work))
     folder = entry.folder
     return Rootfs(key, folder / "base.cpio", folder / "client_key", entry.meta["host_key"])
 
