@@ -206,12 +206,10 @@ class Pool:
         return any(live.host is host for live in self._live.values())
 
     def done(self, host: Host) -> None:
-        """A test is done with this host: the next that shares it finds no VM on it. Raises LabError: it is lost."""
+        """A test is done with this host. It ends if nobody shares it."""
         if self._live[host.config.name].owner.alone:
             del self._live[host.config.name]
             self._spares.end(host)
-        else:
-            host.reset()
 
     def discard(self, name: str) -> None:
         """End this host's machine; the next test that needs the host gets a fresh one."""

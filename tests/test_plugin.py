@@ -148,6 +148,26 @@ def test_a_splat_fails_the_test_that_caused_it(run):
     assert "kernel-splat" in said and "mm/made_up.c" in said
 
 
+LATE = """
+import pytest
+
+@pytest.fixture
+def late(host):
+    yield
+    host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
+
+def test_passes(late, vm):
+    vm.guest.ping()
+"""
+
+
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_a_splat_when_the_vms_go_is_the_tests(run, isolation):
+    code, said = run(LATE + PASSING, "--host", "arm64", "-k", "A64", "--isolation", isolation)
+    assert code == 1 and "2 passed" in said and "1 error" in said and "ERROR at teardown of test_passes" in said
+    assert "complained while the test's VMs were destroyed" in said and "mm/made_up.c" in said
+
+
 KNOWN = """
 def test_known(host, vm, known_fault):
     host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
@@ -283,8 +303,9 @@ def test_after(vm):
 """
 
 
-def test_a_host_that_dies_when_the_vms_go(run):
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_a_host_that_dies_when_the_vms_go(run, isolation):
     """The test's own part passed; the kernel meets an undefined instruction when its VM is destroyed."""
-    code, said = run(DIES_LATE, "--host", "arm64", "-k", "A64")
+    code, said = run(DIES_LATE, "--host", "arm64", "-k", "A64", "--isolation", isolation)
     assert code == 1 and "2 passed" in said and "1 error" in said
     assert "while the test's VMs were destroyed, its host was lost: the host's kernel" in said

@@ -192,13 +192,17 @@ class Host:
             self.ssh.run(f"echo 1 > {switch}")
 
     def reset(self) -> None:
-        """Destroy all VMs. When the agent cannot, a new agent replaces it: its death frees everything."""
+        """Destroy all VMs. An agent that was given up is replaced: its death frees everything.
+
+        Raises LabError: the machine is lost, or the kernel does not let a VM go.
+        """
         try:
-            destroy(self.vms)
-        except LabError:
-            self.machine.check()
-            self.agent.close()
-            self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
+            if self.agent.usable:
+                destroy(self.vms)
+            else:
+                self.machine.check()
+                self.agent.close()
+                self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
         finally:
             self.vms.clear()
 

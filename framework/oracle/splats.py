@@ -12,7 +12,8 @@ SPLAT = re.compile(
     r"|possible recursive locking|possible circular locking|inconsistent lock state|suspicious RCU usage"
     r"|detected (expedited )?stalls|self-detected stall|soft lockup|scheduling while atomic"
     r"|sleeping function called from invalid context|Bad page (state|map)|Poison overwritten"
-    r"|refcount_t: |list_(add|del) corruption"
+    r"|refcount_t: |list_(add|del) corruption|pagealloc: (memory corruption|single bit error)"
+    r"|trying to register non-static key"
 )
 _FOLLOWING = 12
 

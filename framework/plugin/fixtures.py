@@ -27,7 +27,7 @@ from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
 from .ahead import expect_next, first_vm, plugin_for, with_probe
-from .judgement import HostLost, HostSession
+from .judgement import HostLost, HostSession, contract
 from .selection import owner_of
 from .stash import BLAMED, FAILED, POOL, SESSION
 
@@ -90,15 +90,20 @@ def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> 
     node.user_properties += [("artifact", str(path)) for path in session.folder.files]
     if ended:
         return
-    if node.stash.get(FAILED, False) and request.config.getoption("--keep") and alive:
+    failed = node.stash.get(FAILED, False)
+    if failed and request.config.getoption("--keep") and alive:
         pool.keep(host.config.name)
         return
     try:
-        pool.done(host)
+        said = [] if failed and session.alone else session.destroy_vms()
     except LabError as e:
         pool.discard(host.config.name)
-        if not node.stash.get(FAILED, False):
+        if not failed:
             raise HostLost(f"while the test's VMs were destroyed, its host was lost: {e}", pytrace=False) from None
+        return
+    pool.done(host)
+    if said and not failed:
+        pytest.fail(contract(said, "the kernel complained while the test's VMs were destroyed"), pytrace=False)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from .stash import BLAMED, FAILED, SESSION
 
 _ORACLES: WeakKeyDictionary[Host, Oracle] = WeakKeyDictionary()
 _DUMPED = 16  #: VMs of one test whose tables are written down; of more, only those with findings
+_AFTER = "after the test, the kernel's state breaks the contract"
 
 
 class HostLost(pytest.fail.Exception):
@@ -30,11 +31,13 @@ class HostSession:
     def __init__(self, host: Host, folder: TestFolder, alone: bool) -> None:
         """``alone``: all that this machine has said is the test's."""
         self.host = host
+        self.alone = alone
+        first = host not in _ORACLES
         self.oracle = _ORACLES.setdefault(host, Oracle(host))  # it remembers what it has found of the host
         self.folder = folder
         folder.begin(host.machine.logs, whole=alone)
-        if not alone:
-            self.oracle.splats()  # what was said between tests is nobody's
+        if first and not alone:
+            self.oracle.splats()  # what was said before the first test is nobody's
 
     def judge(self) -> list[Finding]:
         """Every VM of the test that has run, and the kernel's log."""
@@ -45,6 +48,11 @@ class HostSession:
                 self.folder.write(f"stage2-{vm.id}.txt", stage2.dump())
             findings += found
         return findings + self.oracle.splats()
+
+    def destroy_vms(self) -> list[Finding]:
+        """As after every test; what the kernel says of it. Raises LabError."""
+        self.host.reset()
+        return self.oracle.splats()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,7 +81,7 @@ def _judge_passed(session: HostSession) -> None:
     if lost is not None:
         raise HostLost(f"after the test, its host is lost: {lost}", pytrace=False)
     if findings:
-        pytest.fail(_contract(findings), pytrace=False)
+        pytest.fail(contract(findings, _AFTER), pytrace=False)
 
 
 def _judge_failed(item: pytest.Item, session: HostSession, known: bool) -> None:
@@ -83,12 +91,13 @@ def _judge_failed(item: pytest.Item, session: HostSession, known: bool) -> None:
         return
     with suppress(Exception):  # whatever the test left behind, its own failure is the one to show
         if findings := session.judge():
-            item.add_report_section("call", "arm-kvm", _contract(findings))
+            item.add_report_section("call", "arm-kvm", contract(findings, _AFTER))
 
 
-def _contract(findings: list[Finding]) -> str:
+def contract(findings: list[Finding], when: str) -> str:
+    """What a failure says of these findings."""
     text = "\n".join(map(str, findings))
-    return f"after the test, the kernel's state breaks the contract:\n{text}"
+    return f"{when}:\n{text}"
 
 
 @pytest.hookimpl(wrapper=True)
