@@ -177,6 +177,7 @@ class Agent:
     memory_unmap = staticmethod(memory.unmap)
     memory_protect = staticmethod(memory.protect)
     memory_advise = staticmethod(memory.advise)
+    memory_page_out = staticmethod(memory.page_out)
     memory_read = staticmethod(memory.read)
     memory_write = staticmethod(memory.write)
     memory_pagemap = staticmethod(memory.pagemap)

@@ -67,6 +67,10 @@ class Memory:
         """madvise(2) on part of it."""
         self._agent("memory_advise", advice=int(advice), **self._at(offset, size))
 
+    def page_out(self, offset: int = 0, size: int | None = None) -> None:
+        """Reclaim its pages, as far as guests that use them leave a chance: MADV_PAGEOUT, twice for each page."""
+        self._agent("memory_page_out", **self._at(offset, size))
+
     def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
         """mprotect(2) on part of it."""
         self._agent("memory_protect", prot=int(prot), **self._at(offset, size))

@@ -19,4 +19,5 @@ def test_the_checks_are_compiled_in(host):
 
 def test_the_checks_are_switched_on(host):
     assert "page_poison=1" in host.ssh.run("cat /proc/cmdline")
+    assert host.ssh.run("cd /sys/kernel/slab; grep -L 1 kmalloc-*/poison kmalloc-*/sanity_checks", check=False) == ""
     assert int(host.ssh.run("awk '/ debug_locks:/ {print $2}' /proc/lockdep_stats")) == 1

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from framework.host import facilities
-from framework.host.memory import BLOCK, PAGE, Advice
+from framework.host.memory import BLOCK, PAGE
+from framework.model.notifier import Call
+from framework.oracle.trace import traced
+from framework.oracle.witness import calls_in
 
 IPA = 0x8000_0000
 PAGES = 64
@@ -73,21 +76,19 @@ class Scene:
             yield seen
 
     def page_out(self, operation, first=0, pages=None):
-        """MADV_PAGEOUT, twice: up to 6.8 the first only ages what was used.
-
-        Of pages that guests go on using it takes what it can get; only resting ones must go.
-        """
+        """Reclaim takes these pages. Of those that guests go on using it takes some, again and again."""
         size = (self.pages - first if pages is None else pages) * PAGE
+        start = self.memory.hva + first * PAGE
         self.vm.agent("memory_drain")  # pages that wait for the LRU are not reclaimed
         if not self.busy:
             with self.host_does(operation, first, pages):
-                self.memory.advise(Advice.PAGEOUT, first * PAGE, size)
-                self.memory.advise(Advice.PAGEOUT, first * PAGE, size)
+                self.memory.page_out(first * PAGE, size)
             return
-        with self.hammering_if_busy():
+        with self.hammering_if_busy(), traced(self.vm.agent, [f"kvm:{Call.UNMAP.value}"]) as seen:
             for _ in range(4):
-                self.memory.advise(Advice.PAGEOUT, first * PAGE, size)
+                self.memory.page_out(first * PAGE, size)
                 self.stage2()
+        assert any(start <= hva < start + size for _, (hva, _) in calls_in(seen.events)), "reclaim took no page"
 
     def stage2(self):
         return self._oracle.stage2(self.vm)
