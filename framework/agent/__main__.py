@@ -221,6 +221,9 @@ class Agent:
     def child_write(self, pid, hva, blob):
         self._children[pid].write(hva, blob)
 
+    def child_read(self, pid, hva, size):
+        return self._children[pid].read(hva, size)
+
     def child_end(self, pid):
         self._children.pop(pid).end()
 

@@ -9,7 +9,7 @@ _END = b"."  # not the end of the pipe: younger children hold it, too
 
 
 class Child:
-    """A child that waits, writes to its memory when it is told to, and exits."""
+    """A child that waits, writes to its memory or reads it when it is told to, and exits."""
 
     def __init__(self):
         told, self._tell = os.pipe()
@@ -27,16 +27,31 @@ class Child:
         try:
             os.sched_setaffinity(0, placement.CPUS)
             while (order := os.read(told, 64)) != _END:
-                hva, data = order.split(b" ", 1)
-                libc.write_memory(int(hva), data)
-                os.write(answer, b".")
+                verb, hva, data = order.split(b" ", 2)
+                if verb == b"write":
+                    libc.write_memory(int(hva), data)
+                    os.write(answer, b".")
+                else:
+                    os.write(answer, libc.read_memory(int(hva), int(data)))
         finally:
             os._exit(0)
 
     def write(self, hva, data):
-        os.write(self._tell, b"%d %s" % (hva, data))
-        if os.read(self._answers, 1) != b".":
-            raise OSError(10, "No child processes", "child")
+        os.write(self._tell, b"write %d %s" % (hva, data))
+        self._answer(1)
+
+    def read(self, hva, size):
+        os.write(self._tell, b"read %d %d" % (hva, size))
+        return None, self._answer(size)
+
+    def _answer(self, size):
+        """This many bytes of the child's."""
+        answer = b""
+        while len(answer) < size:
+            if not (part := os.read(self._answers, size - len(answer))):
+                raise OSError(10, "No child processes", "child")
+            answer += part
+        return answer
 
     def end(self):
         with contextlib.suppress(BrokenPipeError):  # it may have ended by itself

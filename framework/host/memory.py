@@ -181,6 +181,10 @@ class Child:
         """The child stores to its view of this memory."""
         self._agent("child_write", pid=self.pid, hva=memory.hva + offset, blob=data)
 
+    def read(self, memory: Memory, offset: int, size: int) -> bytes:
+        """Bytes of this memory as the child sees them."""
+        return self._agent("child_read", pid=self.pid, hva=memory.hva + offset, size=size)
+
     def end(self) -> None:
         """Let the child exit, and wait for it."""
         self._agent("child_end", pid=self.pid)

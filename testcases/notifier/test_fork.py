@@ -31,19 +31,26 @@ def test_fork_takes_write_permission(scene, fork):
     """What the guest may still write is not what the child has. (5.4.y copies for a guest that only reads, too:
     17839856fd58, "gup: document and work around 'COW can break either way' issue".)"""
     kept = scene.memory.frame()
-    with scene.host_does(Operation.FORK):
-        fork()
+    with scene.hammering_if_busy():
+        with scene.host_does(Operation.FORK):
+            child = fork()
+        at_fork = child.read(scene.memory, 0, scene.memory.size)
+        scene.stage2()
     if not scene.busy:
         assert scene.vm.guest.read(IPA + 8) == 1
         assert not (scene.leaf(0).writable and scene.leaf(0).pa == kept)
+    with scene.guests_at_work():
+        pass
+    assert child.read(scene.memory, 0, scene.memory.size) == at_fork
     scene.settle()
 
 
 def test_guest_writes_first(scene, fork):
     """The guest's store must not reach the frame that the child keeps."""
-    fork()
+    child = fork()
     kept = scene.memory.frame(5 * PAGE)
     scene.vm.guest.write(IPA + 5 * PAGE + 0x800, 0xCAFE)
+    assert child.read(scene.memory, 5 * PAGE + 0x800, 2) == b"\0\0"
     assert scene.leaf(5).writable
     assert scene.leaf(5).pa == scene.memory.frame(5 * PAGE) != kept
     assert scene.memory.read(5 * PAGE + 0x800, 2) == b"\xfe\xca"

@@ -7,10 +7,12 @@ collapse_huge_page moves 512 pages into one. A block must never map what is no l
 import pytest
 
 from framework.host.memory import BLOCK, PAGE, Advice, Prot
-from framework.model.notifier import Operation
+from framework.model.notifier import Call, Operation
+from framework.oracle.witness import calls_in
 
 IPA = 0x8000_0000
 IN_A_BLOCK = BLOCK // PAGE
+resting = pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
@@ -84,6 +86,43 @@ def test_collapse(make_scene, khugepaged, oracle, known_fault):
     if said and all("include/linux/mmu_notifier.h" in text and "Comm: khugepaged" in text for text in said):
         known_fault("collapse_huge_page() ends the notifier's range while it has a page table mapped (5.4, HIGHPTE)")
     assert said == []
+
+
+@pytest.fixture
+def asked(khugepaged, trace):
+    """``asked(scene)``: of which blocks khugepaged asked stage 2 whether they are used, and which it then took away."""
+
+    def look(scene):
+        with trace(*(f"kvm:{call.value}" for call in (Call.TEST, Call.UNMAP))) as events:
+            scene.memory.advise(Advice.HUGEPAGE)
+            khugepaged()
+        calls = [(call, start - scene.memory.hva & -BLOCK) for call, (start, _) in calls_in(events)]
+        return [{at for call, at in calls if call is wanted} & {0, BLOCK} for wanted in (Call.TEST, Call.UNMAP)]
+
+    return look
+
+
+@resting
+def test_what_only_the_guest_uses(make_scene, asked):
+    """That pages were used only stage 2 knows of: khugepaged asks (test_young), and begins to collapse them.
+
+    It asks once more when they have gone from stage 2 (mm/khugepaged.c __collapse_huge_page_isolate), and gives up.
+    """
+    scene = make_scene(2 * IN_A_BLOCK)
+    scene.memory.advise(Advice.COLD)  # clears the host's own flags, and tells nobody
+    assert asked(scene) == [{0, BLOCK}, {0, BLOCK}]
+    scene.settle()
+
+
+@resting
+@pytest.mark.needs("idle-tracking")
+def test_what_nobody_uses(make_scene, asked):
+    """The same with the guest's flags cleared, too: khugepaged lets it be."""
+    scene = make_scene(2 * IN_A_BLOCK)
+    scene.memory.mark_idle()
+    scene.memory.advise(Advice.COLD)
+    assert asked(scene) == [{0, BLOCK}, set()]
+    scene.settle()
 
 
 def test_hugetlbfs(make_scene):
