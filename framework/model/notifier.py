@@ -44,7 +44,8 @@ class Told(Enum):
     RANGE = "the range"
     HUGE = "the aligned 2 MiB around it"
     VMA = "the whole VMA"
-    NOTHING = "nothing"
+    AGED = "the range, to clear its access flags"  #: by clear_young, clear_flush_young
+    NOTHING = "nobody"
 
 
 class Call(Enum):
@@ -84,6 +85,7 @@ class Operation(Enum):
     MIGRATE = "migration, compaction"
     SWAP_OUT = "swap out"
     FILE_OUT = "reclaim of a page of a file"
+    WRITE_BACK = "write-back of a dirty page of a file"
     SWAP_IN = "swap in, or the first touch by the host"
     PUNCH_HOLE = "fallocate(FALLOC_FL_PUNCH_HOLE)"
     TRUNCATE = "ftruncate, smaller"
@@ -130,13 +132,15 @@ RULES: dict[Operation, Rule] = {
     _O.MIGRATE: Rule(_GO, Told.RANGE),
     _O.SWAP_OUT: Rule(_GO, Told.RANGE),
     _O.FILE_OUT: Rule(_GO, Told.RANGE),
+    # The page is marked clean (mm/rmap.c page_mkclean_one), as with MADV_FREE.
+    _O.WRITE_BACK: Rule(_RO, Told.RANGE),
     _O.SWAP_IN: Rule(_STAY, Told.NOTHING),
     _O.PUNCH_HOLE: Rule(_GO, Told.RANGE),
     _O.TRUNCATE: Rule(_GO, Told.RANGE),
     _O.POISON: Rule(_GO, Told.RANGE),
     _O.UFFD_PROTECT: Rule(_RO, Told.RANGE),
     # Ageing clears the access flag and nothing else, in every version.
-    _O.AGE: Rule(_STAY, Told.NOTHING),
+    _O.AGE: Rule(_STAY, Told.AGED),
 }
 
 
@@ -172,12 +176,12 @@ class Notice:
 
     @property
     def may_go(self) -> Span | None:
-        """The HVA range that may be gone afterwards; None when nobody is told, so that nothing may.
+        """The HVA range that may be gone afterwards; None when nobody is told of a change, so that nothing may.
 
         Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge tells of the aligned 2 MiB there. Blocks
         that reach into the range go as a whole (:func:`violations` allows for them).
         """
-        if self.rule.told is Told.NOTHING:
+        if self.rule.told in (Told.AGED, Told.NOTHING):
             return None
         owed = self.owed
         return _around(min(self.start, owed[0]), max(self._end, owed[1]), _HUGE)
@@ -185,9 +189,7 @@ class Notice:
     @property
     def call(self) -> Call | None:
         """The call that must have come for every page in :attr:`owed` that stage 2 mapped; None: none may come."""
-        if self.operation is Operation.AGE:
-            return Call.AGE
-        return None if self.rule.told is Told.NOTHING else Call.UNMAP
+        return {Told.AGED: Call.AGE, Told.NOTHING: None}.get(self.rule.told, Call.UNMAP)
 
     @property
     def _end(self) -> int:

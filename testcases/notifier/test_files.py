@@ -87,7 +87,8 @@ def test_private_mapping_of_a_file(make_scene, file):
 def test_page_cache_eviction(make_scene, file_on_disk):
     """Pages that were written back are evicted and read again from the disk."""
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
-    file_on_disk.sync()
+    with scene.host_does(Operation.WRITE_BACK):
+        file_on_disk.sync()
     scene.page_out(Operation.FILE_OUT, 8, 16)
     if not scene.busy:
         assert not scene.memory.frames(8 * PAGE, 16 * PAGE).any()

@@ -76,7 +76,8 @@ EXPECTED = {
     Operation.FILE_OUT: (GO, RANGE),
     Operation.POISON: (GO, RANGE),
     Operation.UFFD_PROTECT: (RO, RANGE),
-    Operation.AGE: (STAY, NOBODY),
+    Operation.WRITE_BACK: (RO, RANGE),
+    Operation.AGE: (STAY, Told.AGED),
 }
 
 
