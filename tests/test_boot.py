@@ -24,8 +24,11 @@ from framework.host.host import Host
 from framework.host.kernel import obtain
 from framework.host.ssh import Ssh
 from framework.machine.rundir import live_machines
+from framework.oracle import Oracle
 from framework.oracle.sight import watch
 from framework.oracle.trace import traced
+from framework.sequences.player import Broken, Player
+from framework.sequences.search import search
 
 ARM64 = config.find("arm64")
 
@@ -167,3 +170,19 @@ def test_qemu_that_dies_under_a_request(boot):
     with pytest.raises(QemuDied, match="signal 9") as caught:
         host.agent.receive(sent)
     assert "Last console lines:" in caught.value.evidence
+
+
+def test_a_host_that_is_lost_leaves_the_sequence_that_did_it(boot):
+    """Nothing is left to make it shorter on, and the search ends at once."""
+    host = boot()
+
+    class Killing(Player):
+        def _carry_out(self, step):
+            if len(self.steps) == 4:
+                host.machine.process.kill()
+                host.machine.process.wait()
+            return super()._carry_out(step)
+
+    with pytest.raises(Broken) as found:
+        search(lambda: Killing(host, Oracle(host), "A64"), sequences=400)
+    assert isinstance(found.value.lost, QemuDied) and len(found.value.steps) == 4

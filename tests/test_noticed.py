@@ -4,8 +4,11 @@ The random sequences notice, and shrink what they found to a few steps. That tab
 own trace shows (testcases/lifecycle).
 """
 
+import errno
+
 import pytest
 
+from framework.errors import HostOsError
 from framework.host.memory import Advice
 from framework.model.notifier import Operation
 from framework.oracle.verdicts import Kind as Verdict
@@ -117,3 +120,30 @@ def test_a_step_is_judged_with_the_next_one_or_at_the_end(without, host, oracle,
             judge(player)
     assert [step.kind for step in found.value.steps] == [Kind.GUEST_WRITES, Kind.DONTNEED] and player.broken
     player.end()
+
+
+def test_a_complaint_of_the_kernel_is_shrunk(host, oracle, isa):
+    class Complaining(Player):
+        def _carry_out(self, step):
+            if step.kind is Kind.FORK:
+                self._host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
+            return super()._carry_out(step)
+
+    with pytest.raises(Broken, match="made_up") as found:
+        search(lambda: Complaining(host, oracle, isa), sequences=ENOUGH)
+    assert [step.kind for step in found.value.steps] == [Kind.FORK]
+
+
+def test_what_does_not_repeat_is_told_all_the_same(host, oracle, isa):
+    class Once(Player):
+        done = False
+
+        def _carry_out(self, step):
+            if step.kind is Kind.FORK and not Once.done:
+                Once.done = True
+                raise HostOsError("fork", errno.ENOMEM)
+            return super()._carry_out(step)
+
+    with pytest.raises(Broken, match="fork: ENOMEM") as found:
+        search(lambda: Once(host, oracle, isa), sequences=ENOUGH)
+    assert found.value.steps[-1].kind is Kind.FORK and "(this did not repeat)" in found.value.complaints

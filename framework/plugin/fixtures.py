@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from framework.host.ssh import Ssh
 from framework.host.vgic import Vgic, gicv_of
 from framework.host.vm import Vm
 from framework.host.vmm import Vmm
+from framework.lab import CONFIGS
 from framework.oracle import Oracle
 from framework.oracle import trace as trace_
 from framework.oracle.stage2 import Stage2
@@ -262,6 +264,19 @@ def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
 def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
     """``keep(name, text)``: a file among the test's artifacts; its path."""
     return request.node.stash[SESSION].folder.write
+
+
+@pytest.fixture
+def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], str]:
+    """``replay_line(path)``: what a person types to play a kept sequence again, on this host and kernel."""
+
+    def line(path: Path) -> str:
+        own = host.config.path.parent == CONFIGS / "hosts"
+        words = ["arm-kvm", "replay", str(path), "--host", host.config.name if own else str(host.config.path)]
+        kernel = request.config.stash[POOL].override(host.config.name)
+        return shlex.join([*words, *(["--kernel", kernel] if kernel else [])])
+
+    return line
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 
 from framework.errors import LabError
 from framework.guest.driver import RunFailed
+from framework.guest.isa import GuestException
 from framework.host.agent import Request
 from framework.host.host import Host
 from framework.host.memory import BLOCK, Advice, Child, Prot
@@ -25,11 +26,15 @@ _SIZE = PAGES * PAGE
 
 
 class Broken(AssertionError):
-    """A step after which the host is not as the models say. ``steps`` are all that led there, it included."""
+    """A step after which the host is not as the models say. ``steps`` are all that led there, it included.
 
-    def __init__(self, steps: list[Step], complaints: list[str]) -> None:
+    ``lost`` says why that host takes no other sequence, when it does not.
+    """
+
+    def __init__(self, steps: list[Step], complaints: list[str], lost: LabError | None = None) -> None:
         self.steps = list(steps)
         self.complaints = complaints
+        self.lost = lost
         lines = [f"after step {len(steps)}:", *(f"    {complaint}" for complaint in complaints), "the sequence:"]
         super().__init__("\n".join([*lines, *(f"    {step}" for step in steps)]))
 
@@ -56,6 +61,7 @@ class Player:
         self._host, self._oracle, self._isa = host, oracle, isa
         self._child: Child | None = None
         self._unjudged: _Unjudged | None = None
+        oracle.splats()  # what the kernel has said so far is nobody's
         self._complaints, self._judged = [], 0  # of the step that was judged last, and its number
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
@@ -108,6 +114,10 @@ class Player:
                 self._host.vms.remove(self._vm)
             self._memory.unmap()
 
+    def can(self, step: Step) -> bool:
+        """Whether this kernel has a way to do that: to age pages, some have none."""
+        return self._ages or step.kind is not Kind.AGE
+
     # -- one step ------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
@@ -120,13 +130,24 @@ class Player:
         failed, owed = None, ()
         try:
             owed = self._carry_out(step)
-        except Exception as e:
+        except (Broken, LabError, GuestException, RunFailed) as e:
             failed = e
         self.settle()  # if the step before went wrong, whatever this one met may come from that
         if failed:
-            raise failed
+            raise failed if isinstance(failed, Broken) else self._stopped_by(failed)
         self._unjudged = _Unjudged(step, len(self.steps), self._see(), owed)
         self.broken = False
+
+    def _stopped_by(self, failure: Exception) -> Broken:
+        """The last step was not carried out, because of this."""
+        usable = self._host.machine.alive and self._host.agent.usable
+        lost = failure if isinstance(failure, LabError) and not usable else None
+        return Broken(self.steps, [f"{self.steps[-1]}: {failure}"], lost)
+
+    def finish(self) -> None:
+        """Judge the last step, and what the kernel has said of all of them. Raises Broken."""
+        self.settle()
+        self._demand([str(finding) for finding in self._oracle.splats()])
 
     def settle(self) -> None:
         """Judge the last step, if it was not judged yet. Raises Broken."""
@@ -289,12 +310,13 @@ def _hex(addresses: list[int]) -> str:
 
 
 def play(host: Host, oracle: Oracle, isa: str, steps: Iterable[Step]) -> Iterator[Step]:
-    """A whole sequence, each step as it was carried out. Raises Broken."""
+    """A whole sequence, each step as it was carried out; what this kernel cannot do is left out. Raises Broken."""
     player = Player(host, oracle, isa)
     try:
         for step in steps:
-            player.do(step)
-            yield step
-        player.settle()
+            if player.can(step):
+                player.do(step)
+                yield step
+        player.finish()
     finally:
         player.end()

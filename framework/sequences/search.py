@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from framework.lab import cache_root
 
-from .player import Player
+from .player import Broken, Player
 from .steps import PAGES, Kind, Step, every
 
 _LENGTH = 20  #: steps of a sequence, at most
@@ -68,6 +70,12 @@ def search(make_player: Callable[[], Player], profile: Profile = Profile.QUICK, 
         machine = seed(datetime.date.today().toordinal())(machine)
     try:
         run_state_machine_as_test(machine, settings=profile.settings(sequences))
+    except Flaky as e:
+        if (first := players.first) is None:
+            raise
+        if first.lost:  # nothing can repeat
+            raise first from e
+        raise Broken(first.steps, [*first.complaints, "(this did not repeat)"]) from e
     finally:
         players.end()
     return tally
@@ -79,14 +87,28 @@ class _Players:
     def __init__(self, make: Callable[[], Player]) -> None:
         self._make = make
         self._now: Player | None = None
+        self.first: Broken | None = None  #: what was found first, before it was made shorter
+        self._lost: Broken | None = None
 
     def next(self) -> Player:
+        if self._lost:
+            raise self._lost  # no host is left to make it shorter on
         if self._now is None or self._now.broken:
             self.end()
             self._now = self._make()
         else:
             self._now.begin_anew()
         return self._now
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Remember what goes wrong within the block."""
+        try:
+            yield
+        except Broken as e:
+            self.first = self.first or e
+            self._lost = e if e.lost else None
+            raise
 
     def end(self) -> None:
         if self._now:
@@ -105,7 +127,8 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
 
         def _do(self, step: Step) -> None:
             if self.player.world.allows(step):
-                self.player.do(step)
+                with players.looking():
+                    self.player.do(step)
                 tally.steps += 1
                 tally.kinds.add(step.kind)
 
@@ -143,6 +166,7 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
 
         def teardown(self) -> None:
             if not self.player.broken:
-                self.player.settle()
+                with players.looking():
+                    self.player.finish()
 
     return Sequences

@@ -12,12 +12,16 @@ from framework.sequences.search import Profile, search
 pytestmark = pytest.mark.native
 
 
-def test_random_sequences(request, host, oracle, isa, keep):
+def test_random_sequences(request, host, oracle, isa, keep, replay_line):
     """``--sequences quick``: the same few in every run; ``nightly``: many, seeded by the date."""
     profile = Profile(request.config.getoption("--sequences"))
     try:
         tally = search(lambda: Player(host, oracle, isa), profile, request.config.getoption("--count"))
     except Broken as e:
         path = keep("sequence.txt", "".join(f"{step}\n" for step in e.steps))
-        pytest.fail(f"{e}\nplay it again: arm-kvm replay {path} --host {host.config.name}", pytrace=False)
+        words = f"{e}\nplay it again: {replay_line(path)}"
+        if e.lost:
+            print(words)
+            raise e.lost from None
+        pytest.fail(words, pytrace=False)
     assert tally.sequences and tally.steps
