@@ -190,7 +190,7 @@ class NonConformance(LabError):
 
 
 class TraceError(LabError):
-    """A saved trace cannot be read: the message names the file and the line."""
+    """A saved trace cannot be read (the message names the file and the line), or the kernel's lacks events."""
 
     exit_code = 28
 

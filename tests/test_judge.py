@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from framework.errors import TraceError
 from framework.model import descriptors as d
 from framework.model import notifier, regime, stage1, sweep
 from framework.model.memslots import Memslot, SlotFlags, Window
-from framework.oracle import judge, trace, witness
+from framework.oracle import judge, splats, trace, witness
 from framework.oracle.verdicts import Kind, Violation
 
 from .memory import Pages, Table
@@ -245,3 +246,22 @@ def test_notifier_calls_are_read_from_the_trace():
         (notifier.Call.SET, (0xB600_0000, 0xB600_1000)),
         (notifier.Call.AGE, (0xB600_0000, 0xB600_1000)),
     ]
+
+
+def test_a_trace_that_lacks_events_is_none():
+    with pytest.raises(TraceError, match="LOST 17 EVENTS"):
+        trace.parse("CPU:0 [LOST 17 EVENTS]\n python3-60    [001] ....    12.348: kvm_entry: PC: 0x08000000\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "WARNING: CPU: 0 PID: 1 at virt/kvm/arm/mmu.c:1",
+        "pagealloc: memory corruption",
+        "pagealloc: single bit error",
+        "INFO: trying to register non-static key.",
+    ],
+)
+def test_a_complaint_of_the_kernel(text):
+    assert [f.kind for f in splats.find(f"4,1,2,-;{text}\n6,2,3,-;all is well\n".encode())] == [Kind.KERNEL_SPLAT]
+    assert splats.find(b"6,2,3,-;all is well\n") == []

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from framework.errors import TraceError
 from framework.host.agent import Agent
 
 _LINE = re.compile(
     r"^\s*(?P<task>.+)-(?P<tid>\d+)\s+\[(?P<cpu>\d+)\].*?\s(?P<time>\d+\.\d+): (?P<name>\w+): (?P<text>.*)$"
 )
+_LOST = re.compile(r"LOST \d+ EVENTS")
 _FIELD = re.compile(r"(\w+)[ =:]+(0x[0-9a-fA-F]+|-?\d+)\b")
 
 
@@ -27,7 +29,9 @@ class Event:
 
 
 def parse(text: str) -> list[Event]:
-    """The events of a trace file (Documentation/trace/ftrace.rst), in order."""
+    """The events of a trace file (Documentation/trace/ftrace.rst), in order. Raises TraceError when some were lost."""
+    if lost := _LOST.search(text):
+        raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace less at a time")
     events = []
     for match in filter(None, map(_LINE.match, text.splitlines())):
         fields = {key: int(value, 16 if value[:2] == "0x" else 10) for key, value in _FIELD.findall(match["text"])}

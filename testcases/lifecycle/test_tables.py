@@ -140,14 +140,16 @@ def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.memories.remove(memory)  # stays mapped: its end would take tables, too
     child = Child(host.agent)
-    vm.guest.fill(IPA, 16)
-    own = tables(vm)
-    vm.alive = False
-    with page_trace() as pages:
-        host.agent("vm_destroy", vm=vm.id)
-    assert not own & pages.freed
-    with page_trace() as pages:
-        child.end()
+    try:
+        vm.guest.fill(IPA, 16)
+        own = tables(vm)
+        vm.alive = False
+        with page_trace() as held:
+            host.agent("vm_destroy", vm=vm.id)
+    finally:
+        with page_trace() as pages:
+            child.end()
+    assert not own & held.freed
     assert own <= pages.freed
 
 
