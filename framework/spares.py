@@ -33,10 +33,13 @@ class Spares:
                 self._coming[name] = self._maker.submit(make)
 
     def take(self, name: str) -> Host | None:
-        """The host made for this one, when it is there; None if there is none, or making it failed."""
-        coming = self._coming.pop(name, None)
+        """The host made for this one, when it is there; None if there is none, it is dead, or making it failed."""
+        if (coming := self._coming.pop(name, None)) is None:
+            return None
         with suppress(LabError):  # whoever makes another meets the reason
-            return coming and coming.result()
+            if (host := coming.result()).machine.alive:
+                return host
+            self.end(host)
         return None
 
     def end(self, host: Host) -> None:

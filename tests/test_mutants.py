@@ -353,6 +353,16 @@ def test_a_host_that_cannot_be_had_any_more(tmp_path):
     assert code == 1 and re.search(r"harmless +not run .* gcc is not installed", said)
 
 
+def test_a_mutant_whose_worker_dies(tmp_path):
+    """It is in the table all the same, and not among those that count."""
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000"))
+    suite = "import os\n\ndef test_one(vm):\n    os.kill(os.getpid(), 9)\n"
+    options = ["--mutate", "harmless", "--mutate", "elsewhere", "--catalogue", "mutants.yaml", "--host", "arm64"]
+    code, said = Run(tmp_path)(suite, *options, "-n", "1")
+    assert code == 1 and re.search(r"harmless +not run .* its worker died, or the run ended before its turn", said)
+    assert "0 of 0 applicable mutants killed, 0 %; 1 not applicable, 1 not run" in said
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_mutant_that_is_not_there(tmp_path, workers):
     code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignord", "--host", "arm64", "-n", workers)

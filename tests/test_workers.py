@@ -55,6 +55,29 @@ def test_the_slow_ones_come_first(run, tmp_path):
     assert re.findall(r"PASSED test_suite.py::test_(\d)", said) == ["3", "2", "1", "0"]
 
 
+def test_cases_of_a_module_share_its_host(run, tmp_path):
+    """With workers, too, a module's cases come together: four cases of two modules on one worker are two hosts."""
+    for module in ("test_a", "test_b"):
+        text = "import time\nSEEN = set()\n" + "".join(
+            f"def test_{n}(host):\n    SEEN.add(host.machine.process.pid)\n    time.sleep({n} * 0.2)\n"
+            "    assert len(SEEN) == 1\n"
+            for n in range(2)
+        )
+        (tmp_path / f"{module}.py").write_text(text)
+    for _ in range(2):  # the second knows how long each took
+        code, said = run("", "--host", "arm64", "-n", "1", "--isolation", "module", "test_a.py", "test_b.py", "-v")
+        assert code == 0 and "4 passed" in said
+    assert re.findall(r"PASSED (test_\w)\.py::test_(\d)", said) == [(f"test_{m}", n) for m in "ab" for n in "10"]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_isolation_that_there_is_none_of(run, workers):
+    suite = 'import pytest\n\n@pytest.mark.isolation("tset")\ndef test_one(host):\n    pass\n'
+    code, said = run(suite, "--host", "arm64", "-n", workers)
+    assert code != 0 and "test_one: isolation('tset') is none of session, module, test" in said
+    assert "INTERNALERROR" not in said and "Traceback" not in said
+
+
 def test_keep_is_for_one_process(run):
     code, said = run(SUITE, *OPTIONS, "--keep")
     assert code == 4 and "--keep leaves a machine" in said

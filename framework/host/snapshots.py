@@ -98,7 +98,7 @@ def _held(key: str) -> Saved | None:
         with cache.disk_errors(entry.folder):
             meta, held = entry.meta, Saved.at(entry.folder).held()
             sound = held.checksums() == {name: meta[name] for name in ("ram", "devices")}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         sound = False
     if not sound:
         note(f"the snapshot {entry.folder} is damaged; it is made anew")

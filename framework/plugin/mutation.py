@@ -276,10 +276,20 @@ def pytest_report_teststatus(report: pytest.TestReport):
     return None
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "user_properties")]
     results = [Result.of(about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
     if results:
         terminalreporter.section("mutants")
-        for line in table(results):
+        for line in table(results + list(_unreported(config, results))):
             terminalreporter.write_line(line)
+
+
+def _unreported(config: pytest.Config, results: list[Result]) -> Iterator[Result]:
+    """Mutants that were chosen and of which nothing is known."""
+    known = {(result.host, result.mutant) for result in results}
+    why = "its worker died, or the run ended before its turn"
+    for host in (c.name for c in config.stash[POOL].configs.values() if c.has_kvm):
+        for mutant in config.stash[_CHOSEN]:
+            if (host, mutant.name) not in known:
+                yield Result(host, mutant.area, mutant.name, Fate.NOT_RUN, verdict=why)

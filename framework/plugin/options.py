@@ -12,7 +12,7 @@ from framework.machine import version
 from framework.pool import Broken, Pool
 
 from .order import worker_of
-from .selection import needs_host
+from .selection import ISOLATIONS, needs_host
 from .stash import POOL
 
 _DEFAULT_HOSTS = ("a15", "arm64", "a15-debian")
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--isolation",
-        choices=("session", "module", "test"),
+        choices=ISOLATIONS,
         default="session",
         help="restore a host that nobody has touched for the run (default), for every module, or for every test",
     )

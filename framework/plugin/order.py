@@ -1,8 +1,8 @@
 """The order of a run, and its workers (``pytest -n N``, pytest-xdist).
 
 Kernels, root file systems and snapshots are made once, under the cache's locks, whichever worker asks first; every
-worker has machines of its own. Cases are handed out one by one, host by host, those first that took longest in the
-last run: nobody is left waiting for a slow one at the end.
+worker has machines of its own. Cases are handed out one by one, host by host (and module by module, where those have
+a host of their own), those first that took longest in the last run: nobody is left waiting for a slow one at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import chain
 
 import pytest
 
-from .selection import host_name, needs_host, records
+from .selection import host_name, needs_host, owner_of, records
 from .stash import POOL
 
 _KEY = "arm-kvm/durations"
@@ -51,7 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     took = getattr(config, "workerinput", {}).get(_KEY, {})
 
     def place(item: pytest.Item) -> tuple:
-        return order.index(host_name(item)) if needs_host(item) else -1, records(item), -took.get(item.nodeid, 0)
+        return (
+            order.index(host_name(item)) if needs_host(item) else -1,
+            owner_of(item).name if not owner_of(item).alone else "",  # the cases of a module that share a host
+            records(item),
+            -took.get(item.nodeid, 0),
+        )
 
     items.sort(key=place)
 

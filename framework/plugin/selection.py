@@ -9,6 +9,8 @@ from framework.pool import EVERYBODY, Owner
 
 from .stash import MUTANT, NEXT, POOL
 
+ISOLATIONS = ("session", "module", "test")  #: who shares a host: all cases of a run, those of a module, nobody
+
 
 def needs_host(item: pytest.Item) -> bool:
     return "host" in getattr(getattr(item, "callspec", None), "params", {})
@@ -29,6 +31,7 @@ def _guests(config: host_files.HostConfig, definition: pytest.Item) -> list[str]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    _check_isolation(metafunc.definition)
     if "host" not in metafunc.fixturenames:
         return
     suited = [c for c in metafunc.config.stash[POOL].configs.values() if _suits(c, metafunc.definition)]
@@ -44,6 +47,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if _suits_nowhere(item) or _too_slow(item)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
+
+
+def _check_isolation(definition: pytest.Item) -> None:
+    mark = definition.get_closest_marker("isolation")
+    if mark and mark.args not in [(one,) for one in ISOLATIONS]:
+        said = ", ".join(map(repr, mark.args))
+        raise pytest.Collector.CollectError(
+            f"{definition.nodeid}: isolation({said}) is none of {', '.join(ISOLATIONS)}"
+        )
 
 
 def _suits_nowhere(item: pytest.Item) -> bool:
