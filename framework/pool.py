@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .spares import AHEAD, Spares
 
 MakePlugin = Callable[[str], Plugin]
 _ENTROPY = 64  #: bytes
+_TRUST = 2  #: snapshots of one kind of host that are tried; when all fail, it boots from then on
 
 
 class Broken(Exception):
@@ -80,6 +82,7 @@ class Pool:
         self._snapshots: dict[str, Snapshot] = {}
         self._live: dict[str, _Live] = {}
         self._broken: dict[str, LabError] = {}
+        self._distrust: Counter[str] = Counter()  #: snapshots that did not restore, by host
         self._starts = count(1)
         self._spares = Spares()
         self._prepare: Callable[[Host], None] = lambda host: None
@@ -148,10 +151,13 @@ class Pool:
         def plugin() -> Plugin | None:
             return make_plugin(config.board.qemu) if make_plugin else None
 
-        if not config.boot_afresh:
+        if not config.boot_afresh and self._distrust[name] < _TRUST:
             try:
                 return self._spares.take(owner.name) or self._restore(name, self._logs(name, owner), plugin())
             except (MachineError, AgentError) as e:
+                self._distrust[name] += 1
+                self._snapshots.pop(name, None)
+                snapshots.forget(config, kernel)
                 note(f"{name} cannot be restored, and boots afresh: {e.one_line}")
         return Host.boot(config, kernel, self._logs(name, owner), plugin=plugin())
 

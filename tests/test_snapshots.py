@@ -12,8 +12,9 @@ from framework.host import snapshots
 from framework.host.kernel import obtain
 from framework.host.memory import PAGE
 from framework.lab import cache_root
-from framework.machine.saved import copy
+from framework.machine.saved import Saved, copy
 from framework.oracle import Oracle
+from framework.pool import Pool
 from framework.recorder.probe import Probe
 
 ARM64 = config.find("arm64")
@@ -189,3 +190,21 @@ def test_those_used_longest_ago_go_first(own_cache):
     assert [entry.folder.name for entry in cache.entries("things")] == ["c", "b"]
     cache.keep_within("things", 0)
     assert [entry.folder.name for entry in cache.entries("things")] == ["c"], "the one in use"
+
+
+def test_one_that_does_not_restore_is_made_anew(own_snapshot, tmp_path):
+    """Its checksums are right, and QEMU refuses it: this host boots, and the next is restored from a new one."""
+    made = (own_snapshot / "devices").read_bytes()
+    (own_snapshot / "devices").write_bytes(made[: len(made) // 2])
+    about = json.loads((own_snapshot / "meta.json").read_text())
+    (own_snapshot / "meta.json").write_text(json.dumps(about | Saved.at(own_snapshot).checksums()))
+    pool = Pool([ARM64], {}, tmp_path / "artifacts", "", entropy=False)
+    try:
+        booted = pool.host("arm64")
+        assert "init" in booted.boot_states.reached and booted.agent("hello")["kvm"]
+        pool.discard("arm64")
+        restored = pool.host("arm64")
+        assert "init" not in restored.boot_states.reached and restored.agent("hello")["kvm"]
+    finally:
+        pool.close()
+    assert (own_snapshot / "devices").stat().st_size > len(made) // 2

@@ -63,6 +63,12 @@ def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:
     return Snapshot(config, kernel, held)
 
 
+def forget(config: HostConfig, kernel: Kernel) -> None:
+    """This kind of host does not restore from its snapshot: whoever wants one next has it made anew."""
+    if entry := cache.lookup(KIND, key_of(config, kernel)):
+        cache.remove(entry)
+
+
 def key_of(config: HostConfig, kernel: Kernel) -> str:
     """Of QEMU, board, kernel, root file system, command line and agent."""
     nowhere = {"ram_fd": 0, "console_fd": 0, "qmp_fd": 0, "port_fd": 0, "gdb": Path("gdb"), "ssh_port": 0}
