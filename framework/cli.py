@@ -222,6 +222,8 @@ def cmd_replay(args: argparse.Namespace) -> int:
             done += 1
             print(f"{done:3}  {step}", flush=True)
     except sequence_player.Broken as e:
+        if e.lost:
+            raise e.lost from e
         raise SequenceFailed(f"{host.release} is not as the models say", evidence=str(e)) from e
     except ValueError as e:
         raise SetupError(f"{args.file}: {e}", remedy="correct the sequence") from e

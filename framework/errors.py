@@ -31,7 +31,7 @@
      |    +-- HostOsError         ... a system call answered with an errno
      +-- NoLiveMachine       24  a command needs a running machine, and none runs
      +-- NonConformance      27  the reference model and the emulated CPU differ
-     +-- TraceError          28  a saved trace cannot be read
+     +-- TraceError          28  a saved trace cannot be read, or the kernel's lacks events
      +-- ProtocolViolation   29  a trace breaks the rules of VMIDs and TLB maintenance
      +-- SequenceFailed      30  a replayed sequence: the host is not as the models say
 

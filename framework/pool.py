@@ -23,7 +23,7 @@ from .spares import AHEAD, Spares
 
 MakePlugin = Callable[[str], Plugin]
 _ENTROPY = 64  #: bytes
-_TRUST = 2  #: snapshots of one kind of host that are tried; when all fail, it boots from then on
+_TRUST = 2  #: restores of one kind of host in a row that may fail; then it boots
 
 
 class Broken(Exception):
@@ -82,7 +82,7 @@ class Pool:
         self._snapshots: dict[str, Snapshot] = {}
         self._live: dict[str, _Live] = {}
         self._broken: dict[str, LabError] = {}
-        self._distrust: Counter[str] = Counter()  #: snapshots that did not restore, by host
+        self._distrust: Counter[str] = Counter()  #: restores in a row that failed, by host
         self._starts = count(1)
         self._spares = Spares()
         self._prepare: Callable[[Host], None] = lambda host: None
@@ -95,7 +95,7 @@ class Pool:
         other = Pool([self.configs[name]], self._overrides, folder, self._worker, self._entropy)
         other._prepare = prepare
         if kernel is None:
-            other._kernels, other._snapshots = self._kernels, self._snapshots
+            other._kernels, other._snapshots, other._distrust = self._kernels, self._snapshots, self._distrust
         else:
             other._kernels = {name: kernel}
         return other
@@ -153,11 +153,13 @@ class Pool:
 
         if not config.boot_afresh and self._distrust[name] < _TRUST:
             try:
-                return self._spares.take(owner.name) or self._restore(name, self._logs(name, owner), plugin())
+                host = self._spares.take(owner.name) or self._restore(name, self._logs(name, owner), plugin())
+                self._distrust.pop(name, None)
+                return host
             except (MachineError, AgentError) as e:
                 self._distrust[name] += 1
-                self._snapshots.pop(name, None)
-                snapshots.forget(config, kernel)
+                if snapshot := self._snapshots.pop(name, None):
+                    snapshots.forget(snapshot)
                 note(f"{name} cannot be restored, and boots afresh: {e.one_line}")
         return Host.boot(config, kernel, self._logs(name, owner), plugin=plugin())
 

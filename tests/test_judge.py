@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from framework.errors import TraceError
 from framework.model import descriptors as d
 from framework.model import notifier, regime, stage1, sweep
 from framework.model.memslots import Memslot, SlotFlags, Window
@@ -246,11 +245,6 @@ def test_notifier_calls_are_read_from_the_trace():
         (notifier.Call.SET, (0xB600_0000, 0xB600_1000)),
         (notifier.Call.AGE, (0xB600_0000, 0xB600_1000)),
     ]
-
-
-def test_a_trace_that_lacks_events_is_none():
-    with pytest.raises(TraceError, match="LOST 17 EVENTS"):
-        trace.parse("CPU:0 [LOST 17 EVENTS]\n python3-60    [001] ....    12.348: kvm_entry: PC: 0x08000000\n")
 
 
 @pytest.mark.parametrize(

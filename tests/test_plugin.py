@@ -149,23 +149,28 @@ def test_a_splat_fails_the_test_that_caused_it(run):
 
 
 LATE = """
-import pytest
-
-@pytest.fixture
-def late(host):
-    yield
-    host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
-
-def test_passes(late, vm):
+def test_passes(host, vm):
     vm.guest.ping()
+    destroy = host.reset
+
+    def reset():
+        destroy()
+        host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
+        host.reset = destroy
+
+    host.reset = reset
+
+def test_with_a_vm_that_does_not_go(vm, host):
+    host.agent("vm_destroy", vm=vm.id)
 """
 
 
 @pytest.mark.parametrize("isolation", ["session", "test"])
 def test_a_splat_when_the_vms_go_is_the_tests(run, isolation):
     code, said = run(LATE + PASSING, "--host", "arm64", "-k", "A64", "--isolation", isolation)
-    assert code == 1 and "2 passed" in said and "1 error" in said and "ERROR at teardown of test_passes" in said
-    assert "complained while the test's VMs were destroyed" in said and "mm/made_up.c" in said
+    assert code == 1 and "3 passed" in said and "2 errors" in said
+    assert re.search(r"ERROR at teardown of test_passes.*while its VMs were destroyed:.*mm/made_up.c", said, re.S)
+    assert re.search(r"teardown of test_with_a_vm_that_does_not_go.*VMs could not be destroyed: ", said, re.S)
 
 
 KNOWN = """

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from framework.errors import TraceError
 from framework.host.memory import Prot
 from framework.model import descriptors as d
 from framework.model.memslots import SlotFlags
 from framework.oracle import Kind, Violation
+from framework.oracle.trace import traced
 
 IPA = 0x8000_0000
 PAGE = 0x1000
@@ -156,3 +158,14 @@ def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
     (finding,) = oracle.splats()
     assert finding.kind is Kind.KERNEL_SPLAT and "made_up" in finding.found
     assert oracle.splats() == []
+
+
+def test_a_trace_that_lost_events(host, isa):
+    """A ring of one page, and more events than it holds."""
+    ring = "/sys/kernel/tracing/instances/arm-kvm/buffer_size_kb"
+    host.ssh.run(f"echo 4 > {ring}")
+    try:
+        with pytest.raises(TraceError, match="LOST"), traced(host.agent, ["kmem:mm_page_alloc", "kmem:mm_page_free"]):
+            host.ssh.run("for i in $(seq 20); do ls /proc > /dev/null; done")
+    finally:
+        host.ssh.run(f"echo 4096 > {ring}")

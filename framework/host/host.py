@@ -192,7 +192,7 @@ class Host:
             self.ssh.run(f"echo 1 > {switch}")
 
     def reset(self) -> None:
-        """Destroy all VMs. An agent that was given up is replaced: its death frees everything.
+        """Destroy all VMs. An agent that was given up is replaced, and killed: its death frees everything.
 
         Raises LabError: the machine is lost, or the kernel does not let a VM go.
         """
@@ -201,6 +201,7 @@ class Host:
                 destroy(self.vms)
             else:
                 self.machine.check()
+                self.ssh.run(f"kill -9 {self.agent.hello['pid']}", check=False)
                 self.agent.close()
                 self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
         finally:

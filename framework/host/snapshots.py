@@ -63,10 +63,12 @@ def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:
     return Snapshot(config, kernel, held)
 
 
-def forget(config: HostConfig, kernel: Kernel) -> None:
-    """This kind of host does not restore from its snapshot: whoever wants one next has it made anew."""
-    if entry := cache.lookup(KIND, key_of(config, kernel)):
-        cache.remove(entry)
+def forget(snapshot: Snapshot) -> None:
+    """This one does not restore: whoever wants one of its kind next has it made anew, unless somebody has already."""
+    entry = cache.lookup(KIND, key_of(snapshot.config, snapshot.kernel))
+    with suppress(FileNotFoundError):  # just removed
+        if entry and os.path.samefile(Saved.at(entry.folder).ram, snapshot.saved.ram):
+            cache.remove(entry)
 
 
 def key_of(config: HostConfig, kernel: Kernel) -> str:

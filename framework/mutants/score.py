@@ -16,7 +16,7 @@ class Fate(Enum):
     EXPLAINED = "survived, as explained"  #: every case passed, and the catalogue says why
     WRONGLY_KILLED = "wrongly killed"  #: the host went down, which the catalogue does not expect
     NOT_APPLICABLE = "not applicable"
-    NOT_RUN = "not run"  #: no host to break, no case to run, or one that fails without the mutant, too
+    NOT_RUN = "not run"  #: no host to break, no case to run, one that fails without the mutant, or the run ended
 
 
 @dataclass(frozen=True)

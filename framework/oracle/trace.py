@@ -13,7 +13,7 @@ from framework.host.agent import Agent
 _LINE = re.compile(
     r"^\s*(?P<task>.+)-(?P<tid>\d+)\s+\[(?P<cpu>\d+)\].*?\s(?P<time>\d+\.\d+): (?P<name>\w+): (?P<text>.*)$"
 )
-_LOST = re.compile(r"LOST \d+ EVENTS")
+_LOST = re.compile(r"LOST (\d+ )?EVENTS")
 _FIELD = re.compile(r"(\w+)[ =:]+(0x[0-9a-fA-F]+|-?\d+)\b")
 
 
@@ -29,9 +29,7 @@ class Event:
 
 
 def parse(text: str) -> list[Event]:
-    """The events of a trace file (Documentation/trace/ftrace.rst), in order. Raises TraceError when some were lost."""
-    if lost := _LOST.search(text):
-        raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace less at a time")
+    """The events of a trace file (Documentation/trace/ftrace.rst), in order."""
     events = []
     for match in filter(None, map(_LINE.match, text.splitlines())):
         fields = {key: int(value, 16 if value[:2] == "0x" else 10) for key, value in _FIELD.findall(match["text"])}
@@ -49,7 +47,10 @@ class Traced:
 
 @contextmanager
 def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
-    """Record these events (``kvm:kvm_guest_fault``) of the agent's host within the block."""
+    """Record these events (``kvm:kvm_guest_fault``) of the agent's host within the block.
+
+    Raises TraceError after a block that ended well: the kernel had no room for some.
+    """
     seen = Traced()
     agent("trace_start", events=list(names))
     try:
@@ -57,3 +58,5 @@ def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
     finally:
         seen.text = (agent("trace_stop") or b"").decode()
         seen.events += parse(seen.text)
+    if lost := _LOST.search(seen.text):
+        raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace less at a time")

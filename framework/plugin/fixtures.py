@@ -50,8 +50,8 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 
     ``host.agent`` takes requests, ``host.ssh`` shell commands, ``host.machine`` is the board itself
     (console, RAM, gdbstub), ``host.release`` the kernel's version. With ``--isolation test`` (or the mark
-    ``isolation("test")``) nobody has touched it; else the tests of a module or of the run share it, and VMs are
-    destroyed after each.
+    ``isolation("test")``) nobody has touched it; else the tests of a module or of the run share it. VMs are destroyed
+    after each.
     """
     pool, name = request.config.stash[POOL], request.param
     host = _host_or_outcome(request.node, pool, name)
@@ -84,28 +84,47 @@ def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
 def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:
     """Collect the artifacts, and give the host back clean, kept or not at all."""
     host, node = session.host, request.node
-    ended = not pool.holds(host)  # the run was interrupted
-    alive = host.machine.alive
-    if not alive and not ended:
-        session.folder.write("lost.txt", str(host.machine.lost()))
-    session.folder.collect(host.machine.logs)
-    node.user_properties += [("artifact", str(path)) for path in session.folder.files]
-    if ended:
-        return
     failed = node.stash.get(FAILED, False)
-    if failed and request.config.getoption("--keep") and alive:
+    if not pool.holds(host):  # the run was interrupted
+        _collect(node, session)
+        return
+    if failed and request.config.getoption("--keep") and host.machine.alive:
+        _collect(node, session)
         pool.keep(host.config.name)
         return
-    try:
-        said = [] if failed and session.alone else session.destroy_vms()
-    except LabError as e:
+    why = None if failed and session.alone else _destroy_vms(session)
+    if not host.machine.alive:
+        session.folder.write("lost.txt", str(host.machine.lost()))
+    _collect(node, session)
+    if isinstance(why, _VmsLeft | HostLost):
         pool.discard(host.config.name)
-        if not failed:
-            raise HostLost(f"while the test's VMs were destroyed, its host was lost: {e}", pytrace=False) from None
-        return
-    pool.done(host)
-    if said and not failed:
-        pytest.fail(contract(said, "the kernel complained while the test's VMs were destroyed"), pytrace=False)
+    else:
+        pool.done(host)
+    if why and not failed:
+        raise why
+
+
+class _VmsLeft(pytest.fail.Exception):
+    """The kernel, or the agent, did not let a VM go."""
+
+
+def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
+    """As after every test; what is wrong with that."""
+    try:
+        said = session.destroy_vms()
+    except LabError as e:
+        if session.host.machine.alive and session.host.agent.usable:
+            return _VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
+        return HostLost(f"while the test's VMs were destroyed, its host was lost: {e}", pytrace=False)
+    if said:
+        words = contract(said, "the kernel complained after the test, while its VMs were destroyed")
+        return pytest.fail.Exception(words, pytrace=False)
+    return None
+
+
+def _collect(node: pytest.Item, session: HostSession) -> None:
+    session.folder.collect(session.host.machine.logs)
+    node.user_properties += [("artifact", str(path)) for path in session.folder.files]
 
 
 @pytest.fixture

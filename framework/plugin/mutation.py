@@ -279,7 +279,7 @@ def pytest_report_teststatus(report: pytest.TestReport):
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "user_properties")]
     results = [Result.of(about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
-    if results:
+    if _CHOSEN in config.stash and not config.option.collectonly:
         terminalreporter.section("mutants")
         for line in table(results + list(_unreported(config, results))):
             terminalreporter.write_line(line)

@@ -53,15 +53,14 @@ class Player:
     """One sequence on one host. :meth:`do` and :meth:`settle` raise Broken at the first step that goes wrong.
 
     What was read of the host after a step is judged while the agent is at work on the next one, so the last step of a
-    sequence is judged by :meth:`settle`. :meth:`end` cleans up; after a sequence that did not go wrong,
-    :meth:`begin_anew` is faster than another player.
+    sequence is judged by :meth:`settle`, or by :meth:`finish` with what the kernel said of all. :meth:`end` cleans up;
+    after a sequence that did not go wrong, :meth:`begin_anew` is faster than another player.
     """
 
     def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
         self._host, self._oracle, self._isa = host, oracle, isa
         self._child: Child | None = None
         self._unjudged: _Unjudged | None = None
-        oracle.splats()  # what the kernel has said so far is nobody's
         self._complaints, self._judged = [], 0  # of the step that was judged last, and its number
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
@@ -113,6 +112,8 @@ class Player:
             if self._vm in self._host.vms:
                 self._host.vms.remove(self._vm)
             self._memory.unmap()
+            if self.broken:
+                self._oracle.splats()  # what the kernel says of a broken VM's end is not the next player's
 
     def can(self, step: Step) -> bool:
         """Whether this kernel has a way to do that: to age pages, some have none."""
@@ -127,27 +128,44 @@ class Player:
         self.steps.append(step)
         self.broken = True  # whatever it fails with
         self._vm.agent.meanwhile(self._judge)
-        failed, owed = None, ()
+        failed, seen, owed = None, None, ()
         try:
             owed = self._carry_out(step)
-        except (Broken, LabError, GuestException, RunFailed) as e:
+            seen = self._see()
+        except Broken as e:
             failed = e
-        self.settle()  # if the step before went wrong, whatever this one met may come from that
-        if failed:
-            raise failed if isinstance(failed, Broken) else self._stopped_by(failed)
-        self._unjudged = _Unjudged(step, len(self.steps), self._see(), owed)
+        except (LabError, GuestException, RunFailed) as e:
+            failed = self._stopped_by(e)
+        self._settle_before(failed)
+        self._unjudged = _Unjudged(step, len(self.steps), seen, owed)
         self.broken = False
 
+    def _settle_before(self, failed: Broken | None) -> None:
+        """Judge the step before the last: if that went wrong, whatever the last one met may come from it."""
+        try:
+            self.settle()
+        except Broken as e:
+            e.lost = failed.lost if failed else None
+            raise
+        if failed:
+            raise failed
+
     def _stopped_by(self, failure: Exception) -> Broken:
-        """The last step was not carried out, because of this."""
+        """The last step was not carried out, or the host did not outlive it, because of this."""
         usable = self._host.machine.alive and self._host.agent.usable
         lost = failure if isinstance(failure, LabError) and not usable else None
-        return Broken(self.steps, [f"{self.steps[-1]}: {failure}"], lost)
+        step = self.steps[-1] if self.steps else "before the first step"
+        return Broken(self.steps, [f"{step}: {failure}"], lost)
 
     def finish(self) -> None:
         """Judge the last step, and what the kernel has said of all of them. Raises Broken."""
         self.settle()
-        self._demand([str(finding) for finding in self._oracle.splats()])
+        try:
+            said = self._oracle.splats()
+        except LabError as e:
+            self.broken = True
+            raise self._stopped_by(e) from e
+        self._demand([str(finding) for finding in said])
 
     def settle(self) -> None:
         """Judge the last step, if it was not judged yet. Raises Broken."""

@@ -76,7 +76,7 @@ class Scene:
             yield seen
 
     def page_out(self, operation, first=0, pages=None):
-        """Reclaim takes these pages. Of those that guests go on using it takes some, again and again."""
+        """Reclaim takes these pages. Those that guests go on using it unmaps, some of them, again and again."""
         size = (self.pages - first if pages is None else pages) * PAGE
         start = self.memory.hva + first * PAGE
         self.vm.agent("memory_drain")  # pages that wait for the LRU are not reclaimed
@@ -88,7 +88,7 @@ class Scene:
             for _ in range(4):
                 self.memory.page_out(first * PAGE, size)
                 self.stage2()
-        assert any(start <= hva < start + size for _, (hva, _) in calls_in(seen.events)), "reclaim took no page"
+        assert any(start <= hva < start + size for _, (hva, _) in calls_in(seen.events)), "reclaim unmapped no page"
 
     def stage2(self):
         return self._oracle.stage2(self.vm)

@@ -47,8 +47,8 @@ def test_compaction(make_scene, host, trace, ssh):
     kept = np.arange(0, PAGES, 8)
     for page in range(0, PAGES, 8):
         scene.memory.advise(Advice.DONTNEED, (page + 1) * PAGE, 7 * PAGE)
-    before = scene.memory.frames()[kept]
     with scene.hammering_if_busy(), trace(f"kvm:{Call.UNMAP.value}") as events:
+        before = scene.memory.frames()[kept]
         ssh.run("echo 1 > /proc/sys/vm/compact_memory")
         scene.stage2()
     moved = kept[before != scene.memory.frames()[kept]]
