@@ -106,7 +106,7 @@ def own_snapshot(kernel, monkeypatch, tmp_path):
     """A cache with a copy of the snapshot in it, and what it was made from."""
     snapshots.obtain(ARM64, kernel, tmp_path / "boot")
     key, home = snapshots.key_of(ARM64, kernel), tmp_path / "cache"
-    for kind in ("rootfs", "bytecode"):
+    for kind in ("rootfs", "bytecode", "kernels"):
         (home / kind).parent.mkdir(exist_ok=True)
         (home / kind).symlink_to(cache_root() / kind)
     mine = home / snapshots.KIND / key
