@@ -1,6 +1,6 @@
 """Kernel samepage merging, driven by hand (Documentation/admin-guide/mm/ksm): ksmd runs only while a pass is wanted."""
 
-import contextlib
+import os
 import time
 
 _HOME = "/sys/kernel/mm/ksm"
@@ -23,7 +23,7 @@ def merge() -> None:
     """Merge what can be merged of the memory that was advised MERGEABLE. OSError when ksmd makes no progress."""
     _set("pages_to_scan", 100_000)
     _set("sleep_millisecs", 0)
-    with contextlib.suppress(FileNotFoundError):  # since 6.7 addresses that found no like are left out of some passes
+    if os.path.exists(f"{_HOME}/smart_scan"):  # since 6.7: addresses that found no like are left out of some passes
         _set("smart_scan", 0)
     until, patience = _get("full_scans") + _PASSES, time.monotonic() + _PATIENCE
     _set("run", 1)
