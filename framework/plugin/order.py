@@ -51,9 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     took = getattr(config, "workerinput", {}).get(_KEY, {})
 
     def place(item: pytest.Item) -> tuple:
+        owner = owner_of(item)
         return (
             order.index(host_name(item)) if needs_host(item) else -1,
-            owner_of(item).name if not owner_of(item).alone else "",  # the cases of a module that share a host
+            "" if owner.alone else owner.name,  # a module's cases, where they share a host
             records(item),
             -took.get(item.nodeid, 0),
         )

@@ -180,8 +180,8 @@ def khugepaged(host, ssh):
 
     It is ended and begun anew: one that sleeps cannot be woken in the first five minutes of a 32-bit host (5.4
     khugepaged_should_wakeup compares jiffies, which begin below zero, with 0). And it is kept from being nice, which it
-    makes itself as it begins: what runs at nice 19 for 100 ms then waits up to 7 s beside guests that hammer, and to be
-    less nice only afterwards does not shorten that (kernel/sched/fair.c: its vruntime stays).
+    makes itself as it begins: nice 19 counts 100 ms as 7 s (kernel/sched/core.c sched_prio_to_weight), for which it
+    then waits beside guests that hammer, and to be less nice only afterwards does not shorten that.
     """
     home = "/sys/kernel/mm/transparent_hugepage/khugepaged"
     not_nice = "renice 0 $(pidof khugepaged)"
