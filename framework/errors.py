@@ -18,6 +18,7 @@
      |    +-- QemuRefused    13    ... did not accept the board
      |    +-- PortBusy       14    ... could not have the port for ssh
      |    +-- QemuDied       15    ... ended while the lab needed it
+     |    |    +-- QemuKilled      ... because somebody else ended it: another may live
      |    +-- ProgramSilent  26    ... runs, but the conformance program in it does not answer
      +-- HostError           16  the Linux on the board
      |    +-- HostPanic      17    ... panicked
@@ -129,6 +130,10 @@ class PortBusy(MachineError):
 
 class QemuDied(MachineError):
     exit_code = 15
+
+
+class QemuKilled(QemuDied):
+    """By SIGKILL or SIGTERM: a person, or this machine for want of memory."""
 
 
 class ProgramSilent(MachineError):

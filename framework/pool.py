@@ -1,4 +1,7 @@
-"""The hosts of one run: started when first asked for, replaced when lost, never retried when they do not boot."""
+"""The hosts of one run: started when first asked for, replaced when lost, never retried when they do not boot.
+
+Unless somebody killed their QEMU: that fails the test that asked for the host, and the next test has another.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from .config import HostConfig
-from .errors import AgentError, LabError, MachineError
+from .errors import AgentError, LabError, MachineError, QemuKilled
 from .host import snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
@@ -156,6 +159,8 @@ class Pool:
                 host = self._spares.take(owner.name) or self._restore(name, self._logs(name, owner), plugin())
                 self._distrust.pop(name, None)
                 return host
+            except QemuKilled:
+                raise
             except (MachineError, AgentError) as e:
                 self._distrust[name] += 1
                 if snapshot := self._snapshots.pop(name, None):
@@ -200,11 +205,13 @@ class Pool:
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
     def _once(self, name: str, action):
-        """Do it, unless something failed for this host before; keep the first error."""
+        """Do it, unless something failed for this host before; keep the first error that is the host's own."""
         if name in self._broken:
             raise Broken(self._broken[name])
         try:
             return action()
+        except QemuKilled as e:
+            raise Broken(e) from e
         except LabError as e:
             self._broken[name] = e
             raise Broken(e) from e

@@ -40,6 +40,45 @@ def test_a_qemu_that_is_killed(run):
     assert "QEMU ended (signal 9)" in said and "last words" in said
 
 
+QEMU_KILLED_EARLY = """
+import os, signal, threading, time
+from contextlib import suppress
+from pathlib import Path
+
+def first_qemu():
+    while True:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # gone meanwhile
+                pid, name, _, parent = path.read_text().split()[:4]
+                makes_a_board = b"-machine" in path.with_name("cmdline").read_bytes()
+                if name.startswith("(qemu-system") and int(parent) == os.getpid() and makes_a_board:
+                    return int(pid)
+        time.sleep(0.001)
+
+def kill():
+    victim = first_qemu()
+    time.sleep({after})
+    os.kill(victim, signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+
+def test_meets_it(host):
+    time.sleep(0.5)
+    host.agent("kernel_log")
+
+def test_has_another(host):
+    host.agent("kernel_log")
+"""
+
+
+@pytest.mark.parametrize("after", [0, 0.1])
+def test_a_qemu_that_is_killed_while_it_starts(run, after):
+    """Not the host's fault, so it is no reason to try it no more."""
+    code, said = run(QEMU_KILLED_EARLY.replace("{after}", str(after)), "--host", "arm64")
+    assert code == 1 and re.search("1 failed, 1 passed|1 passed, 1 error", said)
+    assert re.search(r"QEMU (was killed while it started|ended \(signal 9\))", said) and "who killed it" in said
+
+
 def test_a_worker_that_is_killed(run):
     code, said = run(SUITE.replace("{victim}", "os.getpid()"), *OPTIONS)
     assert code == 1 and "1 failed, 6 passed" in said

@@ -11,17 +11,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuRefused, SetupError
+from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuKilled, QemuRefused, SetupError
 from framework.guardian import Guardian, spawn
 
 from .board import Board, Boot, command_line
@@ -34,6 +35,7 @@ from .saved import Saved, copy
 
 _START_TIMEOUT = 20.0
 _MIGRATION_LOOK = 0.002
+_WHO_KILLS = "see whether this machine is short of memory (`dmesg`), or who killed it"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Machine:
     def start(cls, board: Board, boot: Boot, logs: Logs, ssh_port: int = 0, plugin: Plugin | None = None) -> Machine:
         """Start QEMU and the board in it.
 
-        Raises SetupError (no such QEMU), QemuRefused (it does not make this board), PortBusy.
+        Raises SetupError (no such QEMU), QemuRefused (it does not make this board), QemuKilled, PortBusy.
         """
         return cls(board, boot, logs, ssh_port, plugin)
 
@@ -147,13 +149,12 @@ class Machine:
 
     def _refusal(self, cause: Exception) -> LabError:
         """QEMU went away before it said hello: find out why."""
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        said = self.stderr_tail()
-        evidence = self.evidence()
+        killed, said, evidence = self._killed, self.stderr_tail(), self.evidence()
         self.kill()
+        if killed:
+            return QemuKilled("QEMU was killed while it started", remedy=_WHO_KILLS, evidence=evidence)
         if "Could not set up host forwarding rule" in said:
             return PortBusy(
                 "the port for ssh is in use on this machine",
@@ -268,7 +269,13 @@ class Machine:
             return self.console.failure
         code = self.process.poll()
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        if self._killed:
+            return QemuKilled(f"QEMU ended ({how})", remedy=_WHO_KILLS, evidence=self.evidence())
         return QemuDied(f"QEMU ended ({how})", evidence=self.evidence())
+
+    @property
+    def _killed(self) -> bool:
+        return self.process.poll() in (-signal.SIGKILL, -signal.SIGTERM)
 
     @property
     def alive(self) -> bool:

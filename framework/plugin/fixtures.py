@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import pytest
 
 from framework.artifacts import TestFolder
-from framework.errors import KernelError, LabError
+from framework.errors import KernelError, LabError, QemuKilled
 from framework.events.violations import ProtocolBroken
 from framework.host.host import Host
 from framework.host.ssh import Ssh
@@ -77,7 +77,8 @@ def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
         words = f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}"
     else:
         words = f"host {name} cannot be used: {cause}"
-    pool.told.add(name)
+    if not isinstance(cause, QemuKilled):  # the next test has another
+        pool.told.add(name)
     raise HostUnusable(words, cause)
 
 
