@@ -48,13 +48,13 @@ one:
         ("return: [kvm_unmap_gfn_range]", "return: kvm_unmap_gfn_range", "is not a list of names"),
         (
             "return: [kvm_unmap_gfn_range]\n  value: 0",
-            'words: [{in: f, find: "123", with: "d503201f", arch: armv8}]',
+            'words: [{in: f, find: "123", with: "d503201f", kernel: armv8-6.1}]',
             "find: '123' is not an instruction word",
         ),
         (
             "return: [kvm_unmap_gfn_range]\n  value: 0",
-            'words: [{in: f, find: "d503201f", with: "d503201f", arch: arm}]',
-            "arch: 'arm' is not known; did you mean 'armv",
+            'words: [{in: f, find: "d503201f", with: "d503201f", kernel: armv8}]',
+            "kernel: 'armv8' is not an architecture and a version",
         ),
         (
             "return: [kvm_unmap_gfn_range]\n  value: 0",
@@ -136,7 +136,7 @@ def test_a_word_is_replaced_where_it_is_the_nth(victim):
     before = words_at(victim, "kvm_set_spte_gfn", 12)
     word = before[3]
     nth = before[:4].count(word)
-    put_in(mutant(words=(Word("kvm_set_spte_gfn", word, NOP, nth, "armv8"),)), victim)
+    put_in(mutant(words=(Word("kvm_set_spte_gfn", word, NOP, nth, "armv8-6.1"),)), victim)
     assert words_at(victim, "kvm_set_spte_gfn", 12) == [*before[:3], NOP, *before[4:]]
 
 
@@ -145,9 +145,10 @@ def test_a_word_is_replaced_where_it_is_the_nth(victim):
     [
         ({"returns": ("no_such_function",)}, "no no_such_function in this kernel"),
         ({"operations": ("alle1os",), "functions": ("__kvm_flush_vm_context",)}, "no alle1os in"),
-        ({"words": (Word("kvm_test_age_gfn", 0x1234_5678, NOP, 1, "armv8"),)}, "has no 12345678 number 1"),
-        ({"words": (Word("kvm_test_age_gfn", NOP, NOP, 1, "armv7"),)}, "of another architecture"),
-        ({"words": (Word("no_such", NOP, NOP, 1, "armv8"),)}, "no no_such in this kernel"),
+        ({"words": (Word("kvm_test_age_gfn", 0x1234_5678, NOP, 1, "armv8-6.1"),)}, "has no 12345678 number 1"),
+        ({"words": (Word("kvm_test_age_gfn", NOP, NOP, 1, "armv7-6.1"),)}, "of armv7-6.1, this is armv8-6.1"),
+        ({"words": (Word("kvm_test_age_gfn", NOP, NOP, 1, "armv8-5.10"),)}, "of armv8-5.10, this is armv8-6.1"),
+        ({"words": (Word("no_such", NOP, NOP, 1, "armv8-6.1"),)}, "no no_such in this build of armv8-6.1"),
     ],
 )
 def test_what_cannot_be_put_in(victim, how, words):
@@ -265,16 +266,21 @@ explained:
 deadly:
   fault: the first run meets an undefined instruction
   origin: o
-  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", arch: armv8}]
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1}]
   look: [test_suite.py]
 deadly-as-expected:
   fault: the first run meets an undefined instruction
   origin: o
-  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", arch: armv8}]
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1}]
   look: [test_suite.py]
   dies: an undefined instruction
 elsewhere:
   {fault: f, origin: o, return: [kvm_unmap_hva_range], look: [test_suite.py]}
+other-build:
+  fault: f
+  origin: o
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "12345678", with: "00000000", kernel: armv8-6.1}]
+  look: [test_suite.py]
 """
 
 
@@ -292,12 +298,23 @@ def test_every_fate(tmp_path, victim):
         "deadly": "wrongly killed",
         "deadly-as-expected": "killed",
         "elsewhere": "not applicable",
+        "other-build": "not applicable",
     }
     assert re.search(
         r"unmap-ignored +killed .* test_suite.py::test_dontneed\[arm64-A\d\d\] .*(wrong-frame|stale)", said
     )
     assert "arm64: 2 of 5 applicable mutants killed, 40 %" in said
+    assert "2 not applicable (1 because this is another build of the kernel than the catalogue knows)" in said
     assert code == 1, "one survived unexplained, one was wrongly killed"
+
+
+def test_a_death_that_the_catalogue_does_not_mean(tmp_path):
+    """``dies`` is of the host: that its QEMU ends is nothing a broken kernel does."""
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000").replace("survives:", "dies:"))
+    suite = "import os\n\ndef test_one(host):\n    os.kill(host.machine.process.pid, 9)\n"
+    options = ["--mutate", "explained", "--catalogue", "mutants.yaml", "--host", "arm64", "-q"]
+    code, said = Run(tmp_path)(suite, *options)
+    assert code == 1 and re.search(r"explained +wrongly killed .*QEMU ended \(signal 9\)", said)
 
 
 def test_a_host_that_cannot_be_had(tmp_path):

@@ -9,7 +9,7 @@
       value: 0                                              # ... with this value
       drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there, ...
       localise: {op: [tlbiallis], in: [...]}                # ... or for their own CPU only
-      words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, arch: armv7}]   # instructions replaced
+      words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, kernel: armv7-5.4}]   # instructions replaced
       source: [{file: virt/kvm/arm/mmu.c, in: user_mem_abort, find: text, with: text}]   # text of a function's body
       needs: [idle-tracking]       # capabilities that a host must have
       look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
@@ -18,7 +18,8 @@
 
 One of ``return``, ``drop``, ``localise``, ``words`` and ``source`` says how it is put in: the last into the tree that a
 host's kernel is built from, all others into the text of the running kernel. A kernel without any of the functions, or
-without these instructions or this text in them, cannot be broken this way: the mutant does not apply to it.
+without this text in them, cannot be broken this way: the mutant does not apply to it. Instructions are what a compiler
+made of one version for one architecture, and are replaced in that alone: elsewhere the same word may be something else.
 """
 
 from __future__ import annotations
@@ -34,22 +35,26 @@ from framework.lab import CONFIGS
 HOME = CONFIGS / "mutants"
 _HOW = ("return", "drop", "localise", "words", "source")
 _KEYS = ("fault", "origin", *_HOW, "value", "needs", "look", "dies", "survives")
-_ARCHITECTURES = ("armv7", "armv8")
+_KERNEL = re.compile(r"armv[78]-\d+\.\d+")
 
 
 class NotApplicable(Exception):
     """This kernel cannot be broken this way."""
 
 
+class OtherBuild(NotApplicable):
+    """The catalogue has instructions of this kernel, and what another compiler or configuration made has not."""
+
+
 @dataclass(frozen=True)
 class Word:
-    """The ``nth`` instruction word ``find`` in a function becomes ``new``."""
+    """The ``nth`` instruction word ``find`` in a function becomes ``new``, in kernels like ``armv8-6.1``."""
 
     function: str
     find: int
     new: int
     nth: int
-    arch: str
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,12 @@ def _how(node: Node, how: str) -> dict:
 
 
 def _word(node: Node) -> Word:
-    node.check_keys(("in", "find", "with", "nth", "arch"), ("in", "find", "with", "arch"))
+    node.check_keys(("in", "find", "with", "nth", "kernel"), ("in", "find", "with", "kernel"))
     nth = node.integer("nth", 1, 1000) if "nth" in node.values else 1
-    return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, node.one_of("arch", _ARCHITECTURES))
+    kernel = node.text("kernel")
+    if not _KERNEL.fullmatch(kernel):
+        raise node.wrong("kernel", f"kernel: {kernel!r} is not an architecture and a version, like armv8-6.1")
+    return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, kernel)
 
 
 def _edit(node: Node) -> Edit:

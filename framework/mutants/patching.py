@@ -6,7 +6,7 @@ from framework.host.host import Host
 from framework.recorder.facts import kernel_changed, kernel_map, points
 from framework.recorder.points import INSN, KernelMap, instead
 
-from .catalogue import Mutant, NotApplicable, Word
+from .catalogue import Mutant, NotApplicable, OtherBuild, Word
 
 #: Return to the caller; do nothing.
 _RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr; ret
@@ -67,18 +67,20 @@ def _drops(mutant: Mutant, host: Host) -> Patches:
 
 
 def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
-    mine = [word for word in mutant.words if word.arch == host.config.architecture.name]
+    this = "{}-{}.{}".format(host.config.architecture.name, *host.kernel_version)
+    mine = [word for word in mutant.words if word.kernel == this]
     if mutant.words and not mine:
-        raise NotApplicable(f"its instructions are of another architecture than {host.config.name}")
+        known = " and ".join(dict.fromkeys(word.kernel for word in mutant.words))
+        raise NotApplicable(f"its instructions are of {known}, this is {this}")
     return {_place(word, host, kernel): _code(word.new) for word in mine}
 
 
 def _place(word: Word, host: Host, kernel: KernelMap) -> int:
     if word.function not in kernel.symbols:
-        raise NotApplicable(f"no {word.function} in this kernel")
+        raise OtherBuild(f"no {word.function} in this build of {word.kernel}")
     body = kernel.body(word.function)
     text = host.machine.ram.read(body.start, len(body) * INSN)
     same = [pa for pa in body if text[pa - body.start :][:INSN] == word.find.to_bytes(INSN, "little")]
     if len(same) < word.nth:
-        raise NotApplicable(f"{word.function} of this kernel has no {word.find:08x} number {word.nth}")
+        raise OtherBuild(f"{word.function} of this build of {word.kernel} has no {word.find:08x} number {word.nth}")
     return same[word.nth - 1]

@@ -31,6 +31,7 @@ class Result:
     verdict: str = ""
     cases: int = 0  #: that were run
     seconds: float = 0.0
+    other_build: bool = False  #: not applicable, though it is to this kernel as somebody else built it
 
     def as_dict(self) -> dict:
         """Of strings and numbers, as a worker can send it; :meth:`of` makes it a result again."""
@@ -60,6 +61,11 @@ def summary(host: str, results: Sequence[Result]) -> str:
     applicable = len(results) - fates[Fate.NOT_APPLICABLE] - fates[Fate.NOT_RUN]
     share = 100 * fates[Fate.KILLED] / applicable if applicable else 0.0
     rest = ", ".join(f"{fates[fate]} {fate.value}" for fate in list(Fate)[1:] if fates[fate])
-    return f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %" + (
-        f"; {rest}" if rest else ""
+    missed = sum(result.other_build for result in results)
+    return "".join(
+        (
+            f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %",
+            f"; {rest}" if rest else "",
+            f" ({missed} because this is another build of the kernel than the catalogue knows)" if missed else "",
+        )
     )

@@ -116,7 +116,7 @@ def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
     except LabError as e:
         if session.host.machine.alive and session.host.agent.usable:
             return _VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
-        return HostLost(f"while the test's VMs were destroyed, its host was lost: {e}", pytrace=False)
+        return HostLost("while the test's VMs were destroyed, its host was lost", e)
     if said:
         words = contract(said, "the kernel complained after the test, while its VMs were destroyed")
         return pytest.fail.Exception(words, pytrace=False)

@@ -22,7 +22,11 @@ _AFTER = "after the test, the kernel's state breaks the contract"
 
 
 class HostLost(pytest.fail.Exception):
-    """The test passed, and its host is gone, or was when its VMs were destroyed."""
+    """The test passed, and its host is gone, or was when its VMs were destroyed, because of ``cause``."""
+
+    def __init__(self, when: str, cause: LabError) -> None:
+        super().__init__(f"{when}: {cause}", pytrace=False)
+        self.cause = cause
 
 
 class HostSession:
@@ -79,7 +83,7 @@ def _judge_passed(session: HostSession) -> None:
     except LabError as e:
         lost = e
     if lost is not None:
-        raise HostLost(f"after the test, its host is lost: {lost}", pytrace=False)
+        raise HostLost("after the test, its host is lost", lost)
     if findings:
         pytest.fail(contract(findings, _AFTER), pytrace=False)
 

@@ -21,7 +21,7 @@ from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabErr
 from framework.events.violations import ProtocolBroken
 from framework.host.kernel import Kernel
 from framework.mutants import catalogue
-from framework.mutants.catalogue import Mutant, NotApplicable
+from framework.mutants.catalogue import Mutant, NotApplicable, OtherBuild
 from framework.mutants.patching import put_in
 from framework.mutants.score import Fate, Result, table
 from framework.mutants.source import broken_kernel
@@ -156,7 +156,7 @@ def _run(item: MutantItem) -> Result:
             _require_control(case)
         return outcome
     except NotApplicable as e:
-        return result(Fate.NOT_APPLICABLE, verdict=str(e))
+        return result(Fate.NOT_APPLICABLE, verdict=str(e), other_build=isinstance(e, OtherBuild))
     except LabError as e:
         return result(Fate.NOT_RUN, verdict=e.one_line)
     except OSError as e:
@@ -224,7 +224,7 @@ def _control(case: pytest.Item) -> str:
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
     """What failed. Raises it when it was for want of a host, which says nothing of the mutant."""
-    if not isinstance(failure, (Broken, HostUnusable)):
+    if not isinstance(failure, Broken | HostUnusable):
         return failure
     if not isinstance(failure.cause, _DEATHS):
         raise failure.cause from None
@@ -232,7 +232,9 @@ def _of_the_mutant(failure: BaseException) -> BaseException:
 
 
 def _killed(mutant: Mutant, cause: BaseException) -> Fate:
-    return Fate.WRONGLY_KILLED if isinstance(cause, _DEATHS) and not mutant.dies else Fate.KILLED
+    died = isinstance(cause, _DEATHS)
+    of_qemu = isinstance(getattr(cause, "cause", cause), QemuDied)  # not of what runs on the board
+    return Fate.WRONGLY_KILLED if died and (of_qemu or not mutant.dies) else Fate.KILLED
 
 
 def _try(case: pytest.Item) -> list[pytest.TestReport]:
