@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import cache, config, progress, setup
+from . import cache, config, progress, setup, spares
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
@@ -32,7 +32,7 @@ from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
 from .lab import ROOT, cache_root, offline
 from .machine import version
-from .machine.rundir import live_machines, run_directory
+from .machine.rundir import live_machines, memory_of, run_directory
 from .model import notifier
 from .oracle.oracle import Oracle
 from .oracle.sight import watch
@@ -241,7 +241,7 @@ def cmd_obligations(args: argparse.Namespace) -> int:
 
 
 def cmd_cache_list(args: argparse.Namespace) -> int:
-    """What the cache holds and how much disk it takes."""
+    """What the cache holds and how much disk it takes; and the memory of the machines that run."""
     table, total = _table("kind", "entries", "MiB", "left over, MiB", "last used"), 0
     for kind in cache.kinds():
         entries, left = cache.entries(kind), cache.leftovers(kind)
@@ -253,6 +253,9 @@ def cmd_cache_list(args: argparse.Namespace) -> int:
     table.add_row("all", "", f"{total / 2**20:,.0f}", "", "")
     _out.print(table)
     print(f"{cache_root()}; snapshots are kept within {snapshots.BUDGET >> 20:,} MiB, those used last")
+    memory = [memory_of(card) for card in live_machines()]
+    bound = f"none is started ahead with less than {spares.LEAST >> 20:,} MiB left on this machine"
+    print(f"machines that run: {len(memory)}, {sum(memory) / 2**20:,.0f} MiB of memory; {bound}")
     return 0
 
 
@@ -374,7 +377,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench = command("bench", cmd_bench, "run the benchmarks, and print them as one table")
     bench.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="for pytest: -k restore, for example")
-    store = commands.add_parser("cache", help="show and clean the cache", description="The cache and its size.")
+    store = commands.add_parser(
+        "cache",
+        help="show and clean the cache",
+        description="The cache and its size, and the memory of machines that run.",
+    )
     store.set_defaults(run=cmd_cache_list)
     actions = store.add_subparsers(metavar="ACTION")
     clean = command("clean", cmd_cache_clean, "remove snapshots, or other kinds of entries", actions)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 from .errors import LabError
 from .host.host import Host
 
 AHEAD = 16  #: hosts at most; each takes some 40 MB of its own, and next to no CPU while it waits
+LEAST = 1 << 30  #: bytes of memory that must be left on this machine; with less, none is made ahead
 #: Seconds after which a thread that computes lets another: whoever waits for a machine's answer should have it soon.
 _TURN = 0.0005
 
@@ -18,12 +21,15 @@ _TURN = 0.0005
 class Spares:
     """Hosts by the name of whoever will want one. They are made one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = LEAST) -> None:
+        self._least = least
         self._maker = ThreadPoolExecutor(1, "spares")
         self._coming: dict[str, Future[Host]] = {}
 
     def expect(self, makes: dict[str, Callable[[], Host]]) -> None:
-        """Have these hosts made, the first of them first. Those made for others end."""
+        """Have these hosts made, the first of them first. Those made for others end, and all where memory is short."""
+        if _memory_left() < self._least:
+            makes = {}
         for name in self._coming.keys() - makes.keys():
             if not (coming := self._coming.pop(name)).cancel():
                 self._maker.submit(_end, coming)
@@ -50,6 +56,12 @@ class Spares:
         """End all that nobody took, and wait for all that end."""
         self.expect({})
         self._maker.shutdown()
+
+
+def _memory_left() -> int:
+    """Bytes that programs on this machine can still have (MemAvailable: Documentation/filesystems/proc.rst)."""
+    found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return int(found[1]) << 10
 
 
 def _end(coming: Future[Host]) -> None:

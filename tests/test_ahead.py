@@ -2,7 +2,9 @@
 
 import pytest
 
+from framework.errors import LabError
 from framework.machine.rundir import live_machines
+from framework.spares import Spares
 
 from .test_plugin import Run
 
@@ -78,6 +80,22 @@ def test_what_kvm_refuses_is_met_by_the_case_that_asks(run):
     code, said = alone(run, REFUSED)
     assert code == 1 and "2 passed" in said and "1 error" in said
     assert "KVM_CREATE_VCPU" in said and "boots afresh" not in said
+
+
+@pytest.mark.parametrize(("least", "made"), [(0, ["one"]), (1 << 60, [])])
+def test_none_is_made_where_memory_is_short(least, made):
+    """Whoever asks has its host made then."""
+    asked = []
+
+    def make():
+        asked.append("one")
+        raise LabError("not in this test")
+
+    spares = Spares(least)
+    spares.expect({"one": make})
+    assert spares.take("one") is None
+    spares.close()
+    assert asked == made
 
 
 def test_hosts_that_nobody_takes_end(run):

@@ -92,6 +92,8 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
         assert first[1].startswith("shell:  ssh ") and "-p " in first[1]
         watched = arm_kvm("stage2", "arm64", "--seconds", "0.2")
         assert watched.returncode == 0 and "no guest was seen" in watched.stdout
+        count, mib = re.search(r"machines that run: (\d+), (\d+) MiB", arm_kvm("cache").stdout).groups()
+        assert count == "1" and 50 < int(mib) < 1024, "of its 1 GiB of RAM what it has used"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(10)
