@@ -340,6 +340,22 @@ def test_a_case_that_fails_without_a_mutant(tmp_path):
     assert code == 1 and re.search(f"unmap-ignored +{words}", said)
 
 
+def test_a_case_that_fails_after_another(tmp_path):
+    """Alone it passes where nothing is broken. After the same cases it does not, and has not seen the mutant."""
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000"))
+    suite = """
+def test_leaves_something(host):
+    host.ssh.run("touch /something")
+
+def test_stumbles_over_it(host):
+    assert host.ssh.run("ls /").find("something") < 0
+"""
+    options = ["--mutate", "harmless", "--catalogue", "mutants.yaml", "--host", "arm64", "-q"]
+    code, said = Run(tmp_path)(suite, *options)
+    words = "not run .* test_suite.py::test_stumbles_over_it.* fails where nothing is broken, too: AssertionError"
+    assert code == 1 and re.search(f"harmless +{words}", said)
+
+
 def test_a_mutant_is_not_kept(tmp_path):
     code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignored", "--keep", "--host", "arm64", "-n", "0")
     assert code == 4 and "--keep is for a machine that a case failed on" in said

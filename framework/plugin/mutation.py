@@ -2,7 +2,7 @@
 
 A mutant is an item of its own, so that workers share them (``-n``), and what happens to one stays with it. Its host is
 restored for it and broken before its first case; the cases where the catalogue says to look come first. What kills it
-is a case that passes where nothing is broken: every worker tries that, once for each such case.
+is a case that passes where nothing is broken, after the same cases: every worker tries that, once for each such row.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .stash import CAUSE, FAILED, MUTANT, POOL
 
 _PROPERTY = "mutant"
 _CHOSEN = pytest.StashKey[list[Mutant]]()
-#: What is wrong with the cases that killed mutants where nothing is broken, by their names; "": they pass.
-_CONTROLS = pytest.StashKey[dict[str, str]]()
+#: What is wrong, where nothing is broken, with rows of cases of which the last killed a mutant; "": they pass.
+_CONTROLS = pytest.StashKey[dict[tuple[str, ...], str]]()
 _VERDICTS = re.compile("|".join(rf"^\s+({kind.value})\b" for kind in Kind), re.M)
 _DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied, HostLost)
 
@@ -151,9 +151,9 @@ def _run(item: MutantItem) -> Result:
         kernel = _kernel(mutant, item.host, pool)
         began = time.monotonic()  # a kernel's build is not the suite's time
         with _in_place_of(item.config, pool.apart(item.host, mutant.name, partial(put_in, mutant), kernel)):
-            outcome, case = _noticed(item, result)
-        if outcome.fate is Fate.KILLED and case is not None:
-            _require_control(case)
+            outcome, cases = _noticed(item, result)
+        if outcome.fate is Fate.KILLED and cases:
+            _require_control(cases)
         return outcome
     except NotApplicable as e:
         return result(Fate.NOT_APPLICABLE, verdict=str(e), other_build=isinstance(e, OtherBuild))
@@ -182,44 +182,52 @@ def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
         apart.close()
 
 
-def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, pytest.Item | None]:
-    """The cases one after another on the broken host, until one fails: that one, too."""
+def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, list[pytest.Item]]:
+    """The cases one after another on the broken host, until one fails: those up to that one, too."""
     pool, mutant = item.config.stash[POOL], item.mutant
     try:
         pool.host(item.host, EVERYBODY, plugin_for(item.cases[0]) if item.cases else None)
     except Broken as e:
         cause = _of_the_mutant(e)
-        return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause)), None
+        return result(_killed(mutant, cause), by="boot", verdict=verdict_of(cause)), []
     if not item.cases:
-        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), None
+        return result(Fate.NOT_RUN, verdict="no case was chosen that could notice it"), []
     for number, case in enumerate(item.cases, 1):
         _try(case)
         if (failure := case.stash[CAUSE]) is not None:
             cause = _of_the_mutant(failure)
             about = {"by": _short(case.nodeid), "verdict": verdict_of(cause), "cases": number}
-            return result(_killed(mutant, cause), **about), case
+            return result(_killed(mutant, cause), **about), item.cases[:number]
     fate = Fate.EXPLAINED if mutant.survives else Fate.SURVIVED
-    return result(fate, verdict=mutant.survives, cases=len(item.cases)), None
+    return result(fate, verdict=mutant.survives, cases=len(item.cases)), []
 
 
-def _require_control(case: pytest.Item) -> None:
-    """Raises LabError unless the case passes on a host that is whole, or it says nothing of the mutant."""
-    controls = case.config.stash.setdefault(_CONTROLS, {})
-    if case.nodeid not in controls:
-        controls[case.nodeid] = _control(case)
-    if wrong := controls[case.nodeid]:
-        raise LabError(f"{_short(case.nodeid)} {wrong}")
+def _require_control(cases: list[pytest.Item]) -> None:
+    """Raises LabError unless the last passes on a host that is whole, or it says nothing of the mutant."""
+    controls = cases[0].config.stash.setdefault(_CONTROLS, {})
+    row = tuple(case.nodeid for case in cases)
+    if row not in controls:
+        controls[row] = _control(cases)
+    if wrong := controls[row]:
+        raise LabError(f"{_short(row[-1])} {wrong}")
 
 
-def _control(case: pytest.Item) -> str:
-    """What is wrong with this case; "" when nothing is. Raises LabError when there is no host to try it on."""
+def _control(cases: list[pytest.Item]) -> str:
+    """What is wrong with the last case after the others; "": nothing. Raises LabError: there is no host to try it on.
+
+    The others have passed on the broken host; what they leave of a whole one may be another thing.
+    """
+    pool, host = cases[0].config.stash[POOL], host_name(cases[0])
+    pool.discard(host)  # as the broken one, it begins with nothing
     try:
-        reports = _try(case)
-        if (failure := case.stash[CAUSE]) is not None:
-            return f"fails where nothing is broken, too: {verdict_of(_of_the_mutant(failure))}"
+        for case in cases:
+            reports = _try(case)
+            if (failure := case.stash[CAUSE]) is not None:
+                which = "fails" if case is cases[-1] else f"comes after {_short(case.nodeid)}, which fails"
+                return f"{which} where nothing is broken, too: {verdict_of(_of_the_mutant(failure))}"
         return "" if all(report.passed for report in reports) else "is skipped where nothing is broken"
     finally:
-        case.config.stash[POOL].discard(host_name(case))  # one QEMU at a time
+        pool.discard(host)  # one QEMU at a time
 
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
