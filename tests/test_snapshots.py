@@ -5,9 +5,11 @@ import os
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from framework import cache, config
+from framework.errors import MachineError
 from framework.host import snapshots
 from framework.host.kernel import obtain
 from framework.host.memory import PAGE
@@ -64,6 +66,19 @@ def test_two_at_once_do_not_share_memory(restore):
         host.agent("memory_write", hva=places[content], blob=content)
     assert len(set(places.values())) == 1, "two agents that know nothing of each other"
     assert all(host.agent("memory_read", hva=places[c], size=5) == c for c, host in hosts.items())
+
+
+def test_memory_of_a_qemu_that_has_ended(restore):
+    """It cannot be read, which is said: what a judge makes of nothing is a verdict all the same."""
+    host = restore()
+    ram, base = host.machine.ram, host.machine.ram.base
+    assert ram.fetch(np.array([base], dtype=np.uint64)).size == 1
+    host.machine.process.kill()
+    host.machine.process.wait()
+    with pytest.raises(MachineError, match="RAM is gone"):
+        ram.read(base, 8)
+    with pytest.raises(MachineError, match="RAM is gone"):
+        ram.fetch(np.array([base], dtype=np.uint64))
 
 
 def test_entropy_is_stirred_in(restore):

@@ -24,12 +24,14 @@ _WORDS = _PAGE // 8
 #: RAM is saved and compared in pieces of this size; those of zeros are holes.
 CHUNK = 1 << 16
 _ZEROS = bytes(CHUNK)
+_GONE = "the board's RAM is gone: its QEMU has ended"
 
 
 class Ram:
     """Physical memory ``[base, base + size)``, read-only. Implements :class:`framework.model.sweep.Memory`.
 
-    It is read from the file ``fd``, where it begins at ``start``; the file is closed with this object.
+    It is read from the file ``fd``, where it begins at ``start``; the file is closed with this object. Reading raises
+    MachineError once a QEMU has ended that RAM is read from.
     """
 
     def __init__(self, fd: int, start: int, base: int, size: int) -> None:
@@ -70,7 +72,8 @@ class Ram:
         """So many words from each offset in RAM."""
         rows = np.empty((len(offsets), words), dtype="<u8")
         for row, offset in zip(rows, offsets, strict=True):
-            os.preadv(self.fd, [row], self.start + offset)
+            if os.preadv(self.fd, [row], self.start + offset) != row.nbytes:
+                raise MachineError(_GONE)
         return rows
 
     def backed(self, pas: np.ndarray) -> np.ndarray:
@@ -81,7 +84,10 @@ class Ram:
         offset = pa - self.base
         if offset < 0 or offset + size > self.size:
             raise ValueError(f"[{pa:#x}, {pa + size:#x}) is not RAM")
-        return os.pread(self.fd, size, self.start + offset)
+        found = os.pread(self.fd, size, self.start + offset)
+        if len(found) != size:
+            raise MachineError(_GONE)
+        return found
 
     def close(self) -> None:
         os.close(self.fd)
