@@ -396,6 +396,15 @@ def test_a_mutant_whose_worker_dies(tmp_path):
     assert "0 of 0 applicable mutants killed, 0 %; 1 not applicable, 1 not run" in said
 
 
+def test_those_that_took_longest_come_first(tmp_path):
+    (tmp_path / "mutants.yaml").write_text(GOOD.replace("kvm_unmap_gfn", "no_such") + GOOD.replace("one:", "other:"))
+    options = ["--mutate", "all", "--catalogue", "mutants.yaml", "--host", "arm64", "-n", "1", "-v"]
+    suite = SUITE.replace("    memory = ", "    time.sleep(9)\n    memory = ").replace("\ndef", "import time\n\ndef", 1)
+    said = [Run(tmp_path)(suite, *options)[1] for _ in range(2)]
+    orders = [list(dict.fromkeys(re.findall(r"arm64/(\w+)", text)))[:2] for text in said]
+    assert orders == [["one", "other"], ["other", "one"]]
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_mutant_that_is_not_there(tmp_path, workers):
     code, said = Run(tmp_path)(SUITE, "--mutate", "unmap-ignord", "--host", "arm64", "-n", workers)

@@ -30,6 +30,7 @@ from framework.pool import EVERYBODY, Broken, Pool
 
 from .fixtures import HostUnusable, plugin_for
 from .judgement import HostLost
+from .order import took_last
 from .selection import host_name, needs_host
 from .stash import CAUSE, FAILED, MUTANT, POOL
 
@@ -93,6 +94,8 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         for host in hosts
         for m in config.stash[_CHOSEN]
     ]
+    took = took_last(config)
+    items.sort(key=lambda item: -took.get(item.nodeid, 0))
 
 
 def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:

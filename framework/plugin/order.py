@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: blake2b(item.nodeid.encode()).digest())
         return
     order = list(config.stash[POOL].configs)
-    took = getattr(config, "workerinput", {}).get(_KEY, {})
+    took = took_last(config)
 
     def place(item: pytest.Item) -> tuple:
         owner = owner_of(item)
@@ -60,6 +60,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
     items.sort(key=place)
+
+
+def took_last(config: pytest.Config) -> dict[str, float]:
+    """Seconds of each case, or mutant, in the last run, by its name; nothing is known to a process without workers."""
+    return getattr(config, "workerinput", {}).get(_KEY, {})
 
 
 def _known(config: pytest.Config) -> dict[str, float]:
