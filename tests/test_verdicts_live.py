@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from framework.errors import TraceError
-from framework.host.memory import Prot
+from framework.host.memory import Advice, Prot
 from framework.model import descriptors as d
 from framework.model.memslots import SlotFlags
+from framework.model.notifier import Operation
 from framework.oracle import Kind, Violation
 from framework.oracle.trace import traced
+from framework.oracle.witness import Witness
 
 IPA = 0x8000_0000
 PAGE = 0x1000
@@ -61,6 +63,20 @@ def stored(host):
             write(pa, then)
 
     return store
+
+
+def test_what_goes_while_guests_run(vm, memory, host, oracle, entry_of, stored):
+    """Of what no guest uses nothing is mapped again: it is gone, and the kernel has told of other pages."""
+    pa, desc = entry_of(vm, IPA + 3 * PAGE)
+    witness = Witness(oracle, host)
+    with vm.guest.hammering(IPA + 4 * PAGE, 4), stored(pa, desc, then=desc):
+        with witness(Operation.DONTNEED, memory, 4 * PAGE, PAGE, exact=False):
+            memory.advise(Advice.DONTNEED, 4 * PAGE, PAGE)
+        with pytest.raises(Violation) as caught, witness(Operation.DONTNEED, memory, 4 * PAGE, PAGE, exact=False):
+            memory.advise(Advice.DONTNEED, 4 * PAGE, PAGE)
+            with host.machine.gdb.pause() as gdb:
+                gdb.write_memory(pa, bytes(8))
+    assert [(f.kind, f.ipa) for f in caught.value.findings] == [(Kind.LOST, IPA + 3 * PAGE)]
 
 
 CORRUPTIONS = {

@@ -275,7 +275,8 @@ def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
     """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` the block does that to guest memory.
 
     Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
-    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run.
+    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run: then of what
+    is mapped only that nothing is gone which the kernel did not tell of.
     """
     return Witness(request.node.stash[SESSION].oracle, host)
 

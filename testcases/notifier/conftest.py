@@ -1,6 +1,7 @@
 """The scene of every case here: a VM with two vCPUs, 64 pages of guest memory that both have written, and a host that
 then does something to some of them. "resting": no guest runs meanwhile, and stage 2 must be exactly what the reference
-model demands and allows. "hammering": both vCPUs go on adding to a word of their own in every page."""
+model demands and allows. "hammering": both vCPUs go on adding to a word of their own in every page. They map at once
+what they lose, so eight more pages, which no guest uses meanwhile, tell whether anything went beside those."""
 
 import time
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from framework.oracle.witness import calls_in
 
 IPA = 0x8000_0000
 PAGES = 64
+BESIDE = 0xA000_0000  #: where the pages are that no hammering guest uses
+BYSTANDERS = 8
 HOST_WORD = 2  #: index of the word that the host writes; vCPU n adds to word n
 
 
@@ -32,6 +35,8 @@ class Scene:
         memory.write(0, np.pad(np.arange(1, self.pages + 1, dtype="<u4")[:, None], ((0, 0), (2, 1021))).tobytes())
         with self.guests_at_work():
             pass
+        if busy:
+            vm.guest.fill(BESIDE, BYSTANDERS)
         self.stage2()  # found while nothing else goes on
 
     @contextmanager
@@ -113,6 +118,8 @@ class Scene:
             column = self.words()[:, n]
             assert set(column[kept].tolist()) <= {rounds}, f"vCPU {n}: {rounds} rounds"
             assert all(value <= rounds for value in column.tolist())
+        if self.busy:
+            assert self.vm.guest.check(BESIDE, BYSTANDERS) == []
         self.exchange()
 
     def exchange(self):
@@ -142,6 +149,8 @@ def make_scene(vm, witness, oracle, busy):
         else:
             memory = memory(vm)
             vm.add_memory(IPA, memory.size, memory=memory)
+        if busy:
+            vm.add_memory(BESIDE, BYSTANDERS * PAGE)
         return Scene(vm, memory, witness, oracle, busy)
 
     return make

@@ -4,6 +4,7 @@ mm/userfaultfd.c, fs/userfaultfd.c (handle_userfault). Post-copy migration and l
 """
 
 import errno
+from contextlib import ExitStack
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_write_protected_pages(scene, host):
         if e.errno != errno.EINVAL:
             raise
         pytest.skip(f"userfaultfd of this kernel cannot write-protect ({e.call})")
-    with scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True) as faults:
+    with ExitStack() as stack:
+        with scene.host_does(Operation.UFFD_PROTECT, 8, 16):
+            faults = stack.enter_context(scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True))
         if scene.busy:
             with scene.guests_at_work():
                 pass

@@ -1,0 +1,37 @@
+"""The zero page: what a guest reads that nobody has written yet, until somebody writes it.
+
+mm/memory.c do_anonymous_page, wp_page_copy. Up to 6.9 change_pte maps the new page read-only at once where a level 3
+table is left.
+"""
+
+import pytest
+
+from framework.host.memory import PAGE, Advice
+from framework.model.notifier import Operation
+
+IPA = 0x8000_0000
+pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
+
+
+def test_host_writes_first(scene, host):
+    """The guest has read zeroes; what the host then writes is in another frame, and stage 2 must not keep the old one.
+
+    (5.4.y gives a guest that only reads a page of its own, which the host then writes to: see test_fork.py.)
+    """
+    scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+    if scene.busy:
+        with scene.guests_at_work():
+            for page in range(8, 24):
+                scene.memory.advise(Advice.DONTNEED, page * PAGE, PAGE)
+                scene.memory.write(page * PAGE + 0x800, b"here")
+                scene.stage2()
+        scene.settle(lost=range(8, 24))
+        return
+    assert [scene.vm.guest.read(IPA + page * PAGE) for page in (8, 9)] == [0, 0]
+    common = scene.leaf(8).pa == scene.leaf(9).pa
+    assert common or host.kernel_version < (5, 10)
+    with scene.host_does(Operation.ZERO_WRITE if common else Operation.COW_REUSE, 8, 1):
+        scene.memory.write(8 * PAGE + 0x800, b"\xfe\xca\0\0")
+    assert scene.vm.guest.read(IPA + 8 * PAGE + 0x800) == 0xCAFE
+    assert scene.vm.guest.read(IPA + 9 * PAGE + 0x800) == 0
+    scene.settle(lost=range(8, 24))
