@@ -3,6 +3,7 @@
 mm/memory-failure.c (CONFIG_MEMORY_FAILURE: not on 32-bit Arm), arch/arm64/kvm/mmu.c kvm_send_hwpoison_signal.
 """
 
+import numpy as np
 import pytest
 
 from framework.guest.driver import RunFailed
@@ -30,14 +31,18 @@ def test_guest_that_reads_a_bad_page(vm, witness, stage2):
     stage2(vm)
 
 
-def test_guests_that_go_on_beside_it(vm, stage2):
-    """One page fails while both vCPUs work on its neighbours."""
+def test_guests_that_go_on_beside_it(vm, witness):
+    """One page fails while both vCPUs work on its neighbours; those that they leave alone stay, too."""
     memory = vm.add_memory(IPA, 16 * PAGE)
-    vm.guest.fill(IPA + 15 * PAGE, 1)
-    with vm.guests[0].hammering(IPA, 8), vm.guests[1].hammering(IPA + 4, 8):
-        memory.advise(Advice.HWPOISON, 15 * PAGE, PAGE)
-        assert stage2(vm).leaf(IPA + 15 * PAGE) is None
+    vm.guest.fill(IPA + 8 * PAGE, 8)
+    with vm.guests[0].hammering(IPA, 8) as one, vm.guests[1].hammering(IPA + 4, 8) as other:
+        with witness(Operation.POISON, memory, 15 * PAGE, PAGE, exact=False) as seen:
+            memory.advise(Advice.HWPOISON, 15 * PAGE, PAGE)
+        assert seen.after[vm.id].leaf(IPA + 15 * PAGE) is None
     memory.replace(15 * PAGE, PAGE)
+    words = np.frombuffer(memory.read(0, 8 * PAGE), dtype="<u4").reshape(8, -1)
+    assert (words[:, :2] == [one.rounds, other.rounds]).all()
+    assert vm.guest.check(IPA + 8 * PAGE, 7) == []
 
 
 def test_page_that_fails_unread(vm, stage2):
