@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import LabError
+from .errors import LabError, SetupError
 from .host.host import Host
 
 AHEAD = 16  #: hosts at most; each takes some 40 MB of its own, and next to no CPU while it waits
@@ -27,16 +27,19 @@ class Spares:
         self._coming: dict[str, Future[Host]] = {}
 
     def expect(self, makes: dict[str, Callable[[], Host]]) -> None:
-        """Have these hosts made, the first of them first. Those made for others end, and all where memory is short."""
-        if _memory_left() < self._least:
-            makes = {}
+        """Have these hosts made, the first of them first. Those made for others end."""
         for name in self._coming.keys() - makes.keys():
             if not (coming := self._coming.pop(name)).cancel():
                 self._maker.submit(_end, coming)
         for name, make in makes.items():
             if name not in self._coming:
                 sys.setswitchinterval(_TURN)
-                self._coming[name] = self._maker.submit(make)
+                self._coming[name] = self._maker.submit(self._made, make)
+
+    def _made(self, make: Callable[[], Host]) -> Host:
+        if _memory_left() < self._least:
+            raise SetupError("this machine is short of memory")
+        return make()
 
     def take(self, name: str) -> Host | None:
         """The host made for this one, when it is there; None if there is none, it is dead, or making it failed."""
@@ -59,7 +62,10 @@ class Spares:
 
 
 def _memory_left() -> int:
-    """Bytes that programs on this machine can still have (MemAvailable: Documentation/filesystems/proc.rst)."""
+    """Bytes that programs on this machine can still have (MemAvailable: Documentation/filesystems/proc.rst).
+
+    What a container's own limit leaves is not looked at.
+    """
     found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return int(found[1]) << 10
 

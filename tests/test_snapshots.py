@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from framework import cache, config
-from framework.errors import MachineError
+from framework.errors import QemuDied
 from framework.host import snapshots
 from framework.host.kernel import obtain
 from framework.host.memory import PAGE
@@ -75,9 +75,9 @@ def test_memory_of_a_qemu_that_has_ended(restore):
     assert ram.fetch(np.array([base], dtype=np.uint64)).size == 1
     host.machine.process.kill()
     host.machine.process.wait()
-    with pytest.raises(MachineError, match="RAM is gone"):
+    with pytest.raises(QemuDied, match="RAM is gone"):
         ram.read(base, 8)
-    with pytest.raises(MachineError, match="RAM is gone"):
+    with pytest.raises(QemuDied, match="RAM is gone"):
         ram.fetch(np.array([base], dtype=np.uint64))
 
 

@@ -35,6 +35,8 @@ from .saved import Saved, copy
 
 _START_TIMEOUT = 20.0
 _MIGRATION_LOOK = 0.002
+_DYING = 1.0
+_TERMINATED = "terminating on signal"  #: QEMU, softmmu/runstate.c qemu_kill_report (7.2)
 _WHO_KILLS = "see whether this machine is short of memory (`dmesg`), or who killed it"
 
 
@@ -115,7 +117,7 @@ class Machine:
                 end.close()
             self._qmp = self._connect_qmp(qmp)
             self.ssh_port = self._forwarded_port()
-            self.ram.attach(self.process.pid)
+            self._attach_ram()
             if saved:
                 self._load(saved)
         except BaseException:
@@ -138,6 +140,14 @@ class Machine:
     def _spawn(self, fds: list[int]) -> tuple[subprocess.Popen, Guardian]:
         with self.logs.stderr.open("wb") as stderr:
             return spawn(self.argv, str(self.folder), stdout=stderr, stderr=stderr, pass_fds=fds)
+
+    def _attach_ram(self) -> None:
+        try:
+            self.ram.attach(self.process.pid)
+        except (MachineError, OSError) as e:  # what /proc has of a process that dies
+            if self._gone():
+                raise self.lost() from e
+            raise
 
     # -- QMP -------------------------------------------------------------------------------------
 
@@ -175,7 +185,7 @@ class Machine:
         try:
             yield
         except FAILURES as e:
-            if self.process.poll() is not None:
+            if self._gone():
                 raise self.lost() from e
             raise MachineError(f"QMP {command}: {e}") from e
 
@@ -275,7 +285,14 @@ class Machine:
 
     @property
     def _killed(self) -> bool:
-        return self.process.poll() in (-signal.SIGKILL, -signal.SIGTERM)
+        """Whether a signal ended QEMU: it does not outlive SIGKILL, and obeys SIGTERM, which it tells on stderr."""
+        return self.process.poll() in (-signal.SIGKILL, -signal.SIGTERM) or _TERMINATED in self.stderr_tail()
+
+    def _gone(self) -> bool:
+        """Whether QEMU has ended: a process that dies closes what it has open before it can be waited for."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_DYING)
+        return self.process.poll() is not None
 
     @property
     def alive(self) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from framework.errors import MachineError, SetupError
+from framework.errors import MachineError, QemuDied, SetupError
 
 _PAGE_SHIFT = 12
 _PAGE = 1 << _PAGE_SHIFT
@@ -31,7 +31,7 @@ class Ram:
     """Physical memory ``[base, base + size)``, read-only. Implements :class:`framework.model.sweep.Memory`.
 
     It is read from the file ``fd``, where it begins at ``start``; the file is closed with this object. Reading raises
-    MachineError once a QEMU has ended that RAM is read from.
+    QemuDied once a QEMU has ended that RAM is read from.
     """
 
     def __init__(self, fd: int, start: int, base: int, size: int) -> None:
@@ -73,7 +73,7 @@ class Ram:
         rows = np.empty((len(offsets), words), dtype="<u8")
         for row, offset in zip(rows, offsets, strict=True):
             if os.preadv(self.fd, [row], self.start + offset) != row.nbytes:
-                raise MachineError(_GONE)
+                raise QemuDied(_GONE)
         return rows
 
     def backed(self, pas: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ class Ram:
             raise ValueError(f"[{pa:#x}, {pa + size:#x}) is not RAM")
         found = os.pread(self.fd, size, self.start + offset)
         if len(found) != size:
-            raise MachineError(_GONE)
+            raise QemuDied(_GONE)
         return found
 
     def close(self) -> None:

@@ -60,12 +60,8 @@ def summary(host: str, results: Sequence[Result]) -> str:
     fates = Counter(result.fate for result in results)
     applicable = len(results) - fates[Fate.NOT_APPLICABLE] - fates[Fate.NOT_RUN]
     share = 100 * fates[Fate.KILLED] / applicable if applicable else 0.0
-    rest = ", ".join(f"{fates[fate]} {fate.value}" for fate in list(Fate)[1:] if fates[fate])
-    missed = sum(result.other_build for result in results)
-    return "".join(
-        (
-            f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %",
-            f"; {rest}" if rest else "",
-            f" ({missed} because this is another build of the kernel than the catalogue knows)" if missed else "",
-        )
-    )
+    counts = {fate: f"{fates[fate]} {fate.value}" for fate in list(Fate)[1:] if fates[fate]}
+    if missed := sum(result.other_build for result in results):
+        counts[Fate.NOT_APPLICABLE] += f" ({missed} of them in another build of the kernel than the catalogue knows)"
+    killed = f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %"
+    return "; ".join(filter(None, (killed, ", ".join(counts.values()))))

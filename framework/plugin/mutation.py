@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied
+from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied, QemuKilled
 from framework.events.violations import ProtocolBroken
 from framework.host.kernel import Kernel
 from framework.mutants import catalogue
@@ -133,9 +133,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         f"{result.fate.value}: {item.mutant.fault}\n{result.by} {result.verdict}" if bad else None,
         "call",
         user_properties=[(_PROPERTY, result.as_dict())],
-        duration=result.seconds,
+        duration=time.time() - started,  # its control, and a kernel's build, take the worker's time, too
         start=started,
-        stop=started + result.seconds,
+        stop=time.time(),
     )
     item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -177,12 +177,22 @@ def _kernel(mutant: Mutant, host: str, pool: Pool) -> Kernel | None:
 def _in_place_of(config: pytest.Config, apart: Pool) -> Iterator[None]:
     """Within the block the cases get their hosts from this pool."""
     usual, config.stash[POOL] = config.stash[POOL], apart
+    try:
+        with _one_host(config):
+            yield
+    finally:
+        config.stash[POOL] = usual
+        apart.close()
+
+
+@contextmanager
+def _one_host(config: pytest.Config) -> Iterator[None]:
+    """Within the block all cases share a host, whatever their marks say."""
     config.stash[MUTANT] = True
     try:
         yield
     finally:
-        config.stash[POOL], config.stash[MUTANT] = usual, False
-        apart.close()
+        config.stash[MUTANT] = False
 
 
 def _noticed(item: MutantItem, result: Callable[..., Result]) -> tuple[Result, list[pytest.Item]]:
@@ -210,7 +220,8 @@ def _require_control(cases: list[pytest.Item]) -> None:
     controls = cases[0].config.stash.setdefault(_CONTROLS, {})
     row = tuple(case.nodeid for case in cases)
     if row not in controls:
-        controls[row] = _control(cases)
+        with _one_host(cases[0].config):
+            controls[row] = _control(cases)
     if wrong := controls[row]:
         raise LabError(f"{_short(row[-1])} {wrong}")
 
@@ -234,12 +245,15 @@ def _control(cases: list[pytest.Item]) -> str:
 
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
-    """What failed. Raises it when it was for want of a host, which says nothing of the mutant."""
+    """What failed. Raises it when it was for want of a host, or of its QEMU: that says nothing of the mutant."""
+    cause = getattr(failure, "cause", failure)
+    if isinstance(cause, QemuKilled):
+        raise cause from None
     if not isinstance(failure, Broken | HostUnusable):
         return failure
-    if not isinstance(failure.cause, _DEATHS):
-        raise failure.cause from None
-    return failure.cause
+    if not isinstance(cause, _DEATHS):
+        raise cause from None
+    return cause
 
 
 def _killed(mutant: Mutant, cause: BaseException) -> Fate:

@@ -1,7 +1,7 @@
 """The scene of every case here: a VM with two vCPUs, 64 pages of guest memory that both have written, and a host that
 then does something to some of them. "resting": no guest runs meanwhile, and stage 2 must be exactly what the reference
 model demands and allows. "hammering": both vCPUs go on adding to a word of their own in every page. They map at once
-what they lose, so eight more pages, which no guest uses meanwhile, tell whether anything went beside those."""
+what they lose, so eight more pages behind those, which no guest uses meanwhile, tell whether anything else went."""
 
 import time
 from contextlib import ExitStack, contextmanager
@@ -17,8 +17,7 @@ from framework.oracle.witness import calls_in
 
 IPA = 0x8000_0000
 PAGES = 64
-BESIDE = 0xA000_0000  #: where the pages are that no hammering guest uses
-BYSTANDERS = 8
+BYSTANDERS = 8  #: pages of a memslot of their own, in the IPAs that follow the memory
 HOST_WORD = 2  #: index of the word that the host writes; vCPU n adds to word n
 
 
@@ -36,7 +35,7 @@ class Scene:
         with self.guests_at_work():
             pass
         if busy:
-            vm.guest.fill(BESIDE, BYSTANDERS)
+            vm.guest.fill(IPA + memory.size, BYSTANDERS)
         self.stage2()  # found while nothing else goes on
 
     @contextmanager
@@ -119,7 +118,7 @@ class Scene:
             assert set(column[kept].tolist()) <= {rounds}, f"vCPU {n}: {rounds} rounds"
             assert all(value <= rounds for value in column.tolist())
         if self.busy:
-            assert self.vm.guest.check(BESIDE, BYSTANDERS) == []
+            assert self.vm.guest.check(IPA + self.memory.size, BYSTANDERS) == []
         self.exchange()
 
     def exchange(self):
@@ -150,7 +149,7 @@ def make_scene(vm, witness, oracle, busy):
             memory = memory(vm)
             vm.add_memory(IPA, memory.size, memory=memory)
         if busy:
-            vm.add_memory(BESIDE, BYSTANDERS * PAGE)
+            vm.add_memory(IPA + memory.size, BYSTANDERS * PAGE)
         return Scene(vm, memory, witness, oracle, busy)
 
     return make

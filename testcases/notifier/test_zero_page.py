@@ -25,6 +25,9 @@ def test_host_writes_first(scene, host):
                 scene.memory.advise(Advice.DONTNEED, page * PAGE, PAGE)
                 scene.memory.write(page * PAGE + 0x800, b"here")
                 scene.stage2()
+        for page in range(8, 24):
+            assert scene.memory.read(page * PAGE + 0x800, 4) == b"here"
+            assert scene.vm.guest.read(IPA + page * PAGE + 0x800) == int.from_bytes(b"here", "little")
         scene.settle(lost=range(8, 24))
         return
     assert [scene.vm.guest.read(IPA + page * PAGE) for page in (8, 9)] == [0, 0]
