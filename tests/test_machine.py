@@ -87,6 +87,15 @@ def test_qemu_that_is_killed_is_reported_with_evidence(start):
         machine.qmp("query-status")
 
 
+def test_events_of_stops_do_not_pile_up(start):
+    """Whoever looks at the machine for half an hour and then has a question is answered as fast as ever."""
+    machine = start()
+    for _ in range(1000):
+        with machine.gdb.pause():
+            pass
+    assert machine.logs.qmp.read_text().count('"STOP"') >= 999
+
+
 def test_qmp_errors_are_typed(start):
     with pytest.raises(MachineError, match="no-such-command"):
         start().qmp("no-such-command")

@@ -35,6 +35,7 @@ from .saved import Saved, copy
 
 _START_TIMEOUT = 20.0
 _MIGRATION_LOOK = 0.002
+_DRAINED = 500
 _DYING = 1.0
 _TERMINATED = "terminating on signal"  #: QEMU, softmmu/runstate.c qemu_kill_report (7.2)
 _WHO_KILLS = "see whether this machine is short of memory (`dmesg`), or who killed it"
@@ -98,6 +99,7 @@ class Machine:
         self.plugin = plugin
         self._gdb: Gdb | None = None
         self._qmp: Qmp | None = None
+        self._uses = 0  # of the gdbstub
         self._ended = False
         self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=run_directory()))
         self.ram = _ram(board, saved, shared=saved is None or plugin is not None)
@@ -236,6 +238,10 @@ class Machine:
         if self._gdb is None:
             self._gdb = connect_gdb(self.folder / "gdb")
             self._gdb.resume()
+        self._uses += 1
+        if self._uses % _DRAINED == 0:  # each stop and each resumption is an event of QMP
+            with self._obeyed("query-status"):
+                self._qmp.drain()
         return self._gdb
 
     @contextmanager
