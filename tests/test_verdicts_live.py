@@ -16,7 +16,6 @@ from framework.model.memslots import SlotFlags
 from framework.model.notifier import Operation
 from framework.oracle import Kind, Violation
 from framework.oracle.trace import traced
-from framework.oracle.witness import Witness
 
 IPA = 0x8000_0000
 PAGE = 0x1000
@@ -65,10 +64,9 @@ def stored(host):
     return store
 
 
-def test_what_goes_while_guests_run(vm, memory, host, oracle, entry_of, stored):
+def test_what_goes_while_guests_run(vm, memory, host, witness, entry_of, stored):
     """Of what no guest uses nothing is mapped again: it is gone, and the kernel has told of other pages."""
     pa, desc = entry_of(vm, IPA + 3 * PAGE)
-    witness = Witness(oracle, host)
     with vm.guest.hammering(IPA + 4 * PAGE, 4), stored(pa, desc, then=desc):
         with witness(Operation.DONTNEED, memory, 4 * PAGE, PAGE, exact=False):
             memory.advise(Advice.DONTNEED, 4 * PAGE, PAGE)

@@ -35,8 +35,8 @@ from .saved import Saved, copy
 
 _START_TIMEOUT = 20.0
 _MIGRATION_LOOK = 0.002
-_DRAINED = 500
-_DYING = 1.0
+_DRAINED = 500  #: uses of the gdbstub after which QMP's events are read
+_DYING = 1.0  #: seconds that a process may take to die
 _TERMINATED = "terminating on signal"  #: QEMU, softmmu/runstate.c qemu_kill_report (7.2)
 _WHO_KILLS = "see whether this machine is short of memory (`dmesg`), or who killed it"
 
