@@ -15,8 +15,11 @@ HEARS_CTRL_C = ("env", "--default-signal=INT")
 
 
 def outside_pytest(environment):
-    """An environment that does not say that a pytest, or a worker of one, runs already."""
-    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    """An environment that does not say that a pytest, a worker of one or a tox runs already.
+
+    (Under tox, pytest's cache is the environment's, so that the runs of these tests would know of one another.)
+    """
+    return {name: value for name, value in environment.items() if not name.startswith(("PYTEST_", "TOX_"))}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_events_of_stops_do_not_pile_up(start):
         with machine.gdb.pause():
             pass
     assert machine.logs.qmp.read_text().count('"STOP"') >= 999
+
+
+def test_commands_of_several_threads_take_turns(start):
+    """A recorder watches breakpoints from a thread of its own, which reads events while the run may ask something."""
+    machine = start()
+    with machine.gdb.pause(), ThreadPoolExecutor(1) as threads:
+        uses = threads.submit(lambda: [machine.gdb for _ in range(50_000)])
+        while not uses.done():
+            assert machine.qmp("query-status")["status"] == "paused"
+        uses.result()
 
 
 def test_qmp_errors_are_typed(start):

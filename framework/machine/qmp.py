@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,10 @@ FAILURES = (QMPError, OSError, EOFError)
 
 
 class Qmp:
-    """Connected while it exists; it keeps ``log`` of its own under the machine's name."""
+    """Connected while it exists; it keeps ``log`` of its own under the machine's name.
+
+    Commands of several threads take turns: the protocol's event loop runs one at a time.
+    """
 
     def __init__(self, sock: socket.socket, name: str, log: Path, timeout: float) -> None:
         """Raises one of :data:`FAILURES` when QEMU does not say hello within ``timeout`` seconds."""
@@ -29,6 +33,7 @@ class Qmp:
         # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
         # another is ended in another.
         self._loop = asyncio.new_event_loop()
+        self._turn = threading.RLock()
         asyncio.set_event_loop(self._loop)
         self._protocol = QEMUMonitorProtocol(sock, nickname=name)
         self._protocol.settimeout(timeout)
@@ -40,25 +45,29 @@ class Qmp:
 
     def __call__(self, command: str, **arguments: object) -> object:
         """Execute a command and return its result. Raises one of :data:`FAILURES`."""
-        return self._protocol.cmd(command, **arguments)
+        with self._turn:
+            return self._protocol.cmd(command, **arguments)
 
     def give(self, fd: int, name: str) -> None:
         """Let QEMU have a copy of a descriptor under this name. Raises one of :data:`FAILURES`."""
-        self._protocol.send_fd_scm(fd)
-        self("getfd", fdname=name)
+        with self._turn:
+            self._protocol.send_fd_scm(fd)
+            self("getfd", fdname=name)
 
     def drain(self) -> None:
         """Read the events that have come, and forget them. Raises one of :data:`FAILURES`.
 
         They are read with the next command otherwise, however many: after some 95,000 stops that took 20 s.
         """
-        self("query-status")
-        self._protocol.clear_events()
+        with self._turn:
+            self("query-status")
+            self._protocol.clear_events()
 
     def close(self) -> None:
-        with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
-            self._protocol.close()
-        self._loop.close()
+        with self._turn:
+            with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
+                self._protocol.close()
+            self._loop.close()
         for logger in self._loggers:
             logger.removeHandler(self._handler)
         self._handler.close()
