@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,17 +12,19 @@ import numpy as np
 from framework.errors import LabError
 from framework.guest.driver import RunFailed
 from framework.guest.isa import GuestException
+from framework.host import facilities
 from framework.host.agent import Request
 from framework.host.host import Host
-from framework.host.memory import BLOCK, Advice, Child, Prot
-from framework.model.memslots import Memslot, SlotFlags
+from framework.host.memory import BLOCK, Advice, Child, Memory, Prot
+from framework.host.vm import Vm
+from framework.model.memslots import Memslot
 from framework.oracle.oracle import Oracle, Sighting
 from framework.oracle.witness import leaves_of
 
 from .steps import PAGES, Kind, Step
-from .world import IPAS, PAGE, Answer, Look, World, spare_tables
+from .world import PAGE, PLACES, SIZE, Answer, Look, World, spare_tables
 
-_SIZE = PAGES * PAGE
+_MEMSLOT = (Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
 
 
 class Broken(AssertionError):
@@ -60,27 +62,32 @@ class Player:
     def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
         self._host, self._oracle, self._isa = host, oracle, isa
         self._child: Child | None = None
+        self._swap: ExitStack | None = None  # once a step has needed it
         self._unjudged: _Unjudged | None = None
         self._complaints, self._judged = [], 0  # of the step that was judged last, and its number
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
-        self._memory = self._vm.memory(_SIZE, align=BLOCK)
-        self._vm.memories.remove(self._memory)  # outlives its VM
+        self._memory = _memory(self._vm)
         self._hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
         self._ages = self._idle_tracking or host.kernel_version < (6, 9)
-        self._furnish()
+        # Without idle tracking pages age by an attempt to page them out, and must not go.
+        self._swaps = self._idle_tracking or not self._ages
+        self._furnish(self._new_world())
         self._begin()
 
-    def _furnish(self) -> None:
-        for slot, ipa in IPAS.items():
-            self._vm.add_memory(ipa, _SIZE, slot=slot + 1, memory=self._memory)
+    def _new_world(self) -> World:
+        return World(self._memory.hva, self._host.kernel_version, self._ages, self._swaps)
+
+    def _furnish(self, world: World) -> None:
+        for slot in world.slots:
+            self._vm.set_memslot(_numbered(slot))
         self._vm.vcpus[1].pin(self._host.config.board.cpus - 1)  # the other is on the agent's, the first
         self._vm.guest.ping()
 
     def _begin(self) -> None:
         self.steps: list[Step] = []
         self.broken = True
-        self.world = World(self._memory.hva, self._host.kernel_version, self._ages)
+        self.world = self._new_world()
         self._before, findings = _reading(self._see())
         self._demand(findings + [f"IPA {ipa:#x} is mapped at the beginning" for ipa in self._before.leaves])
         self.broken = False
@@ -88,11 +95,11 @@ class Player:
     def begin_anew(self) -> None:
         """Another sequence with the same VM: no child, new memory, and the memslots as they were at first."""
         self._end_child()
-        requests: list[Request] = [("memory_map", {"at": self._memory.hva, "size": _SIZE})]
-        for slot, ipa in IPAS.items():
-            wanted, found = Memslot(slot + 1, ipa, _SIZE, self._memory.hva), self._vm.slots.get(slot + 1)
+        requests: list[Request] = [("memory_map", {"at": self._memory.hva, "size": SIZE})]
+        for wanted in map(_numbered, self._new_world().slots):
+            found = self._vm.slots.get(wanted.slot)
             if found not in (wanted, None):
-                requests.append(self._vm.note(replace(wanted, size=0)))
+                requests.append(self._vm.note(replace(found, size=0)))
             if found != wanted:
                 requests.append(self._vm.note(wanted))
         self._vm.agent.batch(requests)
@@ -112,12 +119,14 @@ class Player:
             if self._vm in self._host.vms:
                 self._host.vms.remove(self._vm)
             self._memory.unmap()
+            if self._swap:
+                self._swap.close()
             if self.broken:
                 self._oracle.splats()  # what the kernel says of a broken VM's end is not the next player's
 
     def can(self, step: Step) -> bool:
-        """Whether this kernel has a way to do that: to age pages, some have none."""
-        return self._ages or step.kind is not Kind.AGE
+        """Whether this kernel has a way to do that: to age pages, some have none, or no other than to page them out."""
+        return {Kind.AGE: self._ages, Kind.PAGE_OUT: self._swaps}.get(step.kind, True)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -193,19 +202,21 @@ class Player:
                 self._guest(step)
             case Kind.HOST_READS | Kind.HOST_WRITES:
                 self._touch(step)
-            case Kind.SLOT_DELETE | Kind.SLOT_CREATE | Kind.LOG_ON | Kind.LOG_OFF:
-                return self._memslot(step)
+            case kind if kind in _MEMSLOT:
+                wanted = self.world.wanted(step)
+                self._vm.set_memslot(_numbered(wanted))
+                return self.world.set(wanted)
             case Kind.DIRTY_LOG:
                 self._dirty_log(step)
             case Kind.NEW_VM:
                 self._new_vm()
-                return tuple((ipa, _SIZE) for ipa in IPAS.values())
+                return tuple((ipa, SIZE) for places in PLACES.values() for ipa in places)
             case _:
                 self._host_operation(step)
         return ()
 
     def _guest(self, step: Step) -> None:
-        guest, ipa = self._vm.guests[step.vcpu], IPAS[step.slot] + step.page * PAGE
+        guest, ipa = self._vm.guests[step.vcpu], self.world.ipa(step)
         value, exits = self.world.value_for(step), len(self._vm.exits)
         answer, got = Answer.DONE, 0
         try:
@@ -249,6 +260,10 @@ class Player:
                 memory.advise(Advice.FREE, offset, size)
             case Kind.REPLACE:
                 memory.replace(offset, size)
+            case Kind.MUNMAP:
+                memory.unmap(offset, size)
+            case Kind.MREMAP:
+                memory.part(offset, PAGE).move(memory.part(step.to * PAGE, PAGE))
             case Kind.PROTECT_NONE:
                 memory.protect(Prot.NONE, offset, size)
             case Kind.PROTECT_READ:
@@ -263,6 +278,8 @@ class Player:
                 self._end_child()
             case Kind.AGE:
                 self._age(offset, size)
+            case Kind.PAGE_OUT:
+                self._page_out(offset, size)
         self.world.host_did(step)
 
     def _age(self, offset: int, size: int) -> None:
@@ -272,24 +289,16 @@ class Player:
         self._vm.agent("memory_drain")
         self._memory.advise(Advice.PAGEOUT, offset, size)
 
-    def _memslot(self, step: Step) -> tuple[tuple[int, int], ...]:
-        ipa, slots = IPAS[step.slot], self.world.slots
-        slot = self.world.slot(step.slot)
-        match step.kind:
-            case Kind.SLOT_DELETE:
-                self._vm.delete_slot(ipa)
-                slot = self.world.slot(step.slot, size=0)
-            case Kind.SLOT_CREATE:
-                self._vm.add_memory(ipa, _SIZE, slot=step.slot + 1, memory=self._memory)
-            case Kind.LOG_ON:
-                self._vm.set_flags(ipa, SlotFlags.LOG_DIRTY_PAGES)
-                slot = slot.with_flags(SlotFlags.LOG_DIRTY_PAGES)
-            case Kind.LOG_OFF:
-                self._vm.set_flags(ipa, SlotFlags.NONE)
-        return slots.set(slot).must_go
+    def _page_out(self, offset: int, size: int) -> None:
+        if self._swap is None:
+            with ExitStack() as swap:
+                swap.enter_context(facilities.swap(self._host))
+                self._swap = swap.pop_all()
+        self._vm.agent("memory_drain")
+        self._memory.page_out(offset, size)
 
     def _dirty_log(self, step: Step) -> None:
-        ipa = IPAS[step.slot]
+        ipa = self.world.ipa(step)
         found = self._vm.dirty_pages(ipa)
         pages, _ = self.world.slots.take_dirty_log(step.slot)
         expected = [ipa + page * PAGE for page in pages]
@@ -300,8 +309,8 @@ class Player:
         self._vm.destroy()
         self._host.vms.remove(self._vm)
         self._vm = self._host.create_vm(self._isa, vcpus=2)
-        self._furnish()
         self.world.new_vm()
+        self._furnish(self.world)
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -320,7 +329,22 @@ def _reading(sighting: Sighting) -> tuple[Look, list[str]]:
 
 
 def _watched(ipa: int) -> bool:
-    return any(start <= ipa < start + _SIZE for start in IPAS.values())
+    return any(start <= ipa < start + SIZE for places in PLACES.values() for start in places)
+
+
+def _numbered(slot: Memslot) -> Memslot:
+    """As the VM has it, whose memslots 0 and 1 are the payload's."""
+    return replace(slot, slot=slot.slot + 1)
+
+
+def _memory(vm: Vm) -> Memory:
+    """The pages, half of them on each side of a boundary of 2 MiB; nothing is mapped beside them. Outlives the VM."""
+    area = vm.memory(2 * BLOCK, align=BLOCK)
+    vm.memories.remove(area)
+    start = BLOCK - SIZE // 2
+    area.unmap(0, start)
+    area.unmap(start + SIZE)
+    return area.part(start, SIZE)
 
 
 def _hex(addresses: list[int]) -> str:

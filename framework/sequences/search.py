@@ -144,8 +144,12 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
         def host_touches(self, step: Step) -> None:
             self._do(step)
 
-        @rule(step=_any(Kind.DONTNEED, Kind.FREE, Kind.REPLACE))
+        @rule(step=_any(Kind.DONTNEED, Kind.FREE, Kind.PAGE_OUT))
         def host_drops(self, step: Step) -> None:
+            self._do(step)
+
+        @rule(step=_any(Kind.MUNMAP, Kind.MREMAP, *2 * [Kind.REPLACE]))
+        def host_maps(self, step: Step) -> None:
             self._do(step)
 
         @rule(step=_any(Kind.PROTECT_NONE, Kind.PROTECT_READ, Kind.PROTECT_WRITE, *2 * [Kind.AGE]))
@@ -160,7 +164,7 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
         def dirty_log(self, step: Step) -> None:
             self._do(step)
 
-        @rule(step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE], Kind.NEW_VM))
+        @rule(step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE], Kind.NEW_VM))
         def vmm(self, step: Step) -> None:
             self._do(step)
 

@@ -1,7 +1,7 @@
 """The vocabulary: one step is one thing that a guest, the host's memory management or the VMM does.
 
 A sequence is a text file, a step a line in these words; ``#`` begins a comment. Pages are numbered within the memory
-that both memslots show the guest: memslot 1, and its alias, memslot 2.
+that both memslots show the guest: memslot 1, and its alias, memslot 2. Each has two places, between which it moves.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Kind(Enum):
     DONTNEED = "madvise DONTNEED pages {page} to {last}"
     FREE = "madvise FREE pages {page} to {last}"
     REPLACE = "mmap new memory over pages {page} to {last}"
+    MUNMAP = "munmap pages {page} to {last}"
+    MREMAP = "mremap page {page} over page {to}"
     PROTECT_NONE = "mprotect none pages {page} to {last}"
     PROTECT_READ = "mprotect read pages {page} to {last}"
     PROTECT_WRITE = "mprotect write pages {page} to {last}"
@@ -36,8 +38,11 @@ class Kind(Enum):
     CHILD_WRITES = "child writes page {page}"
     CHILD_EXITS = "child exits"
     AGE = "the host ages pages {page} to {last}"
+    PAGE_OUT = "the host pages out pages {page} to {last}"
     SLOT_DELETE = "memslot {slot} is deleted"
     SLOT_CREATE = "memslot {slot} is created"
+    SLOT_READONLY = "memslot {slot} is created read-only"
+    SLOT_MOVE = "memslot {slot} moves"
     LOG_ON = "memslot {slot} logs dirty pages"
     LOG_OFF = "memslot {slot} stops logging"
     DIRTY_LOG = "the dirty log of memslot {slot} is read"
@@ -50,27 +55,31 @@ _PATTERNS = {kind: re.compile(_ARGUMENT.sub(r"(?P<\1>\\d+)", kind.value) + r"$")
 
 @dataclass(frozen=True)
 class Step:
-    """One step. ``last`` is the last page of a range, included. Raises ValueError for what is not there."""
+    """One step. ``last`` is the last page of a range, included; ``to`` the page whose place a page takes.
+
+    Raises ValueError for what is not there.
+    """
 
     kind: Kind
     page: int = 0
     last: int = 0
+    to: int = 0
     vcpu: int = 0
     slot: int = 1
 
     def __post_init__(self) -> None:
-        if max(self.page, self.last) >= PAGES or self.slot not in SLOTS or self.vcpu >= VCPUS:
+        if max(self.page, self.last, self.to) >= PAGES or self.slot not in SLOTS or self.vcpu >= VCPUS:
             raise ValueError(f"there are pages 0 to {PAGES - 1}, memslots 1 and 2, guests 0 and 1: {self}")
         if "{last}" in self.kind.value and self.last < self.page:
             raise ValueError(f"the range ends before it begins: {self}")
 
     def __str__(self) -> str:
-        return self.kind.value.format(page=self.page, last=self.last, vcpu=self.vcpu, slot=self.slot)
+        return self.kind.value.format(page=self.page, last=self.last, to=self.to, vcpu=self.vcpu, slot=self.slot)
 
 
 def every(kind: Kind) -> list[Step]:
     """All steps of this kind, the simplest first."""
-    choices = {"vcpu": range(VCPUS), "slot": SLOTS, "page": range(PAGES), "last": range(PAGES)}
+    choices = {"vcpu": range(VCPUS), "slot": SLOTS, "page": range(PAGES), "last": range(PAGES), "to": range(PAGES)}
     names = [name for name in choices if f"{{{name}}}" in kind.value]
     arguments = (dict(zip(names, values, strict=True)) for values in product(*(choices[name] for name in names)))
     return [Step(kind, **what) for what in arguments if what.get("page", 0) <= what.get("last", PAGES)]

@@ -7,20 +7,23 @@ references that nobody sees. Everything else follows from the models of memslots
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from framework.model import descriptors as d
 from framework.model import notifier
 from framework.model.granule import KIB4, LAST_LEVEL
-from framework.model.memslots import Memslot, Memslots
+from framework.model.memslots import Memslot, Memslots, SlotFlags
 from framework.model.notifier import Kernel, Leaves, Notice, Operation
 
 from .steps import PAGES, SLOTS, Kind, Step
 
 PAGE = KIB4.size
-#: Where the two memslots show the same memory to the guest.
-IPAS = dict(zip(SLOTS, (0x8000_0000, 0x9000_0000), strict=True))
+SIZE = PAGES * PAGE  #: bytes of the memory
+_ACROSS = SIZE // 2  #: so many bytes before a boundary the memory begins, to lie on both sides of it
+#: Where each memslot shows the memory to the guest, at first and when it has moved: within one level 3 table, across
+#: two of them, and across two of level 2.
+PLACES = dict(zip(SLOTS, ((0x8020_0000 - _ACROSS, 0xA000_0000), (0x9000_0000, 0xC000_0000 - _ACROSS)), strict=True))
 #: What a page holds when nobody has written it.
 ZERO = 0
 
@@ -39,6 +42,7 @@ class Rights(Enum):
     NONE = "none"
     READ = "read"
     WRITE = "read and write"
+    HOLE = "there is no mapping"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class World:
     hva: int
     kernel: Kernel
     ages: bool = True  #: the host can be made to age pages
+    swaps: bool = True  #: and to swap them
     rights: list[Rights] = field(default_factory=lambda: [Rights.WRITE] * PAGES)
     #: What each page may hold: one value, or two after MADV_FREE.
     content: list[set[int]] = field(default_factory=lambda: [{ZERO} for _ in range(PAGES)])
@@ -67,43 +72,81 @@ class World:
         self.new_vm()
 
     def new_vm(self) -> None:
-        """A VM that has not run, with both memslots."""
+        """A VM that has not run, with both memslots where they are at first."""
         self.slots = Memslots(ipa_bits=40)
-        for number in IPAS:
-            self.slots.set(self.slot(number))
+        self.starts = {number: places[0] for number, places in PLACES.items()}
+        for number in SLOTS:
+            self.slots.set(self._slot(number))
 
-    def slot(self, number: int, size: int = PAGES * PAGE) -> Memslot:
-        """This memslot, without flags; size 0 deletes it."""
-        return Memslot(number, IPAS[number], size, self.hva)
+    def _slot(self, number: int, flags: SlotFlags = SlotFlags.NONE) -> Memslot:
+        return Memslot(number, self.starts[number], SIZE, self.hva, flags)
+
+    def ipa(self, step: Step) -> int:
+        """Where the guest has the step's page, by the step's memslot, there or deleted."""
+        return self.starts[step.slot] + step.page * PAGE
+
+    def wanted(self, step: Step) -> Memslot:
+        """The memslot as the step would have it; of size 0 when it is to be deleted."""
+        slot = self.slots.at(self.starts[step.slot]) or self._slot(step.slot)
+        match step.kind:
+            case Kind.SLOT_DELETE:
+                return replace(slot, size=0)
+            case Kind.SLOT_READONLY:
+                return slot.with_flags(SlotFlags.READONLY)
+            case Kind.SLOT_MOVE:
+                first, second = PLACES[step.slot]
+                return replace(slot, ipa=second if slot.ipa == first else first)
+            case Kind.LOG_ON:
+                return slot.with_flags(slot.flags | SlotFlags.LOG_DIRTY_PAGES)
+            case Kind.LOG_OFF:
+                return slot.with_flags(slot.flags & ~SlotFlags.LOG_DIRTY_PAGES)
+        return slot
+
+    def _asked(self, step: Step) -> list[Memslot]:
+        """The memslots that KVM is asked for, to create or to change."""
+        if step.kind is Kind.NEW_VM:
+            return [self._slot(number) for number in SLOTS]
+        return [self.wanted(step)] if step.kind in _SET else []
+
+    def set(self, slot: Memslot) -> tuple[tuple[int, int], ...]:
+        """KVM has taken this memslot. The IPA ranges, as (start, size) in bytes, that must be gone."""
+        self.starts[slot.slot] = slot.ipa
+        return self.slots.set(slot).must_go
 
     # -- which steps make sense ------------------------------------------------------------------------------------
 
     def allows(self, step: Step) -> bool:
         """Whether the step can be carried out now."""
-        slot = self.slots.at(IPAS[step.slot])
-        if step.kind in _NEED_WRITABLE and set(self.rights) != {Rights.WRITE}:
+        slot = self.slots.at(self.starts[step.slot])
+        if any(not asked.readonly for asked in self._asked(step)) and not {*self.rights} <= _WRITABLE:
+            return False
+        if step.kind in _NEED_MAPPED and Rights.HOLE in self.rights[step.page : step.last + 1]:
             return False
         match step.kind:
             case Kind.HOST_WRITES:
                 return self.rights[step.page] is Rights.WRITE
             case Kind.HOST_READS:
-                return self.rights[step.page] is not Rights.NONE
+                return self.rights[step.page] in (Rights.READ, Rights.WRITE)
+            case Kind.MREMAP:
+                return step.page != step.to and self.rights[step.page] is not Rights.HOLE
             case Kind.CHILD_WRITES:
                 return self.child is not None and self.child[step.page] is Rights.WRITE
             case Kind.CHILD_EXITS:
                 return self.child is not None
             case Kind.FORK:
                 return self.child is None
-            case Kind.SLOT_CREATE:
+            case Kind.SLOT_CREATE | Kind.SLOT_READONLY:
                 return slot is None
-            case Kind.SLOT_DELETE:
+            case Kind.SLOT_DELETE | Kind.SLOT_MOVE:
                 return slot is not None
             case Kind.LOG_ON:
                 return slot is not None and not slot.logging
             case Kind.LOG_OFF | Kind.DIRTY_LOG:
                 return slot is not None and slot.logging
-            case Kind.AGE if not self.ages:
-                return False
+            case Kind.AGE:
+                return self.ages
+            case Kind.PAGE_OUT:
+                return self.swaps
         return True
 
     def value_for(self, step: Step) -> int:
@@ -114,7 +157,8 @@ class World:
 
     def answer(self, step: Step) -> Answer:
         """How a guest's access must end."""
-        if self.slots.at(IPAS[step.slot]) is None:
+        slot = self.slots.at(self.starts[step.slot])
+        if slot is None or (slot.readonly and step.kind is Kind.GUEST_WRITES):
             return Answer.MMIO
         needed = {Rights.WRITE} if step.kind is Kind.GUEST_WRITES else {Rights.READ, Rights.WRITE}
         return Answer.DONE if self.rights[step.page] in needed else Answer.EFAULT
@@ -124,7 +168,7 @@ class World:
         self.written += 1
         self.content[step.page] = {value}
         if step.kind is Kind.GUEST_WRITES:
-            self.slots.written(IPAS[step.slot] + step.page * PAGE)
+            self.slots.written(self.ipa(step))
 
     # -- what the host owes --------------------------------------------------------------------------------------
 
@@ -139,6 +183,12 @@ class World:
                     self.content[page] = {ZERO}
                     if step.kind is Kind.REPLACE:
                         self.rights[page] = Rights.WRITE
+            case Kind.MUNMAP:
+                for page in self.pages(step):
+                    self.rights[page] = Rights.HOLE
+            case Kind.MREMAP:
+                self.content[step.to], self.rights[step.to] = self.content[step.page], self.rights[step.page]
+                self.rights[step.page] = Rights.HOLE
             case Kind.FREE:
                 for page in self.pages(step):
                     self.content[page] |= {ZERO}
@@ -152,23 +202,30 @@ class World:
 
     def notices(self, step: Step, before: Look, after: Look) -> list[Notice]:
         """What the step owes stage 2 by way of the notifiers."""
-        whole = (self.hva, self.hva + PAGES * PAGE)
+        match step.kind:
+            case Kind.FORK:
+                return [self._notice(Operation.FORK, 0, PAGES - 1)]
+            case Kind.MREMAP:
+                return [self._notice(Operation.MREMAP, step.page), self._notice(Operation.MUNMAP, step.to)]
+            case Kind.PAGE_OUT:
+                out = [page for page in self.pages(step) if before.frames[page] and not after.frames[page]]
+                aged = self._notice(Operation.AGE, step.page, step.last)  # what stays in has become older
+                return [aged, *(self._notice(Operation.SWAP_OUT, page) for page in out)]
+            case Kind.GUEST_READS | Kind.GUEST_WRITES | Kind.HOST_READS | Kind.HOST_WRITES:
+                return [self._notice(_what_became(before.frames[step.page], after.frames[step.page]), step.page)]
         if step.kind in _OPERATIONS:
-            start, end = self.hva + step.page * PAGE, self.hva + (max(step.page, step.last) + 1) * PAGE
-            if step.kind is Kind.FORK:
-                start, end = whole
-            return [Notice(_OPERATIONS[step.kind], start, end, whole, self.kernel)]
-        if step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES, Kind.HOST_READS, Kind.HOST_WRITES):
-            start = self.hva + step.page * PAGE
-            operation = _what_became(before.frames[step.page], after.frames[step.page])
-            return [Notice(operation, start, start + PAGE, whole, self.kernel)]
+            return [self._notice(_OPERATIONS[step.kind], step.page, step.last)]
         return []
+
+    def _notice(self, operation: Operation, page: int, last: int = 0) -> Notice:
+        start, end = (self.hva + n * PAGE for n in (page, max(page, last) + 1))
+        return Notice(operation, start, end, (self.hva, self.hva + SIZE), self.kernel)
 
     # -- the verdict ----------------------------------------------------------------------------------------------
 
     def complaints(self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()) -> list[str]:
         """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
-        own = IPAS[step.slot] + step.page * PAGE
+        own = self.ipa(step)
         tried = step.kind in (Kind.GUEST_READS, Kind.GUEST_WRITES)
         accessed = tried and self.answer(step) is Answer.DONE
         gone = {ipa for start, size in owed for ipa in range(start, start + size, PAGE)}
@@ -200,8 +257,8 @@ class World:
         """The leaves as the dirty log obliges: what it makes read-only must be found so."""
         if step.kind not in (Kind.LOG_ON, Kind.DIRTY_LOG):
             return leaves
-        start = IPAS[step.slot]
-        end = start + PAGES * PAGE
+        start = self.starts[step.slot]
+        end = start + SIZE
         unwritable = ~d.S2AP.put(d.Grant.WRITE)
         return {i: (n, w & unwritable if start <= i < end else w) for i, (n, w) in leaves.items()}
 
@@ -211,22 +268,28 @@ class World:
             return []
         # The zero page is none that ages, nor does the host look at what it may not touch.
         pages = [p for p in self.pages(step) if self.rights[p] is Rights.WRITE and ZERO not in self.content[p]]
-        aged = {IPAS[n] + page * PAGE for n in IPAS for page in pages}
+        aged = {start + page * PAGE for start in self.starts.values() for page in pages}
         young = [ipa for ipa in sorted(aged & after.leaves.keys()) if d.AF.of(after.leaves[ipa][1])]
         return [f"IPA {ipa:#x} is still young" for ipa in young]
 
 
-#: A memslot of memory that the process may not write is refused (EPERM: 5.4 kvm_arch_prepare_memory_region).
-_NEED_WRITABLE = (Kind.SLOT_CREATE, Kind.LOG_ON, Kind.LOG_OFF, Kind.NEW_VM)
+_SET = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
+#: What a memslot's memory must be, if guests may write it (EPERM: 5.4 kvm_arch_prepare_memory_region).
+_WRITABLE = {Rights.WRITE, Rights.HOLE}
+#: What fails half done where there is a hole (ENOMEM).
+_NEED_MAPPED = (
+    *(Kind.DONTNEED, Kind.FREE, Kind.PROTECT_NONE, Kind.PROTECT_READ, Kind.PROTECT_WRITE),
+    *(Kind.AGE, Kind.PAGE_OUT),
+)
 _RIGHTS = {Kind.PROTECT_NONE: Rights.NONE, Kind.PROTECT_READ: Rights.READ, Kind.PROTECT_WRITE: Rights.WRITE}
 _OPERATIONS = {
     Kind.DONTNEED: Operation.DONTNEED,
     Kind.FREE: Operation.FREE,
     Kind.REPLACE: Operation.MUNMAP,
+    Kind.MUNMAP: Operation.MUNMAP,
     Kind.PROTECT_NONE: Operation.MPROTECT_NONE,
     Kind.PROTECT_READ: Operation.MPROTECT_READ,
     Kind.PROTECT_WRITE: Operation.MPROTECT_WIDER,
-    Kind.FORK: Operation.FORK,
     Kind.CHILD_WRITES: Operation.CHILD_WRITE,
     Kind.AGE: Operation.AGE,
 }

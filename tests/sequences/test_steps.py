@@ -14,6 +14,7 @@ def steps(draw):
     arguments = {
         "page": first,
         "last": draw(st.integers(first, PAGES - 1)),
+        "to": draw(st.integers(0, PAGES - 1)),
         "vcpu": draw(st.integers(0, VCPUS - 1)),
         "slot": draw(st.sampled_from(SLOTS)),
     }

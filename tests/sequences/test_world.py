@@ -4,9 +4,10 @@ import pytest
 
 from framework.model import descriptors as d
 from framework.sequences.steps import PAGES, Kind, Step
-from framework.sequences.world import IPAS, PAGE, Answer, Look, Rights, World, spare_tables
+from framework.sequences.world import PAGE, PLACES, Answer, Look, Rights, World, spare_tables
 
-HVA, PA = 0xB600_0000, 0x5000_0000
+HVA, PA = 0xB600_0000 - PAGES // 2 * PAGE, 0x5000_0000
+IPAS = {slot: places[0] for slot, places in PLACES.items()}
 FRAMES = tuple(PA + n * PAGE for n in range(PAGES))
 
 
@@ -80,10 +81,72 @@ def test_change_pte_is_expected_up_to_6_9():
 
 def test_a_memslot_that_goes_takes_its_leaves():
     w = world()
-    gone = w.slots.set(w.slot(1, size=0)).must_go
+    gone = w.set(w.wanted(Step(Kind.SLOT_DELETE, slot=1)))
     delete = Step(Kind.SLOT_DELETE, slot=1)
     assert complaints(delete, look(leaf(3)), look(), w, gone) == []
     assert only(complaints(delete, look(leaf(3)), look(leaf(3)), w, gone), "still mapped")
+
+
+def test_a_memslot_that_moves_leaves_nothing_where_it_was():
+    w, move, elsewhere = world(), Step(Kind.SLOT_MOVE, slot=1), PLACES[1][1] + 3 * PAGE
+    gone = w.set(w.wanted(move))
+    assert w.ipa(READ) == elsewhere and w.answer(READ) is Answer.DONE
+    assert complaints(move, look(leaf(3)), look(), w, gone) == []
+    assert only(complaints(move, look(leaf(3)), look(leaf(3)), w, gone), "still mapped")
+    moved = {elsewhere: leaf(3)[IPAS[1] + 3 * PAGE]}
+    assert complaints(READ, look(), look(moved), w) == [] != complaints(READ, look(), look(leaf(3)), w)
+    w.set(w.wanted(move))
+    assert w.ipa(READ) == IPAS[1] + 3 * PAGE
+
+
+def test_stores_to_a_memslot_that_is_read_only_are_mmio():
+    w = world(rights=[Rights.READ] * PAGES)
+    w.set(w.wanted(Step(Kind.SLOT_DELETE)))
+    assert w.allows(Step(Kind.SLOT_READONLY)) and not w.allows(Step(Kind.SLOT_CREATE))
+    w.set(w.wanted(Step(Kind.SLOT_READONLY)))
+    assert (w.answer(READ), w.answer(WRITE)) == (Answer.DONE, Answer.MMIO)
+    assert w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.LOG_ON, slot=2)) and not w.allows(Step(Kind.NEW_VM))
+    w.set(w.wanted(Step(Kind.LOG_ON)))
+    w.set(w.wanted(Step(Kind.SLOT_MOVE)))
+    assert w.answer(WRITE) is Answer.MMIO and w.allows(Step(Kind.DIRTY_LOG))
+
+
+def test_a_page_that_moves_takes_its_content_and_leaves_a_hole():
+    w, move = world(), Step(Kind.MREMAP, page=3, to=9)
+    w.stored(WRITE, 7)
+    before = look(leaf(3) | leaf(9) | leaf(3, slot=2))
+    assert complaints(move, before, look(), w) == []
+    assert only(complaints(move, before, look(leaf(3, slot=2)), w), "old frame is still mapped")
+    assert only(complaints(move, before, look(leaf(9)), w), "old frame is still mapped")
+    w.host_did(move)
+    assert w.content[9] == {7} and (w.rights[3], w.rights[9]) == (Rights.HOLE, Rights.WRITE)
+    assert not w.allows(move) and not w.allows(Step(Kind.MREMAP, page=4, to=4))
+    assert w.allows(Step(Kind.MREMAP, page=9, to=3)) and w.allows(Step(Kind.SLOT_MOVE)) and w.allows(Step(Kind.MUNMAP))
+
+
+def test_a_hole_takes_what_is_not_half_done():
+    w = world()
+    assert only(complaints(Step(Kind.MUNMAP, page=3, last=3), look(leaf(3)), look(leaf(3))), "old frame")
+    w.host_did(Step(Kind.MUNMAP, page=3, last=3))
+    assert not w.allows(Step(Kind.DONTNEED, page=2, last=4)) and w.allows(Step(Kind.DONTNEED, page=4, last=5))
+    assert not w.allows(Step(Kind.HOST_READS, page=3)) and w.allows(Step(Kind.REPLACE, page=2, last=4))
+
+
+def test_what_is_paged_out_must_be_gone_and_nothing_else():
+    out, without = Step(Kind.PAGE_OUT, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
+    both = leaf(3) | leaf(4)
+    aged = leaf(4, af=False)
+    assert complaints(out, look(both), look(aged, frames=without)) == complaints(out, look(both), look(both)) == []
+    assert only(complaints(out, look(both), look(both, frames=without)), "old frame is still mapped")
+    assert only(complaints(out, look(both), look(leaf(3))), "outside what may go")
+    assert not world(swaps=False).allows(out)
+
+
+def test_what_lies_in_other_tables_stays():
+    """The memory is half in one 2 MiB block and half in the next: what is announced in one goes in that one only."""
+    drop = Step(Kind.DONTNEED, page=2, last=4)
+    assert complaints(drop, look(leaf(3) | leaf(5)), look()) == []
+    assert only(complaints(drop, look(leaf(3) | leaf(9)), look()), "outside what may go")
 
 
 def test_the_dirty_log_makes_pages_read_only():
@@ -115,13 +178,14 @@ def test_a_table_that_maps_nothing_is_seen():
         (Rights.WRITE, Answer.DONE, Answer.DONE),
         (Rights.READ, Answer.DONE, Answer.EFAULT),
         (Rights.NONE, Answer.EFAULT, Answer.EFAULT),
+        (Rights.HOLE, Answer.EFAULT, Answer.EFAULT),
     ],
 )
 def test_how_an_access_must_end(rights, read, write):
     w = world()
     w.rights[3] = rights
     assert (w.answer(READ), w.answer(WRITE)) == (read, write)
-    w.slots.set(w.slot(1, size=0))
+    w.set(w.wanted(Step(Kind.SLOT_DELETE, slot=1)))
     assert w.answer(READ) is w.answer(WRITE) is Answer.MMIO
 
 
