@@ -35,6 +35,7 @@ class Prot(IntEnum):
     NONE = 0
     READ = 1
     READ_WRITE = 3
+    ALL = 7  #: and to execute
 
 
 def mappings(agent: Agent, private: bool = False) -> list[tuple[int, int]]:

@@ -313,8 +313,8 @@ def unheard(
 ) -> list[Violation]:
     """Hold the calls that the kernel traced, as HVA ranges, against those that the operations owe.
 
-    A page that stage 2 mapped must have been named where its operation tells of it. Where all that was done tells
-    nobody, no page of these slots may be named.
+    A page that stage 2 mapped must have been named where its operation tells of it. Where an operation tells nobody, no
+    page may be named that no other operation tells of; where none does, no page of these slots.
     """
     slots, calls = list(slots), list(calls)
     named = {call: [s for c, span in calls if c is call for s in _ipas(slots, span)] for call in Call}
@@ -323,9 +323,12 @@ def unheard(
         owed, heard = _Spans(_ipas(slots, notice.owed)), _Spans(named[notice.call])
         missing = [ipa for ipa in _pages(before) if owed.meets(ipa, ipa + _PAGE) and not heard.meets(ipa, ipa + _PAGE)]
         out += [Violation(Breach.NOT_TOLD, ipa) for ipa in missing]
+    taken = named[Call.UNMAP] + named[Call.SET]
     if not any(notice.call for notice in notices):
-        out += [Violation(Breach.TOLD, start) for call in (Call.UNMAP, Call.SET) for start, _ in named[call]]
-    return out
+        return out + [Violation(Breach.TOLD, start) for start, _ in taken]
+    quiet = _Spans([s for n in notices if not n.call for s in _ipas(slots, n.owed)])
+    told = _Spans([s for n in notices if n.call for s in _ipas(slots, n.owed)])
+    return out + [Violation(Breach.TOLD, s[0]) for s in taken if quiet.meets(*s) and not told.meets(*s)]
 
 
 def _changed_rights(old: int, new: int, may_go: bool) -> Breach | None:

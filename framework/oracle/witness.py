@@ -45,6 +45,11 @@ class Testimony:
     before: dict[int, Stage2] = field(default_factory=dict)
     after: dict[int, Stage2] = field(default_factory=dict)
     calls: list[tuple[Call, Span]] = field(default_factory=list)
+    done: list[tuple[Operation, Memory, int, int]] = field(default_factory=list)  #: to which bytes of which memory
+
+    def also(self, operation: Operation, memory: Memory, offset: int = 0, size: int | None = None) -> None:
+        """The block did this, too: what became of some pages may be known only when it has."""
+        self.done.append((operation, memory, offset, memory.size - offset if size is None else size))
 
     def count(self, call: Call) -> int:
         return sum(c is call for c, _ in self.calls)
@@ -69,15 +74,18 @@ class Witness:
         what it owed to tell, and that nothing is gone which it did not tell of. (What is gone for an instant only has
         been replaced: 5.4 does that entry by entry, break before make.)
         """
-        notices = self._notices(operation, memory, offset, memory.size - offset if size is None else size)
+        seen = Testimony()
+        seen.also(operation, memory, offset, size)
+        notices = self._notices(*seen.done[0])  # of mappings that may be gone afterwards
         vms = [vm for vm in self._host.vms if vm.alive and vm.entered]
         calls = [call for call in Call if call is not Call.SET or self._kernel < CHANGE_PTE_GONE]
         with trace.traced(self._host.agent, [f"kvm:{call.value}" for call in calls]) as traced:
-            seen = Testimony(before=self._look(vms))
+            seen.before = self._look(vms)
             yield seen
             seen.after = self._look(vms)  # traced: the host may do something to guest memory at any time
             later = seen.after if exact else self._look_again(vms)
         seen.calls = calls_in(traced.events)
+        notices += [notice for more in seen.done[1:] for notice in self._notices(*more)]
         findings = [f for vm in vms for f in self._compare(vm, notices, seen, later, exact)]
         if findings:
             raise Violation(f"{operation.value}: the notifiers did not do what they owe", findings)

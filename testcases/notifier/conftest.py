@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from framework.host import facilities
-from framework.host.memory import BLOCK, PAGE
+from framework.host.memory import BLOCK, PAGE, Child
 from framework.model.notifier import Call
 from framework.oracle.trace import traced
 from framework.oracle.witness import calls_in
@@ -159,6 +159,20 @@ def make_scene(vm, witness, oracle, busy):
 def scene(make_scene):
     """64 pages of private anonymous memory."""
     return make_scene()
+
+
+@pytest.fixture
+def fork(host):
+    """Fork the VMM; the children end with the test."""
+    children = []
+
+    def make():
+        children.append(Child(host.agent))
+        return children[-1]
+
+    yield make
+    for child in children:
+        child.end()
 
 
 @pytest.fixture

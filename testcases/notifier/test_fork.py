@@ -6,25 +6,11 @@ maps the copy read-only at once where a level 3 table is left.
 
 import pytest
 
-from framework.host.memory import PAGE, Child
+from framework.host.memory import PAGE
 from framework.model.notifier import Operation
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
-
-
-@pytest.fixture
-def fork(host):
-    """Fork the VMM; the children end with the test."""
-    children = []
-
-    def make():
-        children.append(Child(host.agent))
-        return children[-1]
-
-    yield make
-    for child in children:
-        child.end()
 
 
 def test_fork_takes_write_permission(scene, fork):
@@ -105,8 +91,9 @@ def test_sole_owner_keeps_its_page(scene, fork):
 
 def test_fork_of_shared_memory_changes_nothing(make_scene, fork):
     scene = make_scene(shared=True)
-    with scene.host_does(Operation.FORK):
+    with scene.host_does(Operation.FORK) as seen:
         child = fork()
+        seen.also(Operation.FORK_SHARED, scene.memory)
     child.write(scene.memory, 0x800, b"\xfe\xca\0\0")
     assert scene.vm.guest.read(IPA + 0x800) == 0xCAFE
     scene.settle()

@@ -48,6 +48,13 @@ def test_protecting_a_page_in_a_block(huge):
     huge.settle()
 
 
+def test_split_that_takes_nothing(huge):
+    """Another right for one page splits the mapping, not the huge page: all is told of, frames and rights stay."""
+    with huge.host_does(Operation.THP_SPLIT, 9, 1):
+        huge.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
+    huge.settle()
+
+
 def test_split_by_moving_a_page(huge):
     """mremap of one page splits the block; its neighbours stay what and where they were."""
     elsewhere = huge.vm.memory(PAGE)
@@ -69,6 +76,40 @@ def test_split_of_the_page_itself(huge, host, ssh):
         assert huge.vm.guest.read(IPA + 8) == 1
         assert not huge.leaf(0).is_block
     huge.settle()
+
+
+@resting
+def test_copy_on_write_of_a_huge_page(huge, fork, host):
+    """Up to 5.7 it is copied whole; later its mapping is split, and one page copied."""
+    whole = host.kernel_version < (5, 8)
+    child = fork()
+    if not whole:  # 5.4.y would copy for a guest that only reads, see test_fork.py
+        assert huge.vm.guest.read(IPA + 8) == 1
+        assert huge.leaf(0).is_block and not huge.leaf(0).writable
+    with huge.host_does(Operation.COW_COPY_HUGE if whole else Operation.COW_COPY, 5, 1):
+        huge.memory.write(5 * PAGE + 0x800, b"\xfe\xca\0\0")
+    assert huge.vm.guest.read(IPA + 5 * PAGE + 0x800) == 0xCAFE
+    assert child.read(huge.memory, 5 * PAGE + 0x800, 2) == b"\0\0"
+    assert huge.leaf(5).is_block == whole
+    huge.settle()
+
+
+@pytest.fixture
+def huge_files(host, ssh):
+    """Shared memory and memfds get huge pages."""
+    enabled = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    ssh.run(f"echo always > {enabled}")
+    yield
+    ssh.run(f"echo never > {enabled}")
+
+
+def test_split_of_a_huge_page_of_a_file(make_scene, huge_files):
+    """Its mapping is not split but dropped: pages of a file are found again when they are asked for."""
+    scene = make_scene(2 * IN_A_BLOCK, shared=True)
+    assert scene.leaf(0).is_block and scene.leaf(IN_A_BLOCK).is_block
+    with scene.host_does(Operation.THP_SPLIT_FILE, 9, 1):
+        scene.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
+    scene.settle()
 
 
 @pytest.fixture

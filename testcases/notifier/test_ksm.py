@@ -4,6 +4,7 @@ mm/ksm.c write_protect_page, replace_page: both tell of each page, and up to 6.9
 now shared (kvm_set_spte_hva): stage 2 may map it, read-only.
 """
 
+import numpy as np
 import pytest
 
 from framework.host.memory import PAGE, Advice
@@ -40,9 +41,11 @@ def frames(scene):
 @resting
 def test_merge(alike, host, witness):
     """All alike become one frame; the guest reads it there, and may not write it."""
-    vm = alike.vm
+    vm, before = alike.vm, alike.memory.frames()
     with witness(Operation.KSM_PROTECT, alike.memory, SAME.start * PAGE, len(SAME) * PAGE) as seen:
         merge(alike)
+        for page in np.flatnonzero(alike.memory.frames() != before).tolist():
+            seen.also(Operation.KSM_MERGE, alike.memory, page * PAGE, PAGE)
     assert len(frames(alike)) == 1
     assert seen.count(Call.UNMAP) >= len(SAME)
     assert (seen.count(Call.SET) >= len(SAME)) == (host.kernel_version < (6, 10))

@@ -1,5 +1,7 @@
 """Notifiers: each operation's duty, its range, and every breach of it recognised by name."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from framework.model.notifier import (
     Notice,
     Operation,
     Told,
+    Violation,
     document,
     table,
     unasked,
@@ -220,6 +223,20 @@ def test_where_nobody_is_to_be_told_nobody_may_be():
         assert heard(Operation.COW_REUSE, leaf(5), (call, PAGE_5)) == [(Breach.TOLD, IPA + 5 * PAGE)]
     elsewhere = (VMA[1], VMA[1] + PAGE)
     assert heard(Operation.COW_REUSE, leaf(5), (Call.TEST, PAGE_5), (Call.UNMAP, elsewhere)) == []
+
+
+def test_what_one_operation_tells_of_is_not_held_against_the_other():
+    """A fork tells of private memory, and of no shared memory beside it."""
+    page_6 = (HVA + 6 * PAGE, HVA + 7 * PAGE)
+    said = [notice(Operation.MPROTECT_READ, *PAGE_5), notice(Operation.FORK_SHARED, *page_6)]
+    both = [(Call.UNMAP, PAGE_5), (Call.UNMAP, page_6)]
+    assert unheard(said, [SLOT], leaf(5) | leaf(6), both[:1]) == []
+    assert unheard(said, [SLOT], leaf(5) | leaf(6), both) == [Violation(Breach.TOLD, IPA + 6 * PAGE)]
+
+
+def test_every_operation_is_witnessed_by_a_case():
+    cases = "".join(path.read_text() for path in (ROOT / "testcases").rglob("*.py"))
+    assert [operation for operation in Operation if not re.search(rf"Operation\.{operation.name}\b", cases)] == []
 
 
 def test_the_documentation_is_the_models():
