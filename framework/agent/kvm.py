@@ -274,6 +274,8 @@ class Vm:
     def close_part(self, what):
         if what == "run":
             self.vcpus[0].run.close()
+        elif what == "vgic":
+            self.vgic.close()
         else:
             os.close(self.fd if what == "vm" else self.vcpus[0].fd)
 

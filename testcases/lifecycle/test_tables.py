@@ -13,8 +13,10 @@ import pytest
 from framework.host.facilities import free_memory
 from framework.host.fleet import Fleet
 from framework.host.memory import PAGE, Advice, Child
+from framework.host.vgic import Frame
 
 IPA = 0x8000_0000
+GICD, GICC = 0x2C00_1000, 0x2C00_2000
 GIB = 1 << 30
 pytestmark = pytest.mark.native
 
@@ -97,10 +99,17 @@ def test_tables_go_with_their_memslot(vm, page_trace, tables):
     assert added <= pages.freed and tables(vm) == before
 
 
-def test_tables_are_there_while_anybody_holds_the_vm(make_vm, page_trace, tables, host):
-    """The VM's descriptor, the vCPU's and the mapping of its run page, in every order: the last one closed frees."""
-    for order in itertools.permutations(("vm", "vcpu", "run")):
+@pytest.mark.parametrize("parts", [("vm", "vcpu", "run"), ("vm", "vcpu", "run", "vgic")], ids="-".join)
+def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_trace, tables, host, parts):
+    """The VM's descriptor, the vCPU's, the mapping of its run page and the VGIC's descriptor, in every order: the last
+    one closed frees."""
+    for order in itertools.permutations(parts):
         vm = make_vm()
+        if "vgic" in parts:
+            vgic = make_vgic(vm)
+            vgic.place(Frame.DISTRIBUTOR, GICD)
+            vgic.place(Frame.CPU_INTERFACE, GICC)
+            vgic.init()
         vm.add_memory(IPA, PAGE)
         vm.guest.write(IPA, 1)
         own = tables(vm)
