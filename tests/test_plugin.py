@@ -174,18 +174,39 @@ def test_a_splat_when_the_vms_go_is_the_tests(run, isolation):
 
 
 KNOWN = """
+import pytest
 def test_known(host, vm, known_fault):
     host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
     known_fault("something else that is known")
 
 def test_known_and_alone(vm, known_fault):
     known_fault("something that is known")
+
+def end(host):
+    host.machine.process.kill()
+    host.machine.process.wait()
+
+@pytest.mark.may_end_host
+def test_known_and_fatal(host, vm, known_fault):
+    end(host)
+    known_fault("something that is known to be fatal", fatal=True)
+
+def test_fatal_for_others_too(host, vm, known_fault):
+    end(host)
+    known_fault("something that is known to be fatal", fatal=True)
+
+def test_that_comes_after(vm):
+    vm.guest.ping()
 """
 
 
 def test_a_known_fault_excuses_nothing_else(run):
     code, said = run(KNOWN, "--host", "arm64", "-k", "A64")
-    assert code == 1 and "1 failed" in said and "1 xfailed" in said and "kernel-splat" in said
+    assert (
+        code == 1 and all(count in said for count in ("2 failed", "1 passed", "2 xfailed")) and "kernel-splat" in said
+    )
+    assert re.search(r"XFAIL .*test_known_and_fatal.* known to be fatal", said)
+    assert re.search(r"FAILED .*test_fatal_for_others_too", said) and "after the test, its host is lost" in said
 
 
 LIE = """

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -29,7 +30,7 @@ from framework.recorder.recorder import Recorder
 from framework.recorder.recording import Recording
 
 from .ahead import expect_next, first_vm, plugin_for, with_probe
-from .judgement import HostLost, HostSession, contract
+from .judgement import HostLost, HostSession, KnownDeath, contract
 from .selection import owner_of
 from .stash import BLAMED, FAILED, POOL, SESSION
 
@@ -93,7 +94,7 @@ def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> 
         _collect(node, session)
         pool.keep(host.config.name)
         return
-    why = None if failed and session.alone else _destroy_vms(session)
+    why = None if session.dead or (failed and session.alone) else _destroy_vms(session)
     if not host.machine.alive:
         session.folder.write("lost.txt", str(host.machine.lost()))
     _collect(node, session)
@@ -301,10 +302,15 @@ def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], 
 
 
 @pytest.fixture
-def known_fault() -> Callable[[str], None]:
+def known_fault() -> Callable[..., NoReturn]:
     """``known_fault(text)``: the kernel shows exactly this fault, which its developers know; cite them.
 
     Call it only where the very wrong result was recognised: the case is then reported as an expected
-    failure with ``text``. Any other wrong result must fail, and a mended kernel passes.
+    failure with ``text``. Any other wrong result must fail, and a mended kernel passes. ``fatal=True``: the fault took
+    the host along, which a case marked ``may_end_host`` has for itself.
     """
-    return pytest.xfail
+
+    def known(text: str, *, fatal: bool = False) -> NoReturn:
+        raise (KnownDeath if fatal else pytest.xfail.Exception)(text)
+
+    return known

@@ -29,6 +29,10 @@ class HostLost(pytest.fail.Exception):
         self.cause = cause
 
 
+class KnownDeath(pytest.xfail.Exception):
+    """A known fault, which took the host along: there is nothing left to judge."""
+
+
 class HostSession:
     """What the lab holds of one test: its host, its oracle, its folder; and the judgement at its end."""
 
@@ -36,6 +40,7 @@ class HostSession:
         """``alone``: all that this machine has said is the test's."""
         self.host = host
         self.alone = alone
+        self.dead = False  #: by a known fault
         first = host not in _ORACLES
         self.oracle = _ORACLES.setdefault(host, Oracle(host))  # it remembers what it has found of the host
         self.folder = folder
@@ -66,7 +71,9 @@ def pytest_runtest_call(item: pytest.Item):
     try:
         result = yield
     except (Exception, pytest.fail.Exception) as e:
-        if session is not None and not isinstance(e, pytest.skip.Exception):
+        if session is not None and session.alone and isinstance(e, KnownDeath):
+            session.dead = True
+        elif session is not None and not isinstance(e, pytest.skip.Exception):
             _judge_failed(item, session, known=isinstance(e, pytest.xfail.Exception))
         raise
     if session is not None:

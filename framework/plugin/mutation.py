@@ -86,7 +86,8 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         return
     quick = config.getoption("--quick")
     hosts = [c.name for c in config.stash[POOL].configs.values() if c.has_kvm]
-    cases = {host: [i for i in items if needs_host(i) and host_name(i) == host] for host in hosts}
+    suite = [item for item in items if needs_host(item) and not item.get_closest_marker("may_end_host")]
+    cases = {host: [item for item in suite if host_name(item) == host] for host in hosts}
     items[:] = [
         MutantItem.from_parent(
             session, name=f"{host}/{m.name}", mutant=m, host=host, cases=_ordered(m, cases[host], quick)

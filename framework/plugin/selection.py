@@ -70,6 +70,8 @@ def owner_of(item: pytest.Item) -> Owner:
     """Who shares a host with this case: as its mark or ``--isolation`` says; all cases that one mutant meets."""
     if item.config.stash.get(MUTANT, False):
         return EVERYBODY
+    if item.get_closest_marker("may_end_host"):
+        return Owner(item.nodeid, alone=True)
     mark = item.get_closest_marker("isolation")
     match mark.args[0] if mark else item.config.getoption("--isolation"):
         case "test":

@@ -8,10 +8,11 @@ import errno
 
 import pytest
 
-from framework.errors import HostOsError
+from framework.errors import HostOops, HostOsError
 from framework.guest.driver import RunFailed
 from framework.host.memory import PAGE
 from framework.host.vgic import GICC_IIDR, Frame
+from framework.oracle import Kind
 
 GICD, GICC = 0x2C00_1000, 0x2C00_2000
 UNSET = (1 << 64) - 1
@@ -56,6 +57,28 @@ def test_reaching_beyond_the_ipa_space(vgic, host, known_fault):
     else:
         assert vgic.place_of(Frame.CPU_INTERFACE) == (1 << 40) - PAGE and host.kernel_version < (5, 16)
         known_fault('only its beginning is looked at (before c56a87da0a7f, "Check cpu interface region ...", 5.16)')
+
+
+@pytest.mark.may_end_host
+def test_running_what_reaches_beyond_the_ipa_space(vm, vgic, oracle, known_fault):
+    """Where KVM has taken that place, the first run maps both pages: it must be refused."""
+    vgic.place(Frame.DISTRIBUTOR, GICD)
+    try:
+        vgic.place(Frame.CPU_INTERFACE, (1 << 40) - PAGE)
+    except HostOsError:
+        return  # see above
+    try:
+        vm.guest.ping()
+    except RunFailed as e:
+        assert e.errno == errno.ERANGE
+        return
+    except HostOops as oops:
+        assert "kvm_phys_addr_ioremap" in str(oops)
+        known_fault("5.4 arm: kvm_phys_addr_ioremap() takes what lies behind the root table for an entry", fatal=True)
+    ((_, findings),) = oracle.examine(vm)
+    assert [(finding.kind, finding.ipa) for finding in findings] == [(Kind.OUTSIDE_MEMSLOTS, 0)]
+    vm.destroy()
+    known_fault("5.4 arm64: the second page of the CPU interface is mapped at IPA 0")
 
 
 @pytest.mark.parametrize("frame", Frame, ids=lambda f: f.name.lower())
