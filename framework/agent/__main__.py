@@ -73,7 +73,7 @@ class Agent:
         self._vms.pop(vm).close()
 
     def vm_close(self, vm, what):
-        """Close one of the handles that keep a VM: "vm", "vcpu" (the descriptor) or "run" (its mapping), of vCPU 0."""
+        """Close one of what keeps a VM: "vm", "vgic", and of vCPU 0 "vcpu" (the descriptor) or "run" (its mapping)."""
         self._vms[vm].close_part(what)
 
     def vm_destroy_elsewhere(self, vm):

@@ -309,7 +309,10 @@ class Vm:
         old = self.slots.pop(slot.slot, None)
         if slot.size:
             self.slots[slot.slot] = slot
-        if slot.logging and (old is None or not old.logging):
+        moved = old is not None and bool(slot.size) and old.ipa != slot.ipa
+        if moved:
+            self.written.forget(old)
+        if slot.logging and (moved or old is None or not old.logging):
             self.written.forget(slot)
         return self._memslot(slot)
 

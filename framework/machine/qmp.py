@@ -33,7 +33,7 @@ class Qmp:
         # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
         # another is ended in another.
         self._loop = asyncio.new_event_loop()
-        self._turn = threading.RLock()
+        self._turn, self._closed = threading.RLock(), False
         asyncio.set_event_loop(self._loop)
         self._protocol = QEMUMonitorProtocol(sock, nickname=name)
         self._protocol.settimeout(timeout)
@@ -46,6 +46,8 @@ class Qmp:
     def __call__(self, command: str, **arguments: object) -> object:
         """Execute a command and return its result. Raises one of :data:`FAILURES`."""
         with self._turn:
+            if self._closed:  # while this thread waited for its turn
+                raise EOFError("the connection is closed")
             return self._protocol.cmd(command, **arguments)
 
     def give(self, fd: int, name: str) -> None:
@@ -68,6 +70,7 @@ class Qmp:
             with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
                 self._protocol.close()
             self._loop.close()
+            self._closed = True
         for logger in self._loggers:
             logger.removeHandler(self._handler)
         self._handler.close()

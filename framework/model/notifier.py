@@ -63,6 +63,7 @@ class Operation(Enum):
     DONTNEED = "madvise(MADV_DONTNEED)"
     FREE = "madvise(MADV_FREE), the call"
     FREE_RECLAIMED = "reclaim of a page given up with MADV_FREE"
+    RECLAIM_GIVEN_UP = "the same of a page that was written since, which is kept"
     MUNMAP = "munmap, the memslot still there"
     MREMAP = "mremap, the range it leaves"
     MPROTECT_READ = "mprotect(PROT_READ)"
@@ -110,6 +111,8 @@ RULES: dict[Operation, Rule] = {
     # The frame stays, but is marked clean: a write through a leaf that was left writable would be lost.
     _O.FREE: Rule(_RO, Told.RANGE),
     _O.FREE_RECLAIMED: Rule(_GO, Told.RANGE),
+    # The mapping is taken, found dirty and put back (mm/rmap.c try_to_unmap_one).
+    _O.RECLAIM_GIVEN_UP: Rule(_STAY, Told.RANGE),
     _O.MUNMAP: Rule(_GO, Told.RANGE),
     _O.MREMAP: Rule(_GO, Told.RANGE),
     _O.MPROTECT_READ: Rule(_RO, Told.RANGE),
@@ -328,7 +331,8 @@ def unheard(
         return out + [Violation(Breach.TOLD, start) for start, _ in taken]
     quiet = _Spans([s for n in notices if not n.call for s in _ipas(slots, n.owed)])
     told = _Spans([s for n in notices if n.call for s in _ipas(slots, n.owed)])
-    return out + [Violation(Breach.TOLD, s[0]) for s in taken if quiet.meets(*s) and not told.meets(*s)]
+    pages = [ipa for ipa in sorted({*_pages_in(taken)}) if quiet.meets(ipa, ipa + _PAGE)]
+    return out + [Violation(Breach.TOLD, ipa) for ipa in pages if not told.meets(ipa, ipa + _PAGE)]
 
 
 def _changed_rights(old: int, new: int, may_go: bool) -> Breach | None:

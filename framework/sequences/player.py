@@ -22,9 +22,7 @@ from framework.oracle.oracle import Oracle, Sighting
 from framework.oracle.witness import leaves_of
 
 from .steps import PAGES, Kind, Step
-from .world import PAGE, PLACES, SIZE, Answer, Look, World, spare_tables
-
-_MEMSLOT = (Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
+from .world import PAGE, PLACES, SET, SIZE, Answer, Look, World, spare_tables
 
 
 class Broken(AssertionError):
@@ -112,17 +110,23 @@ class Player:
         self._child = None
 
     def end(self) -> None:
-        """Give everything back."""
-        with suppress(LabError):
-            self._end_child()
-            self._vm.destroy()
-            if self._vm in self._host.vms:
-                self._host.vms.remove(self._vm)
-            self._memory.unmap()
-            if self._swap:
-                self._swap.close()
-            if self.broken:
+        """Give everything back, as far as the host lets."""
+        for give_back in (self._end_child, self._end_vm, self._memory.unmap, self._end_swap):
+            with suppress(LabError):
+                give_back()
+        if self.broken:
+            with suppress(LabError):
                 self._oracle.splats()  # what the kernel says of a broken VM's end is not the next player's
+
+    def _end_vm(self) -> None:
+        self._vm.destroy()
+        if self._vm in self._host.vms:
+            self._host.vms.remove(self._vm)
+
+    def _end_swap(self) -> None:
+        if self._swap:
+            self._swap.close()
+        self._swap = None
 
     def can(self, step: Step) -> bool:
         """Whether this kernel has a way to do that: to age pages, some have none, or no other than to page them out."""
@@ -202,7 +206,7 @@ class Player:
                 self._guest(step)
             case Kind.HOST_READS | Kind.HOST_WRITES:
                 self._touch(step)
-            case kind if kind in _MEMSLOT:
+            case kind if kind in (Kind.SLOT_DELETE, *SET):
                 wanted = self.world.wanted(step)
                 self._vm.set_memslot(_numbered(wanted))
                 return self.world.set(wanted)

@@ -65,6 +65,7 @@ class World:
     rights: list[Rights] = field(default_factory=lambda: [Rights.WRITE] * PAGES)
     #: What each page may hold: one value, or two after MADV_FREE.
     content: list[set[int]] = field(default_factory=lambda: [{ZERO} for _ in range(PAGES)])
+    freed: set[int] = field(default_factory=set)  #: pages given up with MADV_FREE, whatever became of them
     child: list[Rights] | None = None  #: what a forked child may do, which is what the VMM might when it forked
     written: int = 0  #: stores so far; each stores another value
 
@@ -78,8 +79,8 @@ class World:
         for number in SLOTS:
             self.slots.set(self._slot(number))
 
-    def _slot(self, number: int, flags: SlotFlags = SlotFlags.NONE) -> Memslot:
-        return Memslot(number, self.starts[number], SIZE, self.hva, flags)
+    def _slot(self, number: int) -> Memslot:
+        return Memslot(number, self.starts[number], SIZE, self.hva)
 
     def ipa(self, step: Step) -> int:
         """Where the guest has the step's page, by the step's memslot, there or deleted."""
@@ -106,7 +107,7 @@ class World:
         """The memslots that KVM is asked for, to create or to change."""
         if step.kind is Kind.NEW_VM:
             return [self._slot(number) for number in SLOTS]
-        return [self.wanted(step)] if step.kind in _SET else []
+        return [self.wanted(step)] if step.kind in SET else []
 
     def set(self, slot: Memslot) -> tuple[tuple[int, int], ...]:
         """KVM has taken this memslot. The IPA ranges, as (start, size) in bytes, that must be gone."""
@@ -147,6 +148,8 @@ class World:
                 return self.ages
             case Kind.PAGE_OUT:
                 return self.swaps
+            case Kind.NEW_VM:  # whose own memory might come to lie in a hole
+                return Rights.HOLE not in self.rights
         return True
 
     def value_for(self, step: Step) -> int:
@@ -179,6 +182,7 @@ class World:
         """The host's memory operation was carried out."""
         match step.kind:
             case Kind.DONTNEED | Kind.REPLACE:
+                self.freed -= {*self.pages(step)}
                 for page in self.pages(step):
                     self.content[page] = {ZERO}
                     if step.kind is Kind.REPLACE:
@@ -189,7 +193,9 @@ class World:
             case Kind.MREMAP:
                 self.content[step.to], self.rights[step.to] = self.content[step.page], self.rights[step.page]
                 self.rights[step.page] = Rights.HOLE
+                self.freed = self.freed - {step.page, step.to} | ({step.to} if step.page in self.freed else set())
             case Kind.FREE:
+                self.freed |= {*self.pages(step)}
                 for page in self.pages(step):
                     self.content[page] |= {ZERO}
             case Kind.PROTECT_NONE | Kind.PROTECT_READ | Kind.PROTECT_WRITE:
@@ -200,22 +206,40 @@ class World:
             case Kind.CHILD_EXITS:
                 self.child = None
 
-    def notices(self, step: Step, before: Look, after: Look) -> list[Notice]:
-        """What the step owes stage 2 by way of the notifiers."""
+    def notices(self, step: Step, before: Look, after: Look) -> list[list[Notice]]:
+        """What the step owes stage 2 by way of the notifiers: one of these lists."""
         match step.kind:
             case Kind.FORK:
-                return [self._notice(Operation.FORK, 0, PAGES - 1)]
+                return [[self._notice(Operation.FORK, 0, PAGES - 1)]]
             case Kind.MREMAP:
-                return [self._notice(Operation.MREMAP, step.page), self._notice(Operation.MUNMAP, step.to)]
-            case Kind.PAGE_OUT:
-                out = [page for page in self.pages(step) if before.frames[page] and not after.frames[page]]
-                aged = self._notice(Operation.AGE, step.page, step.last)  # what stays in has become older
-                return [aged, *(self._notice(Operation.SWAP_OUT, page) for page in out)]
+                return [[self._notice(Operation.MREMAP, step.page), self._notice(Operation.MUNMAP, step.to)]]
+            case Kind.AGE | Kind.PAGE_OUT:
+                return [self._aged_or_out(step, before, after)]
             case Kind.GUEST_READS | Kind.GUEST_WRITES | Kind.HOST_READS | Kind.HOST_WRITES:
-                return [self._notice(_what_became(before.frames[step.page], after.frames[step.page]), step.page)]
+                became = self._what_became(before.frames[step.page], after.frames[step.page])
+                return [[self._notice(operation, step.page)] for operation in became]
         if step.kind in _OPERATIONS:
-            return [self._notice(_OPERATIONS[step.kind], step.page, step.last)]
-        return []
+            return [[self._notice(_OPERATIONS[step.kind], step.page, step.last)]]
+        return [[]]
+
+    def _what_became(self, before: int, after: int) -> list[Operation]:
+        """Which operation a touch was, by the frames: a first page, the same page, or a copy."""
+        if before:
+            return [Operation.COW_REUSE if before == after else Operation.COW_COPY]
+        # What a child has swapped out, too, comes back and is copied at once.
+        return [Operation.SWAP_IN, *([Operation.COW_COPY] if self.child else [])]
+
+    def _aged_or_out(self, step: Step, before: Look, after: Look) -> list[Notice]:
+        """Pages grow older, or reclaim takes them. (Ageing by way of reclaim takes those given up.)"""
+        notices = [self._notice(Operation.AGE, step.page, step.last)]
+        for page in self.pages(step):
+            out = before.frames[page] and not after.frames[page]
+            if page in self.freed:
+                operation = Operation.FREE_RECLAIMED if out else Operation.RECLAIM_GIVEN_UP
+                notices.append(self._notice(operation, page))
+            elif out and step.kind is Kind.PAGE_OUT:
+                notices.append(self._notice(Operation.SWAP_OUT, page))
+        return notices
 
     def _notice(self, operation: Operation, page: int, last: int = 0) -> Notice:
         start, end = (self.hva + n * PAGE for n in (page, max(page, last) + 1))
@@ -237,7 +261,9 @@ class World:
             was.pop(own, None)
         elif tried and _young(was.get(own)) == now.get(own):
             was.pop(own, None), now.pop(own, None)  # the access flag fault is served before the one that is refused
-        broken = notifier.violations(self.notices(step, before, after), self.slots, self._protected(step, was), now)
+        was = self._protected(step, was)
+        found = [notifier.violations(notices, self.slots, was, now) for notices in self.notices(step, before, after)]
+        broken = min(found, key=len)
         out += [f"IPA {v.ipa:#x}: {v.breach.value}" for v in broken if not (accessed and v.ipa == own)]
         if after.spare_tables:
             out.append(f"{after.spare_tables} table pages map nothing")
@@ -273,7 +299,8 @@ class World:
         return [f"IPA {ipa:#x} is still young" for ipa in young]
 
 
-_SET = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
+#: What gives KVM a memslot.
+SET = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
 #: What a memslot's memory must be, if guests may write it (EPERM: 5.4 kvm_arch_prepare_memory_region).
 _WRITABLE = {Rights.WRITE, Rights.HOLE}
 #: What fails half done where there is a hole (ENOMEM).
@@ -291,19 +318,11 @@ _OPERATIONS = {
     Kind.PROTECT_READ: Operation.MPROTECT_READ,
     Kind.PROTECT_WRITE: Operation.MPROTECT_WIDER,
     Kind.CHILD_WRITES: Operation.CHILD_WRITE,
-    Kind.AGE: Operation.AGE,
 }
 
 
 def _young(leaf: tuple[int, int] | None) -> tuple[int, int] | None:
     return leaf and (leaf[0], leaf[1] | d.AF.mask)
-
-
-def _what_became(before: int, after: int) -> Operation:
-    """Which operation a touch was, by the frames: a first page, the same page, or a copy."""
-    if not before:
-        return Operation.SWAP_IN
-    return Operation.COW_REUSE if before == after else Operation.COW_COPY
 
 
 def spare_tables(pages: int, leaves: Leaves) -> int:

@@ -50,8 +50,10 @@ def test_protecting_a_page_in_a_block(huge):
 
 def test_split_that_takes_nothing(huge):
     """Another right for one page splits the mapping, not the huge page: all is told of, frames and rights stay."""
+    frames = huge.memory.frames()
     with huge.host_does(Operation.THP_SPLIT, 9, 1):
         huge.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
+    assert (huge.memory.frames() == frames).all()
     huge.settle()
 
 

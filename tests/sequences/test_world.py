@@ -142,6 +142,34 @@ def test_what_is_paged_out_must_be_gone_and_nothing_else():
     assert not world(swaps=False).allows(out)
 
 
+def test_what_was_given_up_may_be_unmapped_and_kept_or_taken():
+    """Written since, or not: reclaim tries."""
+    w = world()
+    w.host_did(Step(Kind.FREE, page=3, last=3))
+    for kind in (Kind.PAGE_OUT, Kind.AGE):
+        tried, taken = Step(kind, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
+        assert complaints(tried, look(leaf(3)), look(), w) == complaints(tried, look(leaf(3)), look(leaf(3)), w) == []
+        assert complaints(tried, look(leaf(3)), look(frames=taken), w) == []
+        assert only(complaints(tried, look(leaf(3)), look(leaf(3), frames=taken), w), "old frame is still mapped")
+    assert only(complaints(Step(Kind.AGE, page=4, last=4), look(leaf(4)), look(), w), "outside what may go")
+    w.host_did(Step(Kind.MREMAP, page=3, to=9))
+    assert w.freed == {9}
+    w.host_did(Step(Kind.REPLACE, page=9, last=9))
+    assert w.freed == set()
+
+
+def test_what_comes_back_from_swap_may_be_copied_at_once():
+    """A child has it, too; then change_pte maps the copy where a level 3 table is left."""
+    out, w = (*FRAMES[:3], 0, *FRAMES[4:]), world()
+    before, now = look(leaf(4), frames=out), leaf(4) | leaf(3, s2ap=d.Grant.READ)
+    touch = Step(Kind.HOST_WRITES, page=3)
+    assert complaints(touch, before, before, w) == []
+    assert only(complaints(touch, before, look(now), w), "no guest had asked")
+    w.host_did(Step(Kind.FORK))
+    assert complaints(touch, before, look(now), w) == complaints(touch, before, look(leaf(4)), w) == []
+    assert complaints(touch, before, look(leaf(4) | leaf(3)), w) != []
+
+
 def test_what_lies_in_other_tables_stays():
     """The memory is half in one 2 MiB block and half in the next: what is announced in one goes in that one only."""
     drop = Step(Kind.DONTNEED, page=2, last=4)
