@@ -73,12 +73,15 @@ def test_freed_pages_are_reclaimed(scene, settle):
 
 
 @pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
-def test_freed_pages_that_were_written_since_are_kept(scene, settle):
-    """Reclaim takes the mapping of each, finds it dirty, and puts it back: the frame stays."""
+def test_freed_pages_that_were_written_since_are_kept(scene, settle, host):
+    """Reclaim takes the mapping of each, finds it dirty, and puts it back: the frame stays, this time."""
     scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
     with scene.guests_at_work():
         pass
     frames = scene.memory.frames(8 * PAGE, 16 * PAGE)
-    scene.page_out(Operation.RECLAIM_GIVEN_UP, 8, 16)
+    host.agent("memory_drain")
+    with scene.host_does(Operation.RECLAIM_GIVEN_UP, 8, 16):
+        for _ in range(1 if host.kernel_version >= (6, 9) else 2):  # up to 6.8 the first only ages
+            scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
     assert (scene.memory.frames(8 * PAGE, 16 * PAGE) == frames).all()
     settle()
