@@ -1,7 +1,9 @@
-"""The console is taken off QEMU's hands: single bytes that nobody reads do not stop the writer."""
+"""The console is taken off QEMU's hands: single bytes that nobody reads do not stop the writer. No line is lost."""
 
 import socket
+import time
 
+from framework.machine.console import Console
 from framework.machine.pump import Pump
 
 
@@ -44,3 +46,18 @@ def test_what_a_person_types_arrives(tmp_path):
     assert qemu.recv(16) == b"ls\n"
     end.close()
     assert qemu.recv(16) == b""
+
+
+def test_a_line_that_was_polled_is_there_for_who_waits_for_it(tmp_path):
+    """A boot waits for a line and looks after the machine in turns, which takes in what has come."""
+    qemu, lab = socket.socketpair()
+    console = Console(lab, tmp_path / "log")
+    qemu.sendall(b"arm-kvm: init\r\narm-kvm: up\r\n")
+    while console.lines_seen < 2:
+        console.poll()
+        time.sleep(0.01)
+    qemu.sendall(b"later\r\n")
+    assert list(console.lines(1.0)) == ["arm-kvm: init", "arm-kvm: up", "later"]
+    assert list(console.lines(0)) == []
+    qemu.close()
+    console.close()

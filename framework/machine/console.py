@@ -48,6 +48,7 @@ class Console:
         self._sock = sock = Pump(sock, log).end
         self._spawn = fdspawn(sock, encoding="utf-8", codec_errors="replace", timeout=0)
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._polled: deque[str] = deque(maxlen=_TAIL_LINES)  # and not yet given by lines()
         self.log = log
         self.lines_seen = 0
         self.ended = False
@@ -88,14 +89,19 @@ class Console:
                 return
 
     def lines(self, timeout: float) -> Iterator[str]:
-        """Lines as they come, until ``timeout`` seconds brought none or the host is lost."""
+        """Lines as they come, until ``timeout`` seconds brought none or the host is lost.
+
+        What :meth:`poll` has taken in comes first: whoever waits for a line looks after the machine now and then.
+        """
+        while self._polled:
+            yield self._polled.popleft()
         while (line := self._next_line(timeout)) is not None:
             yield line
 
     def poll(self) -> None:
         """Take in what has arrived, without waiting. Sets :attr:`failure`."""
-        while self._next_line(0) is not None:
-            pass
+        while (line := self._next_line(0)) is not None:
+            self._polled.append(line)
 
     def take_over(self) -> socket.socket:
         """The console's own socket, for a person; the lab reads no further."""

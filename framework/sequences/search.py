@@ -164,7 +164,9 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
         def dirty_log(self, step: Step) -> None:
             self._do(step)
 
-        @rule(step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE], Kind.NEW_VM))
+        @rule(
+            step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE], *3 * [Kind.NEW_VM])
+        )
         def vmm(self, step: Step) -> None:
             self._do(step)
 
