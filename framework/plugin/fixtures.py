@@ -277,7 +277,8 @@ def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
 
     Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
     so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run: then of what
-    is mapped only that nothing is gone which the kernel did not tell of.
+    is mapped only that nothing is gone which the kernel did not tell of. ``seen.also(Operation.X, memory, offset,
+    size)`` within the block: it did this, too.
     """
     return Witness(request.node.stash[SESSION].oracle, host)
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import Flaky
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from framework.lab import cache_root
 
 from .player import Broken, Player
-from .steps import PAGES, Kind, Step, every
+from .steps import PAGES, SLOTS, Kind, Step, every
 
 _LENGTH = 20  #: steps of a sequence, at most
 _QUICK, _NIGHTLY = 25, 2000  #: sequences
@@ -156,19 +156,39 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
         def host_protects_or_ages(self, step: Step) -> None:
             self._do(step)
 
-        @rule(step=_any(*4 * [Kind.FORK], Kind.CHILD_WRITES, *4 * [Kind.CHILD_EXITS]))
+        @precondition(lambda self: self.player.world.child is None)
+        @rule(step=_any(Kind.FORK))
+        def fork(self, step: Step) -> None:
+            self._do(step)
+
+        @precondition(lambda self: self.player.world.child is not None)
+        @rule(step=_any(Kind.CHILD_WRITES, *8 * [Kind.CHILD_EXITS]))
         def child(self, step: Step) -> None:
             self._do(step)
 
-        @rule(step=_any(Kind.LOG_ON, Kind.DIRTY_LOG, Kind.LOG_OFF))
-        def dirty_log(self, step: Step) -> None:
+        @precondition(lambda self: any(not slot.logging for slot in self.player.world.slots))
+        @rule(step=_any(Kind.LOG_ON))
+        def log(self, step: Step) -> None:
             self._do(step)
 
-        @rule(
-            step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE], *3 * [Kind.NEW_VM])
-        )
+        @precondition(lambda self: any(slot.logging for slot in self.player.world.slots))
+        @rule(step=_any(Kind.DIRTY_LOG, Kind.LOG_OFF))
+        def logged(self, step: Step) -> None:
+            self._do(self._of_either(step))
+
+        @rule(step=_any(*4 * [Kind.SLOT_DELETE, Kind.SLOT_MOVE], *6 * [Kind.NEW_VM]))
         def vmm(self, step: Step) -> None:
             self._do(step)
+
+        @precondition(lambda self: len([*self.player.world.slots]) < len(SLOTS))
+        @rule(step=_any(Kind.SLOT_CREATE, Kind.SLOT_READONLY))
+        def slot_is_back(self, step: Step) -> None:
+            self._do(self._of_either(step))
+
+        def _of_either(self, step: Step) -> Step:
+            """The step, or the same of the other memslot if that is the one it makes sense for."""
+            other = replace(step, slot=sum(SLOTS) - step.slot)
+            return other if self.player.world.allows(other) and not self.player.world.allows(step) else step
 
         def teardown(self) -> None:
             if not self.player.broken:

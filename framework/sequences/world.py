@@ -305,8 +305,13 @@ SET = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.L
 _WRITABLE = {Rights.WRITE, Rights.HOLE}
 #: What fails half done where there is a hole (ENOMEM).
 _NEED_MAPPED = (
-    *(Kind.DONTNEED, Kind.FREE, Kind.PROTECT_NONE, Kind.PROTECT_READ, Kind.PROTECT_WRITE),
-    *(Kind.AGE, Kind.PAGE_OUT),
+    Kind.DONTNEED,
+    Kind.FREE,
+    Kind.PROTECT_NONE,
+    Kind.PROTECT_READ,
+    Kind.PROTECT_WRITE,
+    Kind.AGE,
+    Kind.PAGE_OUT,
 )
 _RIGHTS = {Kind.PROTECT_NONE: Rights.NONE, Kind.PROTECT_READ: Rights.READ, Kind.PROTECT_WRITE: Rights.WRITE}
 _OPERATIONS = {

@@ -1,5 +1,5 @@
-"""The scene of every case here: a VM with two vCPUs, 64 pages of guest memory that both have written, and a host that
-then does something to some of them. "resting": no guest runs meanwhile, and stage 2 must be exactly what the reference
+"""The scene of nearly every case here: a VM with two vCPUs, 64 pages of guest memory that both have written, and a host
+that does something to some of them. "resting": no guest runs meanwhile, and stage 2 must be exactly what the reference
 model demands and allows. "hammering": both vCPUs go on adding to a word of their own in every page. They map at once
 what they lose, so eight more pages behind those, which no guest uses meanwhile, tell whether anything else went."""
 

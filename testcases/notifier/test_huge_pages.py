@@ -1,4 +1,4 @@
-"""Blocks: transparent huge pages that are split and made, and hugetlbfs.
+"""Blocks: transparent huge pages that are split, copied and made, huge pages of files, and hugetlbfs.
 
 mm/huge_memory.c __split_huge_pmd tells of the aligned 2 MiB, whoever asked for how little; khugepaged.c
 collapse_huge_page moves 512 pages into one. A block must never map what is no longer one huge page (127393fbe597).

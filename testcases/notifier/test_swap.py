@@ -1,4 +1,4 @@
-"""Swap to zram and back, and the pages that MADV_FREE gave up.
+"""Swap to zram and back, and the pages that MADV_FREE gave up; those that KVM marks accessed when they have gone.
 
 mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only when no leaf can write it any more.
 """
@@ -11,7 +11,9 @@ from framework.model.notifier import Operation
 IPA = 0x8000_0000
 #: With a host of their own: a page that was used after it was freed shows when it is given out again.
 pytestmark = [
-    *(pytest.mark.native, pytest.mark.vcpus(2, pinned=True), pytest.mark.usefixtures("swap")),
+    pytest.mark.native,
+    pytest.mark.vcpus(2, pinned=True),
+    pytest.mark.usefixtures("swap"),
     pytest.mark.isolation("module"),
 ]
 
