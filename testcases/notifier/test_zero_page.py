@@ -7,24 +7,50 @@ table is left.
 import pytest
 
 from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Operation
+from framework.model.notifier import CHANGE_PTE_GONE, Operation
+from framework.oracle import Kind, Violation
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
-def test_host_writes_first(scene, host):
+@pytest.fixture
+def stale(host, scene, known_fault):
+    """``stale(violation)``: a page that DONTNEED took is mapped; known up to 6.9, if it is nothing else."""
+
+    def judge(violation):
+        known = "arm64" in host.config.can and host.kernel_version < CHANGE_PTE_GONE
+        dropped = all(IPA + 8 * PAGE <= finding.ipa < IPA + 24 * PAGE for finding in violation.findings)
+        if not known or not dropped or violation.kinds != {Kind.WRONG_FRAME}:
+            raise violation
+        scene.vm.destroy()
+        known_fault(
+            "a change_pte between another invalidation's start and its end maps a page that goes, and a permission "
+            "fault makes it writable (change_pte: removed in 6.10)"
+        )
+
+    return judge
+
+
+def test_host_writes_first(scene, host, stale):
     """The guest has read zeroes; what the host then writes is in another frame, and stage 2 must not keep the old one.
 
     (5.4.y gives a guest that only reads a page of its own, which the host then writes to: see test_fork.py.)
     """
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     if scene.busy:
+        found = None
         with scene.guests_at_work():
             for page in range(8, 24):
                 scene.memory.advise(Advice.DONTNEED, page * PAGE, PAGE)
                 scene.memory.write(page * PAGE + 0x800, b"here")
-                scene.stage2()
+                try:
+                    scene.stage2()
+                except Violation as e:
+                    found = e
+                    break
+        if found:
+            stale(found)
         for page in range(8, 24):
             assert scene.memory.read(page * PAGE + 0x800, 4) == b"here"
             assert scene.vm.guest.read(IPA + page * PAGE + 0x800) == int.from_bytes(b"here", "little")
