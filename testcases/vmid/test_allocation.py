@@ -10,6 +10,8 @@ import pytest
 from framework.host.fleet import Fleet
 
 DATA = 0x8000_0000
+#: A host on which no VMs before these may bring about a rollover.
+unrolled = pytest.mark.isolation("test")
 
 
 def in_order(run, numbers):
@@ -20,6 +22,7 @@ def in_order(run, numbers):
     return all(b == a % ((1 << run.vmid_bits) - 1) + 1 for a, b in steps)
 
 
+@unrolled
 def test_numbers_follow_the_order_of_first_run(make_vms, record, vmid):
     """Not the order of creation: VMs 3, 0, 5, 1 run; 2 and 4 never do, and cost no number."""
     order = [3, 0, 5, 1]
@@ -31,6 +34,7 @@ def test_numbers_follow_the_order_of_first_run(make_vms, record, vmid):
     assert [vmid(vms[index]) for index in order] == run.first_runs
 
 
+@unrolled
 def test_a_vm_that_runs_later_gets_the_next_number(make_vms, record, vmid):
     """Between two VMs' first runs the others run on, and VMs come that never run: neither takes a number."""
     with record() as run:
@@ -44,6 +48,7 @@ def test_a_vm_that_runs_later_gets_the_next_number(make_vms, record, vmid):
     assert vmid(second) == run.first_runs[1]
 
 
+@unrolled
 def test_all_vcpus_share_one(make_vm, record, vmid):
     """Four vCPUs on both CPUs, two of them inside at once."""
     with record() as run:
@@ -59,7 +64,7 @@ def test_all_vcpus_share_one(make_vm, record, vmid):
     assert [vm.guests[-1].read(DATA + 0x1000 * index) for index in range(4)] == [0, 1, 2, 3]
 
 
-@pytest.mark.isolation("test")  # where no VMs before these may bring about a rollover
+@unrolled
 def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
     """A hundred exits, ten moves between CPUs, a second in which the host runs no guest."""
     with record() as run:
