@@ -73,7 +73,7 @@ class Agent:
         self._vms.pop(vm).close()
 
     def vm_close(self, vm, what):
-        """Close one of what keeps a VM: "vm", "vgic", and of vCPU 0 "vcpu" (the descriptor) or "run" (its mapping)."""
+        """Close one that keeps a VM: "vm", "vgic", and of vCPU 0 "vcpu" (the descriptor) or "run" (its mapping)."""
         self._vms[vm].close_part(what)
 
     def vm_destroy_elsewhere(self, vm):

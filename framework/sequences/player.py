@@ -22,7 +22,7 @@ from framework.oracle.oracle import Oracle, Sighting
 from framework.oracle.witness import leaves_of
 
 from .steps import PAGES, Kind, Step
-from .world import PAGE, PLACES, SET, SIZE, Answer, Look, World, spare_tables
+from .world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Look, World, spare_tables
 
 
 class Broken(AssertionError):
@@ -128,10 +128,6 @@ class Player:
             self._swap.close()
         self._swap = None
 
-    def can(self, step: Step) -> bool:
-        """Whether this kernel has a way to do that: to age pages, some have none, or no other than to page them out."""
-        return {Kind.AGE: self._ages, Kind.PAGE_OUT: self._swaps}.get(step.kind, True)
-
     # -- one step ------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
@@ -206,7 +202,7 @@ class Player:
                 self._guest(step)
             case Kind.HOST_READS | Kind.HOST_WRITES:
                 self._touch(step)
-            case kind if kind in (Kind.SLOT_DELETE, *SET):
+            case kind if kind in (Kind.SLOT_DELETE, *GIVES_MEMSLOT):
                 wanted = self.world.wanted(step)
                 self._vm.set_memslot(_numbered(wanted))
                 return self.world.set(wanted)
@@ -360,7 +356,7 @@ def play(host: Host, oracle: Oracle, isa: str, steps: Iterable[Step]) -> Iterato
     player = Player(host, oracle, isa)
     try:
         for step in steps:
-            if player.can(step):
+            if player.world.can(step.kind):
                 player.do(step)
                 yield step
         player.finish()

@@ -82,13 +82,17 @@ class World:
     def _slot(self, number: int) -> Memslot:
         return Memslot(number, self.starts[number], SIZE, self.hva)
 
+    def _present(self, step: Step) -> Memslot | None:
+        """The step's memslot, unless it is deleted."""
+        return self.slots.at(self.starts[step.slot])
+
     def ipa(self, step: Step) -> int:
         """Where the guest has the step's page, by the step's memslot, there or deleted."""
         return self.starts[step.slot] + step.page * PAGE
 
     def wanted(self, step: Step) -> Memslot:
         """The memslot as the step would have it; of size 0 when it is to be deleted."""
-        slot = self.slots.at(self.starts[step.slot]) or self._slot(step.slot)
+        slot = self._present(step) or self._slot(step.slot)
         match step.kind:
             case Kind.SLOT_DELETE:
                 return replace(slot, size=0)
@@ -107,7 +111,7 @@ class World:
         """The memslots that KVM is asked for, to create or to change."""
         if step.kind is Kind.NEW_VM:
             return [self._slot(number) for number in SLOTS]
-        return [self.wanted(step)] if step.kind in SET else []
+        return [self.wanted(step)] if step.kind in GIVES_MEMSLOT else []
 
     def set(self, slot: Memslot) -> tuple[tuple[int, int], ...]:
         """KVM has taken this memslot. The IPA ranges, as (start, size) in bytes, that must be gone."""
@@ -116,9 +120,15 @@ class World:
 
     # -- which steps make sense ------------------------------------------------------------------------------------
 
+    def can(self, kind: Kind) -> bool:
+        """Whether this host has a way to do that: to age pages, some have none, or no other than to page them out."""
+        return {Kind.AGE: self.ages, Kind.PAGE_OUT: self.swaps}.get(kind, True)
+
     def allows(self, step: Step) -> bool:
         """Whether the step can be carried out now."""
-        slot = self.slots.at(self.starts[step.slot])
+        if not self.can(step.kind):
+            return False
+        slot = self._present(step)
         if any(not asked.readonly for asked in self._asked(step)) and not {*self.rights} <= _WRITABLE:
             return False
         if step.kind in _NEED_MAPPED and Rights.HOLE in self.rights[step.page : step.last + 1]:
@@ -144,10 +154,6 @@ class World:
                 return slot is not None and not slot.logging
             case Kind.LOG_OFF | Kind.DIRTY_LOG:
                 return slot is not None and slot.logging
-            case Kind.AGE:
-                return self.ages
-            case Kind.PAGE_OUT:
-                return self.swaps
             case Kind.NEW_VM:  # whose own memory might come to lie in a hole
                 return Rights.HOLE not in self.rights
         return True
@@ -160,7 +166,7 @@ class World:
 
     def answer(self, step: Step) -> Answer:
         """How a guest's access must end."""
-        slot = self.slots.at(self.starts[step.slot])
+        slot = self._present(step)
         if slot is None or (slot.readonly and step.kind is Kind.GUEST_WRITES):
             return Answer.MMIO
         needed = {Rights.WRITE} if step.kind is Kind.GUEST_WRITES else {Rights.READ, Rights.WRITE}
@@ -300,7 +306,7 @@ class World:
 
 
 #: What gives KVM a memslot.
-SET = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
+GIVES_MEMSLOT = (Kind.SLOT_CREATE, Kind.SLOT_READONLY, Kind.SLOT_MOVE, Kind.LOG_ON, Kind.LOG_OFF)
 #: What a memslot's memory must be, if guests may write it (EPERM: 5.4 kvm_arch_prepare_memory_region).
 _WRITABLE = {Rights.WRITE, Rights.HOLE}
 #: What fails half done where there is a hole (ENOMEM).
