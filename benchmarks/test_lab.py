@@ -26,7 +26,7 @@ def test_cold_boot_to_first_agent_answer(benchmark, tmp_path, name, probed):
     hosts = []
 
     def boot():
-        plugin = Probe(host_config.board.qemu) if probed else None
+        plugin = Probe(host_config) if probed else None
         hosts.append(Host.boot(host_config, kernel, tmp_path / "logs", plugin=plugin))
 
     def end():

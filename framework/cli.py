@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,12 @@ from .errors import ConfigError, LabError, NoLiveMachine, NonConformance, Protoc
 from .events import checker, picture
 from .events.trace import Enter, Invalidate, Trace
 from .events.world import full
-from .host import snapshots
+from .host import emulators, snapshots
 from .host.apt import main_archive
 from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
 from .lab import ROOT, cache_root, offline
-from .machine import version
 from .machine.rundir import live_machines, memory_of, run_directory
 from .model import notifier
 from .oracle.oracle import Oracle
@@ -43,6 +43,7 @@ from .terminal import attach
 _out = Console(highlight=False)
 _LEAST_DISK = 4 << 30
 _MUTATED = ("a15", "arm64")
+_QEMU_HELP = "a program, the folder it was built in, or deb:SUITE (default: the host file's)"
 _CONFORM_HOSTS = ("a15", "a15-wide", "arm64", "arm64-vhe")
 
 
@@ -88,7 +89,7 @@ def cmd_hosts(args: argparse.Namespace) -> int:
         keys = host.kernel
         kernel = " ".join(str(keys[k]) for k in ("package", "suite", "image", "path") if k in keys)
         kernel = kernel or Path(keys["url"]).name
-        board = f"{host.board.cpu} x{host.board.cpus}, {host.board.memory >> 20} MiB, {version.of(host.board.qemu)}"
+        board = f"{host.board.cpu} x{host.board.cpus}, {host.board.memory >> 20} MiB, {host.board.qemu.name}"
         table.add_row(name, board, f"{keys['source']}: {kernel}", " ".join(host.guests), " ".join(sorted(host.can)))
     _out.print(table)
     return 0
@@ -119,12 +120,13 @@ def cmd_kernel_build(args: argparse.Namespace) -> int:
 
 def cmd_boot(args: argparse.Namespace) -> int:
     """Boot a host and hand its console to the person at the terminal."""
-    host_config = config.find(args.host)
+    host_config = emulators.fitted(config.find(args.host), args.qemu)
     kernel = obtain(host_config, args.kernel)
     host = Host.boot(host_config, kernel, run_directory() / "logs", extra="armkvm.shell", ssh_port=args.ssh_port)
     try:
         seconds = host.boot_states.reached["agent"]
-        print(f"{host_config.name}: {host.release}, up in {seconds:.1f} s, KVM: {'yes' if host.has_kvm else 'no'}")
+        qemu, kvm = host_config.board.qemu.name, "yes" if host.has_kvm else "no"
+        print(f"{host_config.name}: {host.release} on {qemu}, up in {seconds:.1f} s, KVM: {kvm}")
         print(f"shell:  {host.ssh_command}\ntables: arm-kvm stage2 {host_config.name}")
         print("This is its console; Ctrl-] ends the machine.", flush=True)
         attach(host.machine.console.take_over(), lambda: host.machine.process.poll() is None)
@@ -155,13 +157,14 @@ def cmd_conform(args: argparse.Namespace) -> int:
         print("\n".join(map(str, departures.ALL)))
         return 0
     for name in args.host or _CONFORM_HOSTS:
-        _conform(name, args.cases, secrets.randbits(32) if args.seed is None else args.seed)
+        _conform(name, args.qemu, args.cases, secrets.randbits(32) if args.seed is None else args.seed)
     return 0
 
 
-def _conform(name: str, cases: int, seed: int) -> None:
-    host = config.find(name)
-    again = f"arm-kvm conform --host {name} --cases {cases} --seed {seed}"
+def _conform(name: str, qemu: str | None, cases: int, seed: int) -> None:
+    host = emulators.fitted(config.find(name), qemu)
+    words = ["arm-kvm", "conform", "--host", name, *(["--qemu", qemu] if qemu else [])]
+    again = shlex.join([*words, "--cases", str(cases), "--seed", str(seed)])
     started = time.monotonic()
     with Lab(host, run_directory() / "logs") as lab, progress.task(again, cases, "cases") as advance:
         try:
@@ -171,7 +174,8 @@ def _conform(name: str, cases: int, seed: int) -> None:
                 f"{host.name}: model and silicon differ", remedy=f"repeat it with `{again}`", evidence=str(e)
             ) from e
     minutes = (time.monotonic() - started) / 60
-    print(f"{again}\n{tally}\nno unexplained difference; {tally.cases / minutes:,.0f} cases a minute", flush=True)
+    print(f"{again}\n{host.board.qemu.name}: {tally}")
+    print(f"no unexplained difference; {tally.cases / minutes:,.0f} cases a minute", flush=True)
 
 
 def cmd_trace_check(args: argparse.Namespace) -> int:
@@ -213,7 +217,7 @@ def cmd_trace_draw(args: argparse.Namespace) -> int:
 def cmd_replay(args: argparse.Namespace) -> int:
     """A saved sequence on a fresh host, step by step."""
     steps = sequence_steps.load(args.file)
-    host_config = config.find(args.host)
+    host_config = emulators.fitted(config.find(args.host), args.qemu)
     host = Host.boot(host_config, obtain(host_config, args.kernel), run_directory() / "logs")
     try:
         host.require_kvm()
@@ -230,7 +234,8 @@ def cmd_replay(args: argparse.Namespace) -> int:
     finally:
         host.shutdown()
     left_out = f" ({len(steps) - done} left out: this kernel cannot age pages)" if done < len(steps) else ""
-    print(f"{done} steps on {host_config.name}, {host.release}: as the models say{left_out}")
+    where = f"{host_config.name}, {host.release}, {host_config.board.qemu.name}"
+    print(f"{done} steps on {where}: as the models say{left_out}")
     return 0
 
 
@@ -279,8 +284,9 @@ def cmd_mutate(args: argparse.Namespace) -> int:
     wanted = [word for name in args.only or ["all"] for word in ("--mutate", name)]
     hosts = [word for name in args.host or _MUTATED for word in ("--host", name)]
     kernels = [word for kernel in args.kernel for word in ("--kernel", kernel)]
+    qemus = [word for qemu in args.qemu for word in ("--qemu", qemu)]
     how = ["-q", "--tb=no", "-r", "", "-n", str(args.workers), *(["--quick"] if args.quick else [])]
-    return _pytest(ROOT / "testcases", *how, *wanted, *hosts, *kernels)
+    return _pytest(ROOT / "testcases", *how, *wanted, *hosts, *kernels, *qemus)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:
@@ -349,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     boot = command("boot", cmd_boot, "boot a host: its console here, its ssh line printed")
     boot.add_argument("host")
     boot.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
+    boot.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
     boot.add_argument(
         "--ssh-port", type=int, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
     )
@@ -360,18 +367,21 @@ def _parser() -> argparse.ArgumentParser:
     conformance.add_argument(
         "--cases", type=_positive, default=100_000, metavar="N", help="at least so many (default: 100000)"
     )
+    conformance.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
     conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
     conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
     replay = command("replay", cmd_replay, "play a saved sequence of steps, judged after each")
     replay.add_argument("file", type=Path, metavar="FILE")
     replay.add_argument("--host", default="arm64", metavar="HOST", help="where (default: arm64)")
     replay.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
+    replay.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
     command("obligations", cmd_obligations, "what each memory operation of the host owes to stage 2, as Markdown")
     mutate = command("mutate", cmd_mutate, "break the kernel on purpose, again and again: does the suite notice?")
     mutate.add_argument("--host", action="append", metavar="HOST", help=f"where (default: {' and '.join(_MUTATED)})")
     mutate.add_argument("--only", action="append", metavar="NAME", help="this mutant of configs/mutants (repeatable)")
     mutate.add_argument("--quick", action="store_true", help="run only the cases where the catalogue says to look")
     mutate.add_argument("--kernel", action="append", default=[], metavar="[HOST=]KERNEL", help="as pytest takes it")
+    mutate.add_argument("--qemu", action="append", default=[], metavar="[HOST=]QEMU", help="as pytest takes it")
     mutate.add_argument(
         "--workers", "-n", type=int, default=os.cpu_count() or 1, metavar="N", help="how many at once (default: CPUs)"
     )

@@ -13,10 +13,11 @@ from .errors import ConfigError
 from .guest.isa import ISAS
 from .lab import CONFIGS
 from .machine.board import Board
+from .machine.emulator import Emulator
 from .model.regime import ARMV7, ARMV8, Architecture
 
 _SIZES = {"K": 10, "M": 20, "G": 30}
-_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts", "boot_afresh")
+_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts", "emulator", "boot_afresh")
 _BOARD = ("qemu", "machine", "cpu", "cpus", "memory")
 _KERNEL = {
     "file": ("image",),
@@ -51,6 +52,7 @@ class HostConfig:
     can: frozenset[str]
     guests: tuple[str, ...]
     timeouts: dict[str, float] = field(default_factory=dict)
+    emulator: str = ""  #: where QEMU comes from, as ``--qemu`` takes it; see framework/host/emulators.py
     boot_afresh: str = ""  #: why this host is booted every time and never restored; "" when it is
 
     @property
@@ -168,7 +170,7 @@ def _board(node: Node, can: list[str]) -> Board:
     cpus = node.integer("cpus", 1, 64)
     if cpus > most:
         raise node.wrong("cpus", f"an impossible board: a GICv2 serves {most} CPUs at most, not {cpus}")
-    return Board(qemu, machine, node.text("cpu"), cpus, size)
+    return Board(Emulator.installed(qemu), machine, node.text("cpu"), cpus, size)
 
 
 def _kernel(node: Node) -> dict:
@@ -217,8 +219,8 @@ def load(path: Path) -> HostConfig:
         own.check_keys(tuple(TIMEOUTS), ())
         timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600)) for key in own.values}
     board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
-    if rootfs not in _QEMU[board.qemu]:
-        raise top.wrong("rootfs", f"an impossible board: {board.qemu} does not run {rootfs}")
+    if rootfs not in _QEMU[board.qemu.program]:
+        raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
     return HostConfig(
         name=path.stem,
         path=path,
@@ -229,6 +231,7 @@ def load(path: Path) -> HostConfig:
         can=frozenset(can),
         guests=tuple(top.names("guests")),
         timeouts=timeouts,
+        emulator=top.text("emulator") if "emulator" in top.values else "",
         boot_afresh=top.text("boot_afresh") if "boot_afresh" in top.values else "",
     )
 

@@ -11,6 +11,9 @@
      |    +-- WrongChecksum   7    ... because what it delivered is something else
      |    +-- BuildFailed     8    ... because it did not compile
      |    +-- NoKvm           9    ... because it boots, but has no KVM in it
+     +-- EmulatorError       31  a QEMU cannot be had, or is not one for this host
+     +-- NoProbe             32  the recorder's probe cannot be had for this QEMU
+     +-- PackageError        33  Debian's archive does not give a package
      +-- RootfsError         10  the root file system cannot be made
      +-- CacheFull           11  the disk under the cache is full
      +-- CacheUnusable       25  the cache cannot be written
@@ -102,6 +105,22 @@ class BuildFailed(KernelError):
 
 class NoKvm(KernelError):
     exit_code = 9
+
+
+class EmulatorError(LabError):
+    exit_code = 31
+
+
+class NoProbe(LabError):
+    """What records cannot run; everything else can."""
+
+    exit_code = 32
+
+
+class PackageError(LabError):
+    """The index of a suite cannot be read, or it has no such package, or that is not delivered."""
+
+    exit_code = 33
 
 
 class RootfsError(LabError):

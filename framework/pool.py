@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 
 from .config import HostConfig
-from .errors import AgentError, LabError, MachineError, QemuKilled
-from .host import snapshots
+from .errors import AgentError, LabError, MachineError, NoProbe, QemuKilled
+from .host import emulators, snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.snapshots import Snapshot
@@ -24,7 +24,7 @@ from .machine.machine import Plugin
 from .progress import note
 from .spares import AHEAD, Spares
 
-MakePlugin = Callable[[str], Plugin]
+MakePlugin = Callable[[HostConfig], Plugin]
 _ENTROPY = 64  #: bytes
 _TRUST = 2  #: restores of one kind of host in a row that may fail; then it boots
 
@@ -65,22 +65,29 @@ class Expected:
 
 
 class Pool:
-    """Live hosts by name. ``kernels`` maps a host's name (or "") to the ``--kernel`` given for it.
+    """Live hosts by name. ``kernels`` and ``qemus`` map a host's name (or "") to the ``--kernel`` and ``--qemu`` given.
 
     ``worker`` is part of the names of folders for logs; with ``entropy`` restored hosts have
     random numbers of their own.
     """
 
     def __init__(
-        self, hosts: list[HostConfig], kernels: dict[str, str], artifacts: Path, worker: str, entropy: bool
+        self,
+        hosts: list[HostConfig],
+        kernels: dict[str, str],
+        qemus: dict[str, str],
+        artifacts: Path,
+        worker: str,
+        entropy: bool,
     ) -> None:
         self.configs = {config.name: config for config in hosts}
         self.kept: list[Host] = []
         self.told: set[str] = set()  #: hosts whose trouble a test has already shown in full
-        self._overrides = kernels
+        self._overrides, self._qemus = kernels, qemus
         self.artifacts = artifacts
         self._worker = worker
         self._entropy = entropy
+        self._fitted: dict[str, HostConfig] = {}
         self._kernels: dict[str, Kernel] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._live: dict[str, _Live] = {}
@@ -95,8 +102,8 @@ class Pool:
         and a kernel, if one is given. What is left of them is in a folder of its own (:meth:`folder_apart`).
         """
         folder = self.folder_apart(name, why)
-        other = Pool([self.configs[name]], self._overrides, folder, self._worker, self._entropy)
-        other._prepare = prepare
+        other = Pool([self.configs[name]], self._overrides, self._qemus, folder, self._worker, self._entropy)
+        other._prepare, other._fitted = prepare, self._fitted
         if kernel is None:
             other._kernels, other._snapshots, other._distrust = self._kernels, self._snapshots, self._distrust
         else:
@@ -109,6 +116,16 @@ class Pool:
     def override(self, name: str) -> str | None:
         """The ``--kernel`` that was given for this host."""
         return self._overrides.get(name, self._overrides.get(""))
+
+    def qemu(self, name: str) -> str | None:
+        """The ``--qemu`` that was given for this host."""
+        return self._qemus.get(name, self._qemus.get(""))
+
+    def fitted(self, name: str) -> HostConfig:
+        """The host on its QEMU, which is fetched on first use. Raises Broken."""
+        if name not in self._fitted:
+            self._fitted[name] = self._once(name, lambda: emulators.fitted(self.configs[name], self.qemu(name)))
+        return self._fitted[name]
 
     def kernel(self, name: str) -> Kernel:
         """The host's kernel, fetched or built on first use. Raises Broken."""
@@ -149,10 +166,10 @@ class Pool:
         return live.owner == owner and (has_plugin or not plugin) and host.machine.alive and host.agent.usable
 
     def _start(self, name: str, owner: Owner, make_plugin: MakePlugin | None) -> Host:
-        config, kernel = self.configs[name], self.kernel(name)
+        config, kernel = self.fitted(name), self.kernel(name)
 
         def plugin() -> Plugin | None:
-            return make_plugin(config.board.qemu) if make_plugin else None
+            return make_plugin(config) if make_plugin else None
 
         if not config.boot_afresh and self._distrust[name] < _TRUST:
             try:
@@ -181,7 +198,7 @@ class Pool:
         self._spares.expect({test.owner.name: partial(self._furnished, test) for test in possible})
 
     def _furnished(self, test: Expected) -> Host:
-        plugin = test.make_plugin(self.configs[test.name].board.qemu) if test.make_plugin else None
+        plugin = test.make_plugin(self.fitted(test.name)) if test.make_plugin else None
         host = self._restore(test.name, self._logs(test.name, test.owner), plugin)
         try:
             test.furnish(host)
@@ -193,7 +210,7 @@ class Pool:
     def _snapshot(self, name: str) -> Snapshot:
         if name not in self._snapshots:
             logs = self.artifacts / "hosts" / "-".join(filter(None, (self._worker, name, "snapshot")))
-            self._snapshots[name] = snapshots.obtain(self.configs[name], self.kernel(name), logs)
+            self._snapshots[name] = snapshots.obtain(self.fitted(name), self.kernel(name), logs)
         return self._snapshots[name]
 
     def _logs(self, name: str, owner: Owner) -> Path:
@@ -205,12 +222,15 @@ class Pool:
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
     def _once(self, name: str, action):
-        """Do it, unless something failed for this host before; keep the first error that is the host's own."""
+        """Do it, unless something failed for this host before; keep the first error that is the host's own.
+
+        A QEMU that somebody killed is not, nor a probe that cannot be had: without one, the host is as good as ever.
+        """
         if name in self._broken:
             raise Broken(self._broken[name])
         try:
             return action()
-        except QemuKilled as e:
+        except (QemuKilled, NoProbe) as e:
             raise Broken(e) from e
         except LabError as e:
             self._broken[name] = e

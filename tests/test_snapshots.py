@@ -107,7 +107,7 @@ def test_a_cpu_goes_and_comes_back(restore):
 
 def test_restored_with_the_probe(restore):
     """Its RAM is a copy of its own, which the plugin shares."""
-    host = restore(plugin=Probe(ARM64.board.qemu))
+    host = restore(plugin=Probe(ARM64))
     vm = host.create_vm("A64")
     vm.guest.ping()
     assert Oracle(host).stage2(vm).leaf(0x0800_0000).executable

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import KernelError, SetupError
+from framework.errors import PackageError, SetupError
 from framework.progress import note
 
 _TRIES = 3
@@ -26,7 +26,7 @@ class Archive:
 
 
 def archives() -> list[Archive]:
-    """The Debian repositories with a main component in this machine's apt configuration."""
+    """The Debian repositories with a main component in this machine's apt configuration. Raises SetupError."""
     if shutil.which("apt-get") is None:
         raise SetupError("apt-get is not installed: Debian's packages cannot be had", remedy="use a Debian machine")
     said = subprocess.run(
@@ -43,11 +43,21 @@ def archives() -> list[Archive]:
     rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
     found = [Archive(r[2], r[3]) for r in rows if r[1] == "main" and r[0] in ("Debian", "")]
     if not found:
-        raise SetupError(
-            "apt on this machine has no Debian archive configured, or has never read its index",
-            remedy="run `arm-kvm setup`, which runs apt-get update",
-        )
+        raise _no_archive({r[0] for r in rows})
     return list(dict.fromkeys(found))
+
+
+def _no_archive(origins: set[str]) -> SetupError:
+    if origins:
+        return SetupError(
+            f"apt on this machine has no Debian archive configured, only {', '.join(sorted(origins))}",
+            remedy="add a source of Debian's main component (`man sources.list`), run `apt-get update`, "
+            "and see that debian-archive-keyring is installed",
+        )
+    return SetupError(
+        "apt on this machine has no Debian archive configured, or has never read its index",
+        remedy="run `arm-kvm setup`, which runs apt-get update",
+    )
 
 
 def main_archive() -> str:
@@ -58,18 +68,33 @@ def main_archive() -> str:
     return plain[0]
 
 
+#: Suites that have neither updates nor a security archive: what is newer is in them.
+_ROLLING = ("sid", "unstable", "experimental")
+#: What belongs to a release beside its main suite, and is taken along where this machine has it for its own release.
+_COMPANIONS = ("updates", "security")
+
+
 def source_lines(suite: str) -> list[list[str]]:
     """apt source lines for ``suite``, the fullest set first: with updates and security, then without.
 
-    More than one, because a mirror in the middle of a sync must not stop a build.
+    ``suite`` may be a release or a part of one, such as trixie-backports, which needs its release. Where the updates of
+    another release are is derived from where this machine has those of its own. More than one set, because a mirror in
+    the middle of a sync must not stop a build.
     """
-    base = f"deb {main_archive()} {suite} main"
-    extra = [f"deb {a.uri} {a.suite} main" for a in archives() if a.suite.startswith(f"{suite}-")]
-    return [[base, *extra], [base]] if extra else [[base]]
+    main = main_archive()
+    release = suite.partition("-")[0]
+    base = [f"deb {main} {name} main" for name in dict.fromkeys([release, suite])]
+    parts = [(a.uri, a.suite.partition("-")[2]) for a in archives()]
+    beside = [(uri, part) for uri, part in parts if part in _COMPANIONS and release not in _ROLLING]
+    extra = [f"deb {uri} {release}-{part} main" for uri, part in beside]
+    extra = [line for line in extra if line not in base]
+    if not beside and release not in _ROLLING:
+        note(f"apt on this machine has no updates or security archive configured: {suite} is taken without")
+    return [[*base, *extra], base] if extra else [base]
 
 
 class PrivateApt:
-    """apt for another architecture and suite, with all its state in one folder. Its methods raise KernelError."""
+    """apt for another architecture and suite, with all its state in one folder. Its methods raise PackageError."""
 
     def __init__(self, folder: Path, architecture: str, suite: str) -> None:
         self._folder = folder
@@ -83,6 +108,8 @@ class PrivateApt:
             *("-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root"),
             *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
         ]
+        if "-" in suite:  # backports are taken only when they are asked for
+            self._options += ["-o", f"APT::Default-Release={suite}"]
         self._update()
 
     def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -102,8 +129,8 @@ class PrivateApt:
                     return
                 failure = done.stderr
             if len(lines) > 1:
-                note(f"{self._suite}: an update or security index is broken; going on without them")
-        raise KernelError(
+                note(f"{self._suite}: its updates or security archive cannot be read; going on without them")
+        raise PackageError(
             f"apt cannot read the index of suite {self._suite!r}",
             remedy="correct the suite, or try again when the archive is reachable",
             evidence=failure.strip(),
@@ -113,7 +140,7 @@ class PrivateApt:
         """Names of what ``package`` depends on directly, first alternatives only."""
         done = self._run("apt-cache", "show", "--no-all-versions", package)
         if done.returncode:
-            raise KernelError(
+            raise PackageError(
                 f"suite {self._suite!r} has no package {package!r}",
                 remedy="correct package and suite",
                 evidence=done.stderr.strip(),
@@ -123,11 +150,22 @@ class PrivateApt:
         ]
         return [item.split("|")[0].split("(")[0].split(":")[0].strip() for f in fields for item in f.split(",")]
 
+    def closure(self, package: str) -> list[str]:
+        """Names of all packages that installing ``package`` on an empty machine takes."""
+        done = self._run("apt-get", "install", "--simulate", "--no-install-recommends", package)
+        if done.returncode:
+            raise PackageError(
+                f"suite {self._suite!r} has no package {package!r} that can be installed",
+                remedy="correct the suite",
+                evidence=done.stderr.strip(),
+            )
+        return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("Inst ")]
+
     def download(self, packages: list[str], where: Path) -> list[Path]:
         """Download the packages' .deb files into ``where``."""
         done = self._run("apt-get", "download", *packages, cwd=where)
         if done.returncode:
-            raise KernelError(
+            raise PackageError(
                 f"apt cannot download {' '.join(packages)}",
                 remedy="try again when the archive is reachable",
                 evidence=done.stderr.strip(),

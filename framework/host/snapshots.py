@@ -14,7 +14,6 @@ from pathlib import Path
 from framework import cache
 from framework.config import HostConfig
 from framework.errors import MachineError
-from framework.machine import version
 from framework.machine.board import Boot, command_line
 from framework.machine.machine import Plugin
 from framework.machine.saved import Saved
@@ -75,12 +74,13 @@ def key_of(config: HostConfig, kernel: Kernel) -> str:
     """Of QEMU, board, kernel, root file system, command line and agent."""
     nowhere = {"ram_fd": 0, "console_fd": 0, "qmp_fd": 0, "port_fd": 0, "gdb": Path("gdb"), "ssh_port": 0}
     board = command_line(config.board, Boot(Path("kernel"), Path("initramfs"), config.cmdline), **nowhere)
+    qemu = config.board.qemu
     files = rootfs.obtain(config.rootfs)
     modules = [part for name, data in kernel.modules for part in (name, data)]
     return cache.key_of(
         _FORMAT,
-        version.of(config.board.qemu),
-        board,
+        *qemu.identity,
+        board[len(qemu.command) :],
         kernel.image.read_bytes(),
         *modules,
         files.overlay_key,

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .emulator import Emulator
+
 #: Name of the serial port in /sys/class/virtio-ports/*/name, for whoever wants to be answered fast.
 PORT = "arm-kvm"
 
 
 @dataclass(frozen=True)
 class Board:
-    """Hardware of a host: QEMU binary, ``-machine`` and ``-cpu`` values, CPUs, bytes of RAM."""
+    """Hardware of a host: the QEMU that makes it, ``-machine`` and ``-cpu`` values, CPUs, bytes of RAM."""
 
-    qemu: str
+    qemu: Emulator
     machine: str
     cpu: str
     cpus: int
@@ -54,7 +56,7 @@ def command_line(
     """
     share = "on" if boot or plugin else "off"
     return [
-        board.qemu,
+        *board.qemu.command,
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-machine", f"{board.machine},memory-backend=ram"),
         *("-object", f"memory-backend-file,id=ram,size={board.memory},mem-path=/proc/self/fd/{ram_fd},share={share}"),
@@ -62,7 +64,7 @@ def command_line(
         *("-accel", "tcg,thread=multi"),
         *(("-plugin", plugin) if plugin else ()),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
-        *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"),
         *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),
         *("-chardev", f"socket,id=port,fd={port_fd}"),
         *("-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}"),

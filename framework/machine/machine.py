@@ -91,8 +91,8 @@ class Machine:
 
     def __init__(self, board: Board, what: Boot | Saved, logs: Logs, ssh_port: int, plugin: Plugin | None) -> None:
         """Raises SetupError: there is no such QEMU."""
-        if shutil.which(board.qemu) is None:
-            raise SetupError(f"{board.qemu} is not installed", remedy="run `arm-kvm setup`")
+        if shutil.which(board.qemu.command[0]) is None:
+            raise SetupError(f"{board.qemu.program} is not installed", remedy="run `arm-kvm setup`")
         boot, saved = (None, what) if isinstance(what, Saved) else (what, None)
         self.board = board
         self.logs = logs

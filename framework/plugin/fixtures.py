@@ -296,8 +296,10 @@ def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], 
     def line(path: Path) -> str:
         own = host.config.path.parent == CONFIGS / "hosts"
         words = ["arm-kvm", "replay", str(path), "--host", host.config.name if own else str(host.config.path)]
-        kernel = request.config.stash[POOL].override(host.config.name)
-        return shlex.join([*words, *(["--kernel", kernel] if kernel else [])])
+        pool, name = request.config.stash[POOL], host.config.name
+        for option, chosen in (("--kernel", pool.override(name)), ("--qemu", pool.qemu(name))):
+            words += [option, chosen] if chosen else []
+        return shlex.join(words)
 
     return line
 

@@ -8,7 +8,7 @@ import pytest
 
 from framework import config as host_files
 from framework.errors import ConfigError, LabError
-from framework.machine import version
+from framework.host import emulators
 from framework.pool import Broken, Pool
 
 from .order import worker_of
@@ -31,6 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="kernel for the hosts: an image, a source tree, or deb:PACKAGE@SUITE (repeatable with HOST=)",
     )
     group.addoption(
+        "--qemu",
+        action="append",
+        default=[],
+        metavar="[HOST=]QEMU",
+        help="QEMU for the hosts: a program or the folder it was built in, or deb:SUITE, the package of another Debian "
+        "suite (default: the installed one; repeatable with HOST=)",
+    )
+    group.addoption(
         "--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had"
     )
     group.addoption(
@@ -48,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--recorder",
         choices=("probe", "breakpoints"),
         default="probe",
-        help="how VTTBR and TLB events are recorded: a TCG plugin (QEMU up to 8), or the gdbstub (any QEMU, slow)",
+        help="how VTTBR and TLB events are recorded: a TCG plugin (default), or breakpoints of the gdbstub, slower",
     )
     group.addoption(
         "--isolation",
@@ -60,30 +68,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
 
-def _kernels(values: list[str], hosts: list[str]) -> dict[str, str]:
-    """``--kernel`` values by host; "" for the one that names no host. Raises ConfigError."""
-    kernels: dict[str, str] = {}
+def _by_host(option: str, values: list[str], hosts: list[str]) -> dict[str, str]:
+    """The values of ``--kernel`` or ``--qemu`` by host; "" for the one that names no host. Raises ConfigError."""
+    chosen: dict[str, str] = {}
     for value in values:
         name, equals, rest = value.partition("=")
         known = equals and (name in hosts or name in host_files.host_names())
         name, what = (name, rest) if known else ("", value)
         if known and name not in hosts:
-            raise ConfigError(f"--kernel {value}: host {name} does not run; hosts of this run: {', '.join(hosts)}")
-        if name in kernels:
-            raise ConfigError(f"--kernel {value}: {name or 'every host'} has a kernel already: {kernels[name]}")
-        kernels[name] = what
-    return kernels
+            raise ConfigError(f"{option} {value}: host {name} does not run; hosts of this run: {', '.join(hosts)}")
+        if name in chosen:
+            raise ConfigError(f"{option} {value}: {name or 'every host'} has one already: {chosen[name]}")
+        chosen[name] = what
+    return chosen
 
 
 def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("--host") or list(_DEFAULT_HOSTS)
     try:
         hosts = [host_files.find(name) for name in dict.fromkeys(names)]
-        kernels = _kernels(config.getoption("--kernel"), [host.name for host in hosts])
+        known = [host.name for host in hosts]
+        kernels, qemus = (_by_host(option, config.getoption(option), known) for option in ("--kernel", "--qemu"))
+        for host in hosts:
+            emulators.check(host, qemus.get(host.name, qemus.get("")))
     except LabError as e:
         raise pytest.UsageError(str(e)) from e
     artifacts = Path(config.getoption("--artifacts")).absolute()
-    config.stash[POOL] = Pool(hosts, kernels, artifacts, worker_of(config), config.getoption("--entropy"))
+    config.stash[POOL] = Pool(hosts, kernels, qemus, artifacts, worker_of(config), config.getoption("--entropy"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -113,10 +124,9 @@ def _prepare(config: pytest.Config, needed: set[str]) -> None:
 def _describe(pool: Pool, name: str) -> str:
     config = pool.configs[name]
     try:
+        qemu = pool.fitted(name).board.qemu.name
         kernel = pool.kernel(name).name
     except Broken as e:
-        kernel = f"no kernel: {e.cause.message.splitlines()[0]}"
+        return f"{name}: cannot be used: {e.cause.message.splitlines()[0]}"
     guests = "/".join(config.guests) or "none"
-    return (
-        f"{name}: {version.of(config.board.qemu)}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"
-    )
+    return f"{name}: {qemu}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"

@@ -1,13 +1,13 @@
 /*
  * The recorder's probe: a TCG plugin that logs when chosen instructions are executed, and what changed in the stage-2
  * tables since. It knows no instruction set: framework/recorder/probe.py says, through shared memory, which addresses
- * are of interest, where in QEMU's CPU state their operands are, and how the tables are shaped.
+ * are of interest and which registers hold their operands.
  *
- * Built against plugin API 1 (QEMU 4.2 to 8.2), whose functions are declared here because Debian packages no header.
- * API 1 gives no register values. But the callback at the start of a translation block finds QEMU's CPU state in the
- * register that TCG keeps it in, and all guest registers are in it then. An instruction with an operand ends its block
- * (a system register is written), so its operand is read at the start of the next block, and so is the guest's pc,
- * which must be the one expected: else the layout is not what we think, and `mismatch` says so.
+ * From QEMU 9.0 on the operand is read through the plugin API, before the instruction is executed. Earlier QEMU gives a
+ * plugin no registers. But the callback at the start of a translation block finds QEMU's CPU state in the register that
+ * TCG keeps it in, and all guest registers are in it then. An instruction with an operand ends its block (a system
+ * register is written), so its operand is read at the start of the next block, and so is the guest's pc, which must be
+ * the one expected: else the layout is not what we think, and `mismatch` says so.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -19,33 +19,21 @@
 #include <sys/stat.h>
 #include <time.h>
 
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-enum { QEMU_PLUGIN_CB_NO_REGS };
-typedef void (*tb_trans_cb)(qemu_plugin_id_t, struct qemu_plugin_tb *);
-typedef void (*udata_cb)(unsigned cpu, void *udata);
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, tb_trans_cb);
-void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *, udata_cb, int flags, void *udata);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *, udata_cb, int flags, void *udata);
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
-struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
-uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
+#include "plugin_api.h"
 
-#define EXPORT __attribute__((visibility("default")))
-EXPORT int qemu_plugin_version = 1;
+EXPORT int qemu_plugin_version = API;
 
 /* -- shared memory: the same in probe.py ------------------------------------------------------------------------- */
 
 enum { MAX_POINTS = 64, MAX_CPUS = 16, MAX_FORGET = 1 << 17 };
 enum kind { PLAIN, VTTBR, VTCR, ALL_VMS }; /* what an event means for the tables that are compared */
-enum when { HERE, AFTER, BLOCK };    /* logged at the instruction, after it with operand, at a block that begins here */
+#define NONE (~0u)
 
 struct point {
 	uint64_t vaddr;
-	uint32_t kind, when;
-	uint32_t offset[2]; /* of the operand's halves in the CPU state; ~0: zero */
-	uint32_t width, pad;  /* bytes of each half */
+	uint32_t kind;
+	uint32_t begins_block; /* a block always begins at this instruction */
+	uint32_t reg[2];       /* numbers of the registers that hold the operand's halves, low first; NONE: zero */
 };
 
 struct record {
@@ -58,10 +46,10 @@ struct record {
 struct control {
 	uint64_t epoch;    /* raised by the lab for each recording: forget what was known */
 	uint64_t armed, points, capacity;
-	uint64_t pc_offset, pc_width;
+	uint64_t armv7;    /* 1: 32-bit registers, and VTCR as in Armv7 */
 	uint64_t ram_base, ram_size;
 	uint64_t head;     /* records used; may exceed capacity, the rest is lost */
-	uint64_t mismatch; /* blocks whose pc was not found in the CPU state */
+	uint64_t mismatch; /* operands that were not found where they should be */
 	uint64_t granules; /* roots of a granule other than 4 KiB, whose tables were not followed */
 	uint64_t forgets;  /* roots in forget[]: their VMs are destroyed */
 	uint64_t vttbr[MAX_CPUS], vtcr[MAX_CPUS];
@@ -195,8 +183,8 @@ static struct vm **find(uint64_t root)
 /* Where the tables begin, and how many entries the root has: VTCR.SL0, T0SZ (in Armv7 a signed number of 4 bits). */
 static struct vm *new_vm(uint64_t root, uint64_t vtcr)
 {
-	int a64 = shared->pc_width == 8, sl0 = vtcr >> 6 & 3;
-	int input_bits = a64 ? 64 - (int)(vtcr & 63) : 32 - ((int)(vtcr & 15) ^ 8) + 8;
+	int sl0 = vtcr >> 6 & 3;
+	int input_bits = shared->armv7 ? 32 - ((int)(vtcr & 15) ^ 8) + 8 : 64 - (int)(vtcr & 63);
 	struct vm *v = calloc(1, sizeof(*v));
 
 	v->level = sl0 == 3 ? 3 : 2 - sl0;
@@ -211,7 +199,7 @@ static void look_at(unsigned cpu)
 
 	if (!root)
 		return;
-	if (!*v && shared->pc_width == 8 && vtcr >> 14 & 3) {
+	if (!*v && !shared->armv7 && vtcr >> 14 & 3) {
 		shared->granules++;
 		return;
 	}
@@ -258,8 +246,7 @@ static void heed_the_lab(void)
 
 /* -- events ----------------------------------------------------------------------------------------------------------- */
 
-static volatile char busy;                   /* one event at a time, in the order of the log */
-static const struct point *pending[MAX_CPUS]; /* executed on this CPU, operand not yet read */
+static volatile char busy; /* one event at a time, in the order of the log */
 
 static void event(unsigned cpu, const struct point *p, uint64_t operand)
 {
@@ -279,55 +266,117 @@ static void event(unsigned cpu, const struct point *p, uint64_t operand)
 	__atomic_clear(&busy, __ATOMIC_RELEASE);
 }
 
-static uint64_t load(const uint8_t *at, uint64_t width)
+static int has_operand(const struct point *p)
 {
-	uint64_t value = 0;
-
-	memcpy(&value, at, width);
-	return value;
+	return p->reg[0] != NONE;
 }
 
-static uint64_t operand_of(const struct point *p, const uint8_t *env)
-{
-	uint64_t value = 0;
+/* -- operands, through the plugin API ---------------------------------------------------------------------------------- */
 
-	for (int half = 0; half < 2; half++)
-		if (p->offset[half] != ~0u)
-			value |= load(env + p->offset[half], p->width) << (32 * half);
-	return value;
+enum { REGISTERS = 31 };
+static struct qemu_plugin_register *handles[MAX_CPUS][REGISTERS];
+static struct bytes *value_read[MAX_CPUS];
+
+static int api_has_registers(void)
+{
+	return qemu_plugin_get_registers && qemu_plugin_read_register;
 }
 
-static void insn_executed(unsigned cpu, void *udata)
+/* The number of a general register, by its name in gdb's description of the CPU; -1 for any other register. */
+static int number_of(const struct register_descriptor *d)
 {
-	const struct point *p = udata;
+	if (!d->feature || !d->name)
+		return -1;
+	if (!strcmp(d->feature, "org.gnu.gdb.aarch64.core") && d->name[0] == 'x')
+		return atoi(d->name + 1);
+	if (strcmp(d->feature, "org.gnu.gdb.arm.core"))
+		return -1;
+	if (d->name[0] == 'r')
+		return atoi(d->name + 1);
+	return !strcmp(d->name, "sp") ? 13 : !strcmp(d->name, "lr") ? 14 : -1;
+}
 
-	if (!shared->armed || cpu >= MAX_CPUS)
+static void learn_registers(unsigned cpu)
+{
+	struct array *all;
+
+	if (cpu >= MAX_CPUS || !api_has_registers())
 		return;
-	if (p->when == AFTER)
-		pending[cpu] = p;
+	all = qemu_plugin_get_registers();
+	value_read[cpu] = g_byte_array_new();
+	for (unsigned i = 0; i < all->len; i++) {
+		const struct register_descriptor *d = (void *)(all->data + i * g_array_get_element_size(all));
+		int n = number_of(d);
+
+		if (n >= 0 && n < REGISTERS)
+			handles[cpu][n] = d->handle;
+	}
+}
+
+static uint64_t operand_now(unsigned cpu, const struct point *p)
+{
+	uint64_t value = 0;
+
+	for (int half = 0; half < 2; half++) {
+		struct bytes *b = value_read[cpu];
+		uint64_t part = 0;
+
+		if (p->reg[half] == NONE)
+			continue;
+		if (!b || p->reg[half] >= REGISTERS || !handles[cpu][p->reg[half]]) {
+			shared->mismatch++;
+			return 0;
+		}
+		g_byte_array_set_size(b, 0);
+		qemu_plugin_read_register(handles[cpu][p->reg[half]], b);
+		memcpy(&part, b->data, b->len < sizeof(part) ? b->len : sizeof(part));
+		value |= part << (32 * half);
+	}
+	return value;
+}
+
+/* -- operands, from QEMU's CPU state (target/arm/cpu.h, CPUARMState: regs[16] u32, xregs[32] u64, pc u64) --------------- */
+
+static const struct point *pending[MAX_CPUS]; /* executed on this CPU, operand not yet read */
+
+static uint64_t state(const uint8_t *env, unsigned reg)
+{
+	uint64_t value = 0;
+
+	if (shared->armv7)
+		memcpy(&value, env + 4 * reg, 4);
 	else
-		event(cpu, p, 0);
+		memcpy(&value, env + 64 + 8 * reg, 8);
+	return value;
+}
+
+static uint64_t state_pc(const uint8_t *env)
+{
+	return state(env, shared->armv7 ? 15 : 32);
 }
 
 /* A block begins: `env` is QEMU's state of this CPU, in which all guest registers are up to date. */
 __attribute__((used, visibility("hidden"))) void block_started(unsigned cpu, void *udata, const uint8_t *env)
 {
 	const struct point *p = udata;
-	uint64_t vaddr = p->vaddr;
+	uint64_t vaddr = p->vaddr, operand = 0;
 
 	if (!shared->armed || cpu >= MAX_CPUS)
 		return;
-	if (p->when == AFTER) {
+	if (!p->begins_block) {
 		if (pending[cpu] != p)
 			return; /* the block was reached another way */
 		pending[cpu] = NULL;
 		vaddr += 4;
 	}
-	if (load(env + shared->pc_offset, shared->pc_width) != vaddr) {
+	if (state_pc(env) != vaddr) {
 		shared->mismatch++;
 		return;
 	}
-	event(cpu, p, operand_of(p, env));
+	for (int half = 0; half < 2; half++)
+		if (p->reg[half] != NONE)
+			operand |= state(env, p->reg[half]) << (32 * half);
+	event(cpu, p, operand);
 }
 
 /* TCG keeps the CPU state in this register of the machine QEMU runs on (TCG_AREG0, tcg/HOST/tcg-target.h). */
@@ -338,28 +387,69 @@ __attribute__((naked)) static void at_block(unsigned cpu, void *udata)
 #elif defined(__aarch64__)
 	__asm__("mov x2, x19; b block_started");
 #else
-#error "where does TCG keep the CPU state on this machine?"
+	__asm__("");
+#define CPU_STATE_IS_NOWHERE
 #endif
 }
 
-static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+/* -- what QEMU calls ----------------------------------------------------------------------------------------------------- */
+
+static void executed(unsigned cpu, void *udata)
+{
+	const struct point *p = udata;
+
+	if (!shared->armed || cpu >= MAX_CPUS)
+		return;
+	if (!has_operand(p))
+		event(cpu, p, 0);
+	else if (api_has_registers())
+		event(cpu, p, operand_now(cpu, p));
+	else
+		pending[cpu] = p;
+}
+
+/* Ask to be called when this instruction is executed, or when the block is whose start tells its operand. */
+static void watch(struct point *p, struct qemu_plugin_tb *tb, struct qemu_plugin_insn *insn, size_t index)
+{
+	uint64_t vaddr = qemu_plugin_insn_vaddr(insn);
+	int by_block = has_operand(p) && !api_has_registers();
+
+	if (p->vaddr == vaddr && !(by_block && p->begins_block))
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, executed, has_operand(p) ? CB_R_REGS : CB_NO_REGS, p);
+	if (by_block && index == 0 && vaddr == p->vaddr + (p->begins_block ? 0 : 4))
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, at_block, CB_NO_REGS, p);
+}
+
+static void translated(struct qemu_plugin_tb *tb)
 {
 	size_t insns = shared->armed ? qemu_plugin_tb_n_insns(tb) : 0;
 
-	for (size_t i = 0; i < insns; i++) {
-		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
-		uint64_t vaddr = qemu_plugin_insn_vaddr(insn);
-
-		for (uint64_t n = 0; n < shared->points; n++) {
-			struct point *p = &shared->point[n];
-
-			if (p->vaddr == vaddr && p->when != BLOCK)
-				qemu_plugin_register_vcpu_insn_exec_cb(insn, insn_executed, QEMU_PLUGIN_CB_NO_REGS, p);
-			if (i == 0 && ((p->when == AFTER && p->vaddr + 4 == vaddr) || (p->when == BLOCK && p->vaddr == vaddr)))
-				qemu_plugin_register_vcpu_tb_exec_cb(tb, at_block, QEMU_PLUGIN_CB_NO_REGS, p);
-		}
-	}
+	for (size_t i = 0; i < insns; i++)
+		for (uint64_t n = 0; n < shared->points; n++)
+			watch(&shared->point[n], tb, qemu_plugin_tb_get_insn(tb, i), i);
 }
+
+#if API >= 7
+static void on_translation(struct qemu_plugin_tb *tb, void *udata)
+{
+	translated(tb);
+}
+
+static void on_vcpu(unsigned cpu, void *udata)
+{
+	learn_registers(cpu);
+}
+#else
+static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+	translated(tb);
+}
+
+static void on_vcpu(qemu_plugin_id_t id, unsigned cpu)
+{
+	learn_registers(cpu);
+}
+#endif
 
 /* -- start -------------------------------------------------------------------------------------------------------------- */
 
@@ -386,6 +476,13 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const void *info, int argc, 
 		fprintf(stderr, "arm-kvm probe: cannot map its memory\n");
 		return -1;
 	}
-	qemu_plugin_register_vcpu_tb_trans_cb(id, translated);
+#ifdef CPU_STATE_IS_NOWHERE
+	if (!api_has_registers()) {
+		fprintf(stderr, "arm-kvm probe: before 9.0 QEMU tells no registers on this machine\n");
+		return -1;
+	}
+#endif
+	REGISTER(vcpu_init_cb, id, on_vcpu);
+	REGISTER(vcpu_tb_trans_cb, id, on_translation);
 	return 0;
 }

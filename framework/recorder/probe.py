@@ -8,40 +8,30 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from framework import cache
-from framework.errors import MachineError, SetupError
-from framework.machine import version
+from framework.config import HostConfig
+from framework.errors import MachineError
 from framework.machine.machine import Machine
 
+from . import library
 from .points import INSN, Point, What
 from .raw import RawEntry, RawEvent
-
-_SOURCE = Path(__file__).with_name("probe.c")
-_NEWEST_MAJOR = 8  #: QEMU 9 has another plugin API, and another way to read registers
 
 # -- shared memory: the same in probe.c ----------------------------------------------------------------------------
 
 _MAX_POINTS, _MAX_CPUS, _MAX_FORGET = 64, 16, 1 << 17
 _PLAIN, _VTTBR, _VTCR, _ALL_VMS = range(4)
-_HERE, _AFTER, _BLOCK = range(3)
-_NOWHERE = 0xFFFF_FFFF
-_POINT = np.dtype(
-    [("vaddr", "<u8"), ("kind", "<u4"), ("when", "<u4"), ("offset", "<u4", 2), ("width", "<u4"), ("pad", "<u4")]
-)
+_NONE = 0xFFFF_FFFF
+_POINT = np.dtype([("vaddr", "<u8"), ("kind", "<u4"), ("begins_block", "<u4"), ("reg", "<u4", 2)])
 _RECORD = np.dtype(
     [("ns", "<u8"), ("entry", "u1"), ("cpu", "u1"), ("point", "u1"), ("level", "u1"), ("written", "<u4")]
     + [(name, "<u8") for name in "abcd"]
 )
-_NUMBERS = ["epoch", "armed", "points", "capacity", "pc_offset", "pc_width"]
+_NUMBERS = ["epoch", "armed", "points", "capacity", "armv7"]
 _NUMBERS += ["ram_base", "ram_size", "head", "mismatch", "granules", "forgets"]
 _CONTROL = np.dtype(
     [(name, "<u8") for name in _NUMBERS]
@@ -56,36 +46,16 @@ _CONTROL = np.dtype(
 _CAPACITY = 6_000_000
 _EPOCH = 0xFFFF_FFFF
 
-# -- QEMU's CPU state, target/arm/cpu.h (CPUARMState): regs[16] u32, xregs[32] u64, pc u64 -----------------------------
-
-_A32_PC, _A64_PC = 15 * 4, 64 + 32 * 8
 _A64_ZERO = 31
-
-
-def _compile(out: Path, work: Path) -> dict:
-    if shutil.which("gcc") is None:
-        raise SetupError("gcc is not installed: the recorder's probe cannot be compiled", remedy="run `arm-kvm setup`")
-    argv = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(out / "probe.so"), str(_SOURCE)]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode:
-        raise SetupError("gcc does not compile the recorder's probe", evidence=done.stderr)
-    return {"source": _SOURCE.name}
 
 
 class Probe:
     """One machine's probe. Made before the machine, given to it, closed with it."""
 
-    def __init__(self, qemu: str) -> None:
-        """Raises SetupError: no compiler, or a QEMU whose plugin API is another."""
-        said = version.of(qemu)
-        major = re.search(r"(\d+)\.", said)
-        if major is None or int(major[1]) > _NEWEST_MAJOR:
-            raise SetupError(
-                f"the recorder's probe knows the plugins of QEMU up to {_NEWEST_MAJOR}, this is {said}",
-                remedy="record through the gdbstub: --recorder breakpoints",
-            )
-        entry = cache.obtain("probe", cache.key_of(_SOURCE.read_bytes()), _compile)
-        self._library = entry.folder / "probe.so"
+    def __init__(self, config: HostConfig) -> None:
+        """For a machine of this host. Raises NoProbe."""
+        self._library = library.obtain(config.board.qemu)
+        self._armv7 = config.architecture.name == "armv7"
         size = _CONTROL.itemsize + _CAPACITY * _RECORD.itemsize
         self.fd = os.memfd_create("arm-kvm-probe", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
@@ -135,17 +105,15 @@ class Probe:
         if len(points) > _MAX_POINTS or len(vttbr) > _MAX_CPUS:
             raise MachineError(f"{len(points)} instructions on {len(vttbr)} CPUs are more than the probe can watch")
         machine, self._points = self._machine, points
-        a64 = machine.board.qemu.endswith("aarch64")
         for i, point in enumerate(points):
-            self._control["point"][0][i] = _encode(point, a64)
+            self._control["point"][0][i] = self._encode(point)
         self._control["vttbr"][0][: len(vttbr)] = vttbr
         self._control["vtcr"][0][: len(vtcr)] = vtcr
         self._set(
             epoch=self._get("epoch") + 1,
             points=len(points),
             capacity=_CAPACITY,
-            pc_offset=_A64_PC if a64 else _A32_PC,
-            pc_width=8 if a64 else 4,
+            armv7=self._armv7,
             ram_base=machine.ram.base,
             ram_size=machine.ram.size,
             head=0,
@@ -155,6 +123,15 @@ class Probe:
         )
         self._set(armed=1)
         self._retranslate()
+
+    def _encode(self, point: Point) -> tuple:
+        """The point as _POINT has it."""
+        kind = {What.VTTBR: _VTTBR, What.VTCR: _VTCR}.get(point.what, _PLAIN)
+        if point.all_vms:
+            kind = _ALL_VMS
+        zero = not self._armv7 and _A64_ZERO in point.registers
+        registers = [] if zero else list(point.registers)
+        return point.va, kind, point.what is What.ENTER, (registers + [_NONE] * 2)[:2]
 
     def disarm(self) -> None:
         self._set(armed=0, points=0)
@@ -171,8 +148,8 @@ class Probe:
         """What was logged, in order, from a position on. Raises MachineError when the log is not whole."""
         if mismatch := self._get("mismatch"):
             raise MachineError(
-                f"the probe did not find the guest's pc in QEMU's CPU state, {mismatch} times: its layout is another",
-                remedy="record through the gdbstub: --recorder breakpoints",
+                f"{mismatch} times the probe did not find an operand where this QEMU should have it",
+                remedy="choose another QEMU with --qemu, deb:SUITE for example",
             )
         if self._get("granules"):
             raise MachineError("stage 2 has a granule other than 4 KiB: the probe does not follow its tables")
@@ -191,14 +168,3 @@ class Probe:
                 raise MachineError("the probe's log has holes")
             time.sleep(0.001)
         return log
-
-
-def _encode(point: Point, a64: bool) -> tuple:
-    kind = {What.VTTBR: _VTTBR, What.VTCR: _VTCR}.get(point.what, _PLAIN)
-    if point.all_vms:
-        kind = _ALL_VMS
-    when = _BLOCK if point.what is What.ENTER else _AFTER if point.registers else _HERE
-    at = [64 + 8 * r if a64 else 4 * r for r in point.registers]
-    if a64 and _A64_ZERO in point.registers:
-        at = []
-    return point.va, kind, when, (at + [_NOWHERE] * 2)[:2], 8 if a64 else 4, 0

@@ -178,6 +178,7 @@ class Recorder(Listener):
         return {
             "host": self._host.config.name,
             "kernel": self._host.release,
+            "qemu": ".".join(map(str, self._host.config.board.qemu.version)),
             "cpus": str(len(self._vttbr)),
             "vmid-bits": str(self._vmid_bits()),
             "allocator": "bitmap" if "kvm_arm_vmid_clear_active" in self.kernel.symbols else "consecutive",

@@ -13,15 +13,15 @@ import subprocess
 from pathlib import Path
 
 from framework import cache
-from framework.errors import KernelError, SetupError
+from framework.errors import KernelError, PackageError, SetupError
 from framework.host.apt import PrivateApt
 from framework.progress import task
 
 from .kernel import Kernel, check_image
 
-_FORMAT = 1  #: raise it when what is taken from a package changes
+_FORMAT = 2  #: raise it when what is taken from a package changes
 _ARCH = {"arm": "armhf", "arm64": "arm64"}
-_FOLLOWED = re.compile(r"^linux-(image|binary|modules)-")
+_FOLLOWED = re.compile(r"^linux-(image|binary|modules|base)-")
 _MODULE = re.compile(r"^(?P<name>.+)\.ko(?P<packing>\.xz|\.gz|\.zst)?$")
 
 
@@ -48,20 +48,28 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
     """Download the package with what it depends on of the kernel's own, and unpack it all."""
     if shutil.which("dpkg-deb") is None:
         raise SetupError("dpkg-deb is not installed", remedy="use a Debian machine, or another kernel source")
-    apt = PrivateApt(work / "apt", _ARCH[arch], suite)
+    debs, root = work / "debs", work / "root"
+    for folder in (debs, root):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        found = _download(PrivateApt(work / "apt", _ARCH[arch], suite), package, debs)
+    except PackageError as e:
+        raise KernelError(e.message, remedy=e.remedy, evidence=e.evidence) from e
+    for deb in found:
+        _tool(["dpkg-deb", "-x", str(deb), str(root)])
+    return root
+
+
+def _download(apt: PrivateApt, package: str, where: Path) -> list[Path]:
+    """The .deb files of the package and of what it depends on of the kernel's own."""
     wanted, queue = [], [package]
     while queue:
         name = queue.pop()
         if name not in wanted:
             wanted.append(name)
             queue += [dep for dep in apt.depends(name) if _FOLLOWED.match(dep)]
-    debs, root = work / "debs", work / "root"
-    for folder in (debs, root):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    for deb in apt.download(wanted, debs):
-        _tool(["dpkg-deb", "-x", str(deb), str(root)])
-    return root
+    return apt.download(wanted, where)
 
 
 def _module_root(root: Path) -> Path:
