@@ -21,6 +21,7 @@ class Silicon:
     features: Features
     ram_end: int
     qemu: str = ""  #: the program that emulates it
+    version: tuple[int, ...] = ()  #: of that program
 
     @property
     def wfi(self) -> int:

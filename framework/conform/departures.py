@@ -1,8 +1,11 @@
 """Where the emulated silicon is known to leave the architecture: each by name, with its reference and its exact rule.
 
 A departure silences a probe only where nothing can be said. Otherwise it replaces the prediction by what the silicon
-does instead, so that a departure which is mended upstream shows up as a difference. All were read in QEMU 7.2's
-target/arm and seen on 7.2.22; "architecture" quotes DDI 0487 and Arm's v9.4 pseudocode.
+does instead. Each names the releases of QEMU that have it, and is checked both ways: where it is said to be, a
+mended one shows up as a difference, and where it is said to be mended, one that is still there.
+
+Releases and commits were read in QEMU's history; 7.2.22, 10.0.13 and 11.1.3 were run. "architecture" quotes
+DDI 0487 and Arm's v9.4 pseudocode.
 """
 
 from __future__ import annotations
@@ -24,14 +27,31 @@ _LOW_32 = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class Departure:
-    """``qemu``: where and what QEMU does; ``architecture``: what it should do and who says so."""
+    """``qemu``: where and what QEMU does; ``architecture``: what it should do and who says so.
+
+    ``since``: the first release that has it, () where 7.2 has; ``until``: the first without it, () where none is known.
+    """
 
     name: str
     qemu: str
     architecture: str
+    since: tuple[int, ...] = ()
+    until: tuple[int, ...] = ()
+
+    def shown_by(self, silicon: Silicon) -> bool:
+        """Whether this QEMU has it."""
+        return self.since <= silicon.version and (not self.until or silicon.version < self.until)
+
+    @property
+    def releases(self) -> str:
+        """``8.2 to 10.1``, ``since 10.2``, ``before 8.0``, or ``all``; the last one named is the first without it."""
+        since, until = (".".join(map(str, v)) for v in (self.since, self.until))
+        if since and until:
+            return f"since {since}, before {until}"
+        return f"since {since}" if since else f"before {until}" if until else "all"
 
     def __str__(self) -> str:
-        return f"{self.name}\n  QEMU: {self.qemu}\n  architecture: {self.architecture}"
+        return f"{self.name} (QEMU: {self.releases})\n  QEMU: {self.qemu}\n  architecture: {self.architecture}"
 
 
 PS_BOUNDS_IPA = Departure(
@@ -39,18 +59,26 @@ PS_BOUNDS_IPA = Departure(
     "ptw.c check_s2_mmu_setup() holds start level and IPA size against the output size that VTCR_EL2.PS selects, "
     "and takes a level 0 translation fault for every address",
     "both are held against the implemented physical size (AArch64.S2InvalidSL, AArch64.S2MinTxSZ: PAMax)",
+    until=(8, 0),  # 0ffe5b7ba883 "target/arm: Rewrite check_s2_mmu_setup"
 )
 BLOCK_ANYWHERE = Departure(
     "block-anywhere",
-    "ptw.c get_phys_addr_lpae() takes 0b01 for a block at every level but the last; "
-    "mended in later QEMU (lpae_block_desc_valid)",
+    "ptw.c get_phys_addr_lpae() takes 0b01 for a block at every level but the last",
     "no block at level 0 with 4 KiB, none above level 2 with 16 and 64 KiB: a translation fault (D8.3.1)",
+    until=(8, 2),  # d53e25075bd9 "target/arm/ptw: Check for block descriptors at invalid levels"
 )
 S1PTW_LEVEL = Departure(
     "s1ptw-level",
     "ptw.c get_phys_addr_lpae(), do_fault: a stage-2 fault on a stage-1 walk is reported with the level of the "
-    'stage-1 lookup; mended in later QEMU ("Retain the existing stage 2 fi->level")',
+    "stage-1 lookup",
     "the level of the stage-2 lookup (FaultSyndrome)",
+    until=(8, 2),  # a729d63642b0 "target/arm/ptw: Report stage 2 fault level for stage 2 faults on stage 1 ptw"
+)
+PTW_LEVEL_0 = Departure(
+    "ptw-level-0",
+    "ptw.c S1_ptw_translate() leaves the level 0 when HCR.PTW refuses a stage-1 table in device memory",
+    "the level of the stage-2 lookup (FaultSyndrome)",
+    since=(8, 2),  # with a729d63642b0: before, do_fault put the level of stage 1 there
 )
 FWB_DEVICE = Departure(
     "fwb-device",
@@ -74,29 +102,50 @@ OFF_NON_SHAREABLE = Departure(
     "ptw.c get_phys_addr_disabled(): with stage 1 off, data is non-shareable device memory; seen where FWB makes it "
     "write-back",
     "outer shareable (AArch64.S1DisabledOutput)",
+    until=(8, 2),  # 3d9ca96221ba "target/arm/ptw: Set attributes correctly for MMU disabled data accesses"
 )
 AT_MARKS_DIRTY = Departure(
     "at-marks-dirty",
     "ptw.c get_phys_addr_lpae() does not tell an AT instruction from a store: AT S12E1W and S12E0W set S2AP[1] of a "
     "leaf with DBM",
     "an AT instruction translates as if it were set and never sets it (R_RKMHW)",
+    until=(10, 2),  # efebeec13d07 "target/arm: Skip AF and DB updates for AccessType_AT"
+)
+AT_IGNORES_DBM = Departure(
+    "at-ignores-dbm",
+    "ptw.c get_phys_addr_lpae(), in_at: AT S12E1W and S12E0W take a permission fault at a leaf with DBM whose S2AP[1] "
+    "is clear, where a store would set it",
+    "an AT instruction translates as if it were set and never sets it (R_RKMHW)",
+    since=(10, 2),  # with efebeec13d07
+)
+HPFAR_32_BITS = Departure(
+    "hpfar-32-bits",
+    "qemu-system-arm: ARMMMUFaultInfo.s2addr is a target_ulong, so that HPFAR loses bits above 31",
+    "an Armv7 IPA has 40 bits (DDI 0406C.d B3.6)",
+    until=(10, 1),  # 35ca9d14c173 "target/arm: Replace target_ulong -> hwaddr in ARMMMUFaultInfo"
 )
 IPA_32_BITS = Departure(
     "ipa-32-bits",
-    "qemu-system-arm: ARMMMUFaultInfo.s2addr and the address of probe_access_full() are target_ulong: HPFAR loses bits "
-    "above 31, and tables above 4 GiB are read elsewhere (such probes are not made)",
+    "qemu-system-arm: probe_access_full() takes a target_ulong, and the TLB is looked up by one: tables above 4 GiB of "
+    "IPA are read elsewhere (such probes are not made)",
     "an Armv7 IPA has 40 bits (DDI 0406C.d B3.6)",
+    # 67d762e716a7 "target/arm: Avoid target_ulong for physical address lookups" (9.2) and bf455ec50b
+    # "accel/tcg: Use uintptr_t in CPUTLBEntry"
+    until=(10, 0),
 )
 
 ALL = (
     PS_BOUNDS_IPA,
     BLOCK_ANYWHERE,
     S1PTW_LEVEL,
+    PTW_LEVEL_0,
     FWB_DEVICE,
     TRANSIENT_LOST,
     DEVICE_LOW_NIBBLE,
     OFF_NON_SHAREABLE,
     AT_MARKS_DIRTY,
+    AT_IGNORES_DBM,
+    HPFAR_32_BITS,
     IPA_32_BITS,
 )
 
@@ -134,22 +183,30 @@ def _blocks_anywhere(regime: Regime) -> Regime:
     return replace(regime, format=replace(regime.format, granule=replace(regime.granule, top_block=0)))
 
 
+# -- AT_IGNORES_DBM: of a walk ------------------------------------------------------------------------------------
+
+
+def without_dirty_state(el10: El10) -> El10:
+    """The same regime, read by a CPU that does not manage the dirty state."""
+    return replace(el10, stage2=replace(el10.stage2, hardware_dirty=False))
+
+
 # -- IPA_32_BITS: where nothing can be said -----------------------------------------------------------------------
 
 
 def reads_astray(silicon: Silicon, steps: list[Step], outcome: Outcome) -> bool:
     """Whether a walk read an entry above 4 GiB."""
-    if silicon.qemu != "qemu-system-arm":
+    if silicon.qemu != "qemu-system-arm" or not IPA_32_BITS.shown_by(silicon):
         return False
     stopped = isinstance(outcome, Fault) and (outcome.s1ptw or outcome.stage == 1) and (outcome.ipa or 0) > _LOW_32
     return stopped or any(step.at > _LOW_32 for step in steps)
 
 
-# -- AT_MARKS_DIRTY: of the tables -------------------------------------------------------------------------------
+# -- AT_MARKS_DIRTY, AT_IGNORES_DBM: which probes ------------------------------------------------------------------
 
 
-def at_marks_dirty(probe: Probe) -> bool:
-    """Whether this probe may set the dirty state though it stores nothing."""
+def at_for_write(probe: Probe) -> bool:
+    """Whether this is an AT instruction that asks for a store."""
     return not probe.runs and probe.access.write
 
 
@@ -160,6 +217,10 @@ def _s1ptw_level(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outco
     if isinstance(outcome, Fault) and outcome.s1ptw:
         return replace(outcome, level=outcome.walk_level)
     return outcome
+
+
+def _ptw_level_0(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+    return replace(outcome, level=0) if isinstance(outcome, Fault) and outcome.protected else outcome
 
 
 def _fwb_device(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
@@ -212,27 +273,29 @@ def _off_non_shareable(silicon: Silicon, el10: El10 | None, outcome: Outcome) ->
     return replace(outcome, combined=Attributes(outcome.combined.attr, sh))
 
 
-def _ipa_32_bits(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
+def _hpfar_32_bits(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> Outcome:
     if silicon.qemu == "qemu-system-arm" and isinstance(outcome, Fault) and outcome.ipa is not None:
         return replace(outcome, ipa=outcome.ipa & _LOW_32)
     return outcome
 
 
-_RULES: dict[str, Callable[[Silicon, El10 | None, Outcome], Outcome]] = {
-    S1PTW_LEVEL.name: _s1ptw_level,
-    FWB_DEVICE.name: _fwb_device,
-    TRANSIENT_LOST.name: _transient_lost,
-    DEVICE_LOW_NIBBLE.name: _device_low_nibble,
-    OFF_NON_SHAREABLE.name: _off_non_shareable,
-    IPA_32_BITS.name: _ipa_32_bits,
+_RULES: dict[Departure, Callable[[Silicon, El10 | None, Outcome], Outcome]] = {
+    S1PTW_LEVEL: _s1ptw_level,
+    PTW_LEVEL_0: _ptw_level_0,
+    FWB_DEVICE: _fwb_device,
+    TRANSIENT_LOST: _transient_lost,
+    DEVICE_LOW_NIBBLE: _device_low_nibble,
+    OFF_NON_SHAREABLE: _off_non_shareable,
+    HPFAR_32_BITS: _hpfar_32_bits,
 }
 
 
-def depart(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> tuple[Outcome, list[str]]:
-    """What this silicon does in place of ``outcome``, and the names of the departures that make it so."""
-    names = []
-    for name, rule in _RULES.items():
+def depart(silicon: Silicon, el10: El10 | None, outcome: Outcome) -> tuple[Outcome, list[Departure]]:
+    """What this silicon does in place of ``outcome``, and the departures that would change it, mended ones too."""
+    met = []
+    for departure, rule in _RULES.items():
         changed = rule(silicon, el10, outcome)
         if changed != outcome:
-            outcome, names = changed, [*names, name]
-    return outcome, names
+            met.append(departure)
+            outcome = changed if departure.shown_by(silicon) else outcome
+    return outcome, met

@@ -30,7 +30,7 @@ def _walk(world: World, probe: Probe, predictor: Predictor) -> list[str]:
     for earlier in world.probes[: world.probes.index(probe)]:  # their stores count
         predictor.predict(earlier)
     predictor.predict(probe)
-    names = list(predictor.names)
+    names = [departure.name for departure in predictor.met if departure.shown_by(world.silicon)]
     try:
         outcome, trace = predictor.outcome(probe)
     except Unknowable as e:

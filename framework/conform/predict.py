@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from framework.model import descriptors as d
@@ -14,6 +15,7 @@ from framework.model.walk import El10, Step, Trace, Translation, descend
 
 from . import departures, layout
 from .case import Memory, Probe, Unknowable, World, frame_number, in_frames
+from .departures import Departure
 from .program import Program
 
 _ALL = (1 << 64) - 1
@@ -75,12 +77,13 @@ class Predictor:
     program: Program
     memory: Memory
     el10: El10 | None  #: None: every address takes a level 0 fault, and no guest can run
-    refused: bool = False  #: ... because QEMU departs there
+    refused: bool = False  #: QEMU departs there, or did
     outcomes: Counter = field(default_factory=Counter)  #: probes by what the model says becomes of them
-    departed: Counter = field(default_factory=Counter)  #: probes whose prediction each departure changed
+    departed: Counter = field(default_factory=Counter)  #: probes whose prediction each departure changed, by name
+    mended: Counter = field(default_factory=Counter)  #: ... would have changed, were it not mended
     silenced: int = 0  #: probes of which a departure leaves nothing to say
     hardware: HardwareUpdates = field(default_factory=HardwareUpdates)
-    names: list[str] = field(default_factory=list)  #: departures of the probe at hand
+    met: list[Departure] = field(default_factory=list)  #: what the probe at hand meets of departures
 
     @classmethod
     def of(cls, world: World, program: Program) -> Predictor:
@@ -91,13 +94,13 @@ class Predictor:
             if not e.level0:
                 raise
             return cls(world, program, Memory(world), None)
-        if departures.refuses(world.silicon, el10.stage2):
-            return cls(world, program, Memory(world), None, refused=True)
-        return cls(world, program, Memory(world), el10)
+        refused = departures.refuses(world.silicon, el10.stage2)
+        gone = refused and departures.PS_BOUNDS_IPA.shown_by(world.silicon)
+        return cls(world, program, Memory(world), None if gone else el10, refused=refused)
 
     def predict(self, probe: Probe) -> Expected | None:
         """What the probe reports. None: architecture or lab do not know, and the probe must not be made."""
-        self.names = []
+        self.met = []
         try:
             outcome, trace = self.outcome(probe)
             expected = self._expected(probe, outcome)
@@ -105,7 +108,8 @@ class Predictor:
             return None
         if expected is not None:
             self.outcomes[_category(outcome)] += 1
-            self.departed.update(self.names)
+            for departure in self.met:
+                self._meets(departure)
             self._note_updates(probe, outcome, trace)
         return expected
 
@@ -116,28 +120,57 @@ class Predictor:
 
     def outcome(self, probe: Probe) -> tuple[Translation | Fault, Trace]:
         """What becomes of the probe on this silicon, and the walk. Raises Unknowable."""
+        if self.refused:
+            self.met.append(departures.PS_BOUNDS_IPA)
         if self.el10 is None:
-            if self.refused:
-                self.names.append(departures.PS_BOUNDS_IPA.name)
             return self._departed(self._refused(probe)), []
         if probe.runs and self.el10.stage2.root >> self.el10.stage2.output_bits:
             raise Unknowable("no guest runs without stage 2")
-        trace: Trace = []
-        outcome = self.el10.translate(self.memory, probe.va, probe.access, trace)
+        outcome, trace = self._walk(self.el10, probe)
         if departures.met_a_block(self.el10, outcome):
-            lenient = departures.with_blocks_anywhere(self.el10)
-            strict, trace = outcome, []
-            outcome = lenient.translate(self.memory, probe.va, probe.access, trace)
-            self.names += [departures.BLOCK_ANYWHERE.name] * (outcome != strict)
+            outcome, trace = self._instead(
+                departures.BLOCK_ANYWHERE, departures.with_blocks_anywhere, probe, outcome, trace
+            )
+        if departures.at_for_write(probe) and self.el10.stage2.hardware_dirty and not self._dirtied(trace):
+            outcome, trace = self._instead(
+                departures.AT_IGNORES_DBM, departures.without_dirty_state, probe, outcome, trace
+            )
         if departures.reads_astray(self.world.silicon, trace, outcome):
             self.silenced += 1
             raise Unknowable(departures.IPA_32_BITS.name)
         return self._departed(outcome), trace
 
+    def _dirtied(self, trace: Trace) -> bool:
+        """Whether a store before this probe has set the dirty state of the leaf that the walk ends at."""
+        return bool(trace and self.hardware.must.get(trace[-1].at, 0) & d.S2AP.put(d.Grant.WRITE))
+
+    def _walk(self, el10: El10, probe: Probe) -> tuple[Translation | Fault, Trace]:
+        trace: Trace = []
+        return el10.translate(self.memory, probe.va, probe.access, trace), trace
+
+    def _instead(
+        self,
+        departure: Departure,
+        change: Callable[[El10], El10],
+        probe: Probe,
+        outcome: Translation | Fault,
+        trace: Trace,
+    ) -> tuple[Translation | Fault, Trace]:
+        """What a CPU finds that reads the tables by another regime, where this one does."""
+        other, steps = self._walk(change(self.el10), probe)
+        if other == outcome:
+            return outcome, trace
+        self.met.append(departure)
+        return (other, steps) if departure.shown_by(self.world.silicon) else (outcome, trace)
+
     def _departed(self, outcome: Translation | Fault) -> Translation | Fault:
-        outcome, names = departures.depart(self.world.silicon, self.el10, outcome)
-        self.names += names
+        outcome, met = departures.depart(self.world.silicon, self.el10, outcome)
+        self.met += met
         return outcome
+
+    def _meets(self, departure: Departure) -> None:
+        """Count it for the probe at hand."""
+        (self.departed if departure.shown_by(self.world.silicon) else self.mended)[departure.name] += 1
 
     def _refused(self, probe: Probe) -> Fault:
         """The level 0 fault of an impossible regime; stage 1 may object first, or be what meets it."""
@@ -160,9 +193,10 @@ class Predictor:
             return
         if probe.runs:
             self.hardware.note(leaves[-1], d.S2AP.put(d.Grant.WRITE), required=True)
-        elif departures.at_marks_dirty(probe):
-            self.hardware.note(leaves[-1], d.S2AP.put(d.Grant.WRITE), required=False)
-            self.departed[departures.AT_MARKS_DIRTY.name] += 1
+        else:
+            self._meets(departures.AT_MARKS_DIRTY)
+            if departures.AT_MARKS_DIRTY.shown_by(self.world.silicon):
+                self.hardware.note(leaves[-1], d.S2AP.put(d.Grant.WRITE), required=True)
 
     # -- AT -----------------------------------------------------------------------------------------------
 
@@ -172,7 +206,7 @@ class Predictor:
             far = _LOW if self.world.silicon.armv7 else _ALL
             return [
                 _field("R_KIND", layout.ABORTED),
-                _field("R_ESR", taken.esr, ~_EA & _ALL),  # EA is implementation defined
+                _field("R_ESR", taken.esr, taken.esr_known & ~_EA),  # EA is implementation defined
                 _field("R_FAR", taken.far, far),
             ]
         par = syndrome.par(outcome)
@@ -190,7 +224,7 @@ class Predictor:
 
     def _to_el2(self, probe: Probe, taken: syndrome.Abort) -> Expected:
         far = self._paired("R_FAR", probe, taken.far)
-        expected = [_field("R_KIND", layout.TRAPPED), _field("R_ESR", taken.esr), far]
+        expected = [_field("R_KIND", layout.TRAPPED), _field("R_ESR", taken.esr, taken.esr_known), far]
         if taken.hpfar is not None:
             expected.append(_field("R_HPFAR", taken.hpfar))
         return expected

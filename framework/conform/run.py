@@ -39,6 +39,9 @@ class Tally:
     silenced: int = 0  #: ... of these, because of a departure
     outcomes: Counter = field(default_factory=Counter)  #: cases by what became of them: (stage, how)
     departed: Counter = field(default_factory=Counter)  #: cases whose prediction a departure changed
+    mended: Counter = field(
+        default_factory=Counter
+    )  #: cases whose prediction one would have changed in another release
 
     def add(self, predictor: Predictor, asked: int) -> None:
         """Count one world."""
@@ -48,6 +51,7 @@ class Tally:
         self.silenced += predictor.silenced
         self.outcomes.update(predictor.outcomes)
         self.departed.update(predictor.departed)
+        self.mended.update(predictor.mended)
 
     def __str__(self) -> str:
         lines = [
@@ -56,6 +60,7 @@ class Tally:
         ]
         lines += [f"  {n:>9} {how}, {stage}" for (stage, how), n in sorted(self.outcomes.items())]
         lines += [f"  {n:>9} under departure {name}" for name, n in sorted(self.departed.items())]
+        lines += [f"  {n:>9} where {name} is not shown by this QEMU" for name, n in sorted(self.mended.items())]
         return "\n".join(lines)
 
 

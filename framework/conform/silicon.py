@@ -49,7 +49,8 @@ class Lab:
         end = self._board.ram_base + _MEMORY
         identity = self._slice(_control("MMFR0"), len(self._architecture.identity)).tolist()
         features = self._architecture.features(*identity)
-        self.silicon = Silicon(self._architecture is ARMV7, features, end, self._board.qemu)
+        qemu = self._board.qemu
+        self.silicon = Silicon(self._architecture is ARMV7, features, end, qemu.program, qemu.version)
         self.restore()
 
     def __enter__(self) -> Lab:

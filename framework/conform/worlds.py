@@ -22,6 +22,7 @@ from framework.model.regime import Regime
 
 from . import layout
 from .case import Probe, Registers, Silicon, World
+from .departures import IPA_32_BITS
 from .program import Program
 
 _SLOT = 0x1_0000  #: what the harness and the guest's tables are aligned to: the largest page
@@ -314,7 +315,7 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     table = _Table(below, root, {root: root})
     slots = _slots(shape.input_bits)
     with_stage1 = len(slots) > 4 and draw(_boolean)
-    if (silicon.armv7 and not with_stage1) or silicon.qemu == "qemu-system-arm":  # see departures.IPA_32_BITS
+    if (silicon.armv7 and not with_stage1) or _loses_ipa_bits(silicon):
         slots = [s for s in slots if s < 1 << 32]
     harness = draw(st.sampled_from(slots))
     draft.path(table, harness, _s2_fixed(draft, table, layout.HARNESS, perfect=True))
@@ -329,6 +330,10 @@ def worlds(draw, silicon: Silicon, program: Program) -> World:
     registers = replace(registers, vbar=harness_va & _va_mask(silicon))
     probes = _probes(draw, silicon, program, bases, harness_va)
     return World(silicon, registers, draft.words, harness_va, harness, tuple(probes))
+
+
+def _loses_ipa_bits(silicon: Silicon) -> bool:
+    return silicon.qemu == "qemu-system-arm" and IPA_32_BITS.shown_by(silicon)
 
 
 def _impossible(draw, silicon: Silicon) -> World:

@@ -53,7 +53,8 @@ class FaultType(Enum):
 class Fault:
     """How a translation ended. ``ipa`` is what stage 2 was given, in bytes; None for a fault of stage 1 itself.
 
-    ``s1ptw``: a stage-2 fault on the read of a stage-1 table entry, of level ``walk_level``.
+    ``s1ptw``: a stage-2 fault on the read of a stage-1 table entry, of level ``walk_level``. ``protected``: HCR.PTW
+    makes it a fault, because the table is in device memory.
     """
 
     type: FaultType
@@ -62,6 +63,7 @@ class Fault:
     s1ptw: bool = False
     ipa: int | None = None
     walk_level: int | None = None
+    protected: bool = False
 
     @property
     def status(self) -> int:

@@ -13,6 +13,7 @@ from .walk import Translation
 
 EC_FETCH_SAME, EC_DATA_SAME = 0x21, 0x25  #: taken from a lower level: one less
 
+_IL = 1 << 25
 _ISV = 1 << 24
 _S1PTW = 1 << 7
 _WNR = 1 << 6
@@ -41,14 +42,16 @@ class Instruction:
 class Abort:
     """An exception taken for a fault: to EL2 (Hyp mode) or EL1.
 
-    ``esr``: ESR_EL2 (HSR) or ESR_EL1 (Armv7: DFSR, or IFSR of a fetch); ``far``: FAR (HDFAR or DFAR, of a fetch HIFAR
-    or IFAR); ``hpfar``: None where its value is UNKNOWN, and in an exception to EL1.
+    ``esr``: ESR_EL2 (HSR) or ESR_EL1 (Armv7: DFSR, or IFSR of a fetch), of which the bits of ``esr_known`` hold;
+    ``far``: FAR (HDFAR or DFAR, of a fetch HIFAR or IFAR); ``hpfar``: None where its value is UNKNOWN, and in an
+    exception to EL1.
     """
 
     el: int
     esr: int
     far: int
     hpfar: int | None = None
+    esr_known: int = (1 << 64) - 1
 
 
 # -- address translation instructions -------------------------------------------------------------------
@@ -93,7 +96,7 @@ def par(outcome: Translation | Fault) -> Par:
 def walk_abort(fault: Fault, va: int, *, armv7: bool) -> Abort:
     """The data abort an AT instruction of EL2 takes when its walk meets an external abort: CM and WnR are set."""
     iss = fault.status | 1 << 8 | _WNR | (_S1PTW if fault.s1ptw else 0)
-    return Abort(2, _esr(EC_DATA_SAME, iss, armv7, short=False), va)
+    return Abort(2, _esr(EC_DATA_SAME, iss, armv7, short=False), va, esr_known=_known(iss, armv7))
 
 
 # -- accesses ---------------------------------------------------------------------------------------------
@@ -109,7 +112,12 @@ def hpfar(fault: Fault) -> int | None:
 def _esr(ec: int, iss: int, armv7: bool, short: bool) -> int:
     """IL is 1 where ISS does not describe an instruction; there Armv7's HSR has it UNK/SBZP, given here as 0."""
     il = not short if iss & _ISV else not armv7
-    return ec << 26 | il << 25 | iss
+    return ec << 26 | il * _IL | iss
+
+
+def _known(iss: int, armv7: bool) -> int:
+    """The bits of ESR that hold: all but an IL that is UNK."""
+    return (1 << 64) - 1 & ~(_IL if armv7 and not iss & _ISV else 0)
 
 
 def abort(
@@ -128,7 +136,8 @@ def abort(
     if described and instruction is not None:
         iss |= instruction.iss
     short = instruction is not None and instruction.short
-    return Abort(2 if to_el2 else 1, _esr(ec, iss, armv7, short), va, hpfar(fault) if to_el2 else None)
+    esr, known = _esr(ec, iss, armv7, short), _known(iss, armv7)
+    return Abort(2 if to_el2 else 1, esr, va, hpfar(fault) if to_el2 else None, known)
 
 
 def _fsr_armv7(fault: Fault, access: Access) -> int:

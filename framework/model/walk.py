@@ -140,7 +140,7 @@ def stage1(
         if isinstance(table, Fault):
             return table.on_table_walk(ipa, level)
         if below.protect_walks and below.format.is_device(d.MEMATTR.of(table.desc)):
-            return Fault(FaultType.PERMISSION, table.level, 2).on_table_walk(ipa, level)
+            return Fault(FaultType.PERMISSION, table.level, 2, protected=True).on_table_walk(ipa, level)
         word = memory.load(table.oa)
         return Fault(FaultType.EXTERNAL_ON_WALK, level, 1, ipa=ipa) if word is None else word
 
