@@ -20,6 +20,7 @@ from . import (
     placement,
     poison,
     streams,
+    timers,
     trace,
     uffd,
     wire,
@@ -53,7 +54,11 @@ class Agent:
         return self._hello
 
     def restored(self, now, blob=b""):
-        """This machine was saved some time ago: set its clock (seconds since 1970), and stir this entropy in."""
+        """This machine was saved some time ago.
+
+        Have its CPUs program their timers anew, set its clock (seconds since 1970), and stir this entropy in.
+        """
+        timers.program_anew(placement.CPUS)
         time.clock_settime(time.CLOCK_REALTIME, now)
         if blob:
             entropy.add(blob)

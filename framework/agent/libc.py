@@ -11,6 +11,7 @@ PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 0x10, 0x20, 0x40000
 MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 3
+_TIMER_ABSTIME = 1
 _PUNCH_HOLE_KEEP_SIZE = 3
 #: Numbers of system calls: 32-bit Arm (arch/arm/tools/syscall.tbl), arm64 (include/uapi/asm-generic/unistd.h).
 _NUMBERS = {"userfaultfd": (388, 282)}
@@ -70,6 +71,17 @@ def syscall(name, *arguments) -> int:
     if got < 0:
         raise _failed(name)
     return got
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+def clock_sleep_until(clock, nanoseconds) -> None:
+    """Sleep until this clock shows so many nanoseconds; also where it has shown them long ago."""
+    when = _Timespec(*divmod(nanoseconds, 1_000_000_000))
+    if number := _libc.clock_nanosleep(clock, _TIMER_ABSTIME, ctypes.byref(when), None):
+        raise OSError(number, os.strerror(number), "clock_nanosleep")
 
 
 def ioctl(call, fd, request, argument=0):
