@@ -9,7 +9,7 @@
       value: 0                                              # ... with this value
       drop: {op: [tlbiallis], in: [__kvm_tlb_flush_vmid]}   # these operations are not executed there, ...
       localise: {op: [tlbiallis], in: [...]}                # ... or for their own CPU only
-      words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, kernel: armv7-5.4}]   # instructions replaced
+      words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, kernel: armv7-5.4, sums: ["0123abcd"]}]
       source: [{file: virt/kvm/arm/mmu.c, in: user_mem_abort, find: text, with: text}]   # text of a function's body
       needs: [idle-tracking]       # capabilities that a host must have
       look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
@@ -18,8 +18,10 @@
 
 One of ``return``, ``drop``, ``localise``, ``words`` and ``source`` says how it is put in: the last into the tree that a
 host's kernel is built from, all others into the text of the running kernel. A kernel without any of the functions, or
-without this text in them, cannot be broken this way: the mutant does not apply to it. Instructions are what a compiler
-made of one version for one architecture, and are replaced in that alone: elsewhere the same word may be something else.
+without this text in them, cannot be broken this way: the mutant does not apply to it. An instruction is replaced in a
+function that has one of these ``sums`` (:mod:`framework.mutants.fingerprint`; several, where the kernel patches itself
+for its CPU), whatever kernel that is in: elsewhere the same word may be something else. ``kernel`` says where it was
+read.
 """
 
 from __future__ import annotations
@@ -43,18 +45,26 @@ class NotApplicable(Exception):
 
 
 class OtherBuild(NotApplicable):
-    """The catalogue has instructions of this kernel, and what another compiler or configuration made has not."""
+    """The catalogue has instructions of this version, and this build of it has other functions."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """The ``nth`` instruction word ``find`` in a function becomes ``new``, in kernels like ``armv8-6.1``."""
+    """The ``nth`` instruction ``find`` in a function with one of the ``sums`` becomes ``new``.
+
+    Branches are counted whatever their offset. ``kernel``: the kernel it was read in, like ``armv8-6.1``.
+    """
 
     function: str
     find: int
     new: int
     nth: int
     kernel: str
+    sums: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        return self.kernel.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,15 @@ def _how(node: Node, how: str) -> dict:
 
 
 def _word(node: Node) -> Word:
-    node.check_keys(("in", "find", "with", "nth", "kernel"), ("in", "find", "with", "kernel"))
+    node.check_keys(("in", "find", "with", "nth", "kernel", "sums"), ("in", "find", "with", "kernel", "sums"))
     nth = node.integer("nth", 1, 1000) if "nth" in node.values else 1
     kernel = node.text("kernel")
     if not _KERNEL.fullmatch(kernel):
         raise node.wrong("kernel", f"kernel: {kernel!r} is not an architecture and a version, like armv8-6.1")
-    return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, kernel)
+    sums = tuple(node.names("sums"))
+    if not sums or not all(re.fullmatch(r"[0-9a-f]{8}", one) for one in sums):
+        raise node.wrong("sums", f"sums: {list(sums)!r} is not a list of eight hexadecimal digits each (quote them)")
+    return Word(node.text("in"), _hex(node, "find"), _hex(node, "with"), nth, kernel, sums)
 
 
 def _edit(node: Node) -> Edit:

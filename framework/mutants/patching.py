@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from framework.host.host import Host
 from framework.recorder.facts import kernel_changed, kernel_map, points
 from framework.recorder.points import INSN, KernelMap, instead
 
 from .catalogue import Mutant, NotApplicable, OtherBuild, Word
+from .fingerprint import fingerprint, kept, without_offset
 
 #: Return to the caller; do nothing.
 _RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr; ret
@@ -67,20 +70,49 @@ def _drops(mutant: Mutant, host: Host) -> Patches:
 
 
 def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
+    """The instructions of the first kernel in the catalogue whose functions this one has, too."""
+    mine = [word for word in mutant.words if word.architecture == host.config.architecture.name]
+    reasons = []
+    for read_in in dict.fromkeys(word.kernel for word in mine):
+        words = [word for word in mine if word.kernel == read_in]
+        if wrong := next(filter(None, (_difference(word, host, kernel) for word in words)), ""):
+            reasons.append(wrong)
+        else:
+            return {pa: _code(new) for pa, new in (_replaced(word, host, kernel) for word in words)}
+    if not mutant.words:
+        return {}
     this = "{}-{}.{}".format(host.config.architecture.name, *host.kernel_version)
-    mine = [word for word in mutant.words if word.kernel == this]
-    if mutant.words and not mine:
-        known = " and ".join(dict.fromkeys(word.kernel for word in mutant.words))
-        raise NotApplicable(f"its instructions are of {known}, this is {this}")
-    return {_place(word, host, kernel): _code(word.new) for word in mine}
+    known = dict.fromkeys(word.kernel for word in mutant.words)
+    if this in known:
+        raise OtherBuild("; ".join(reasons))
+    raise NotApplicable(f"its instructions are of {' and '.join(known)}, this is {this}")
 
 
-def _place(word: Word, host: Host, kernel: KernelMap) -> int:
-    if word.function not in kernel.symbols:
-        raise OtherBuild(f"no {word.function} in this build of {word.kernel}")
+def _text(word: Word, host: Host, kernel: KernelMap) -> bytes:
     body = kernel.body(word.function)
-    text = host.machine.ram.read(body.start, len(body) * INSN)
-    same = [pa for pa in body if text[pa - body.start :][:INSN] == word.find.to_bytes(INSN, "little")]
+    return host.machine.ram.read(body.start, len(body) * INSN)
+
+
+def _difference(word: Word, host: Host, kernel: KernelMap) -> str:
+    """Why this is not the function that the word was read in; "" where it is."""
+    if word.function not in kernel.symbols:
+        return f"no {word.function} in this build of {word.kernel}"
+    found = fingerprint(word.architecture, _text(word, host, kernel))
+    return (
+        "" if found in word.sums else f"{word.function} is not as in the catalogue's {word.kernel}: its sum is {found}"
+    )
+
+
+def _replaced(word: Word, host: Host, kernel: KernelMap) -> tuple[int, int]:
+    """Physical address of the instruction, and what it becomes: an offset from its own address stays as it is here."""
+    arch = word.architecture
+    body = kernel.body(word.function)
+    here = np.frombuffer(_text(word, host, kernel), dtype="<u4").tolist()
+    same = [n for n, found in enumerate(here) if without_offset(arch, found) == without_offset(arch, word.find)]
     if len(same) < word.nth:
-        raise OtherBuild(f"{word.function} of this build of {word.kernel} has no {word.find:08x} number {word.nth}")
-    return same[word.nth - 1]
+        raise OtherBuild(f"{word.function} has no {word.find:08x} number {word.nth}: correct the catalogue")
+    at = same[word.nth - 1]
+    offset = ~kept(arch, word.find) & 0xFFFF_FFFF
+    if (word.find ^ word.new) & offset == 0 and offset == ~kept(arch, word.new) & 0xFFFF_FFFF:
+        return body[at], word.new & ~offset | here[at] & offset
+    return body[at], word.new

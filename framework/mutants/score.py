@@ -61,7 +61,7 @@ def summary(host: str, results: Sequence[Result]) -> str:
     applicable = len(results) - fates[Fate.NOT_APPLICABLE] - fates[Fate.NOT_RUN]
     share = 100 * fates[Fate.KILLED] / applicable if applicable else 0.0
     counts = {fate: f"{fates[fate]} {fate.value}" for fate in list(Fate)[1:] if fates[fate]}
-    if missed := sum(result.other_build for result in results):
-        counts[Fate.NOT_APPLICABLE] += f" ({missed} of them in another build of the kernel than the catalogue knows)"
+    if missed := [result.mutant for result in results if result.other_build]:
+        counts[Fate.NOT_APPLICABLE] += f" (of them in another build than the catalogue knows: {', '.join(missed)})"
     killed = f"{host}: {fates[Fate.KILLED]} of {applicable} applicable mutants killed, {share:.0f} %"
     return "; ".join(filter(None, (killed, ", ".join(counts.values()))))
