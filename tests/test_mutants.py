@@ -308,6 +308,7 @@ def test_dontneed(vm, stage2):
     memory.advise(Advice.DONTNEED)
     assert stage2(vm).leaf(0x80000000) is None
 """
+FIRST_RUN = "kvm_arch_vcpu_ioctl_run"
 CATALOGUE = """
 unmap-ignored:
   {fault: f, origin: o, return: [kvm_unmap_gfn_range], value: 0, look: [test_suite.py]}
@@ -318,12 +319,12 @@ explained:
 deadly:
   fault: the first run meets an undefined instruction
   origin: o
-  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1, sums: ["SUM"]}]
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1, sums: ["00000000"]}]
   look: [test_suite.py]
 deadly-as-expected:
   fault: the first run meets an undefined instruction
   origin: o
-  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1, sums: ["SUM"]}]
+  words: [{in: kvm_arch_vcpu_ioctl_run, find: "@", with: "00000000", kernel: armv8-6.1, sums: ["00000000"]}]
   look: [test_suite.py]
   dies: an undefined instruction
 elsewhere:
@@ -338,8 +339,9 @@ other-build:
 
 def test_every_fate(tmp_path, victim):
     """Killed, survived, explained, wrongly killed, not applicable: by a suite of one case, on real hosts."""
-    found = words_at(victim, "kvm_arch_vcpu_ioctl_run", 1)[0]
-    catalogue = CATALOGUE.replace("@", f"{found:08x}").replace("SUM", sum_of(victim, "kvm_arch_vcpu_ioctl_run"))
+    found = words_at(victim, FIRST_RUN, 1)[0]
+    deadly = f'"{found:08x}", with: "00000000", kernel: armv8-6.1, sums: ["{sum_of(victim, FIRST_RUN)}"]'
+    catalogue = CATALOGUE.replace('"@", with: "00000000", kernel: armv8-6.1, sums: ["00000000"]', deadly)
     (tmp_path / "mutants.yaml").write_text(catalogue)
     options = ["--mutate", "all", "--catalogue", "mutants.yaml", "--host", "arm64", "-q", "--tb=no"]
     code, said = Run(tmp_path)(SUITE, *options)
@@ -370,9 +372,7 @@ def test_every_fate(tmp_path, victim):
 )
 def test_a_death_that_the_catalogue_does_not_mean(tmp_path, end, fate):
     """``dies`` is of the host: that its QEMU ends is nothing a broken kernel does, even less that somebody kills it."""
-    (tmp_path / "mutants.yaml").write_text(
-        CATALOGUE.replace("@", "00000000").replace("SUM", "00000000").replace("survives:", "dies:")
-    )
+    (tmp_path / "mutants.yaml").write_text(CATALOGUE.replace("@", "00000000").replace("survives:", "dies:"))
     options = ["--mutate", "explained", "--catalogue", "mutants.yaml", "--host", "arm64", "-q"]
     code, said = Run(tmp_path)(f"def test_one(host):\n    {end}\n", *options)
     assert code == 1 and re.search(f"explained +{fate}", said)
