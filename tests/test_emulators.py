@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from framework import config
-from framework.errors import EmulatorError, SetupError
+from framework.errors import EmulatorError, PackageError, SetupError
 from framework.host import apt, emulators, snapshots
 from framework.machine.emulator import Emulator
 from framework.recorder import library
@@ -222,3 +222,25 @@ def test_an_archive_that_is_not_debians(tmp_path, monkeypatch):
     with pytest.raises(SetupError, match="no Debian archive configured, only Ubuntu") as caught:
         apt.archives()
     assert "sources.list" in caught.value.remedy
+
+
+def test_updates_that_the_archive_has_removed_are_left_out(configured, tmp_path, monkeypatch, capsys):
+    """The index of a release that is no longer supported lists them still."""
+    configured("bookworm")
+    monkeypatch.setattr(apt.PrivateApt, "_read", lambda self, lines: "")
+    tried = []
+
+    def download(self, packages, where):
+        tried.append(packages)
+        if packages == ["linux-2"]:
+            raise PackageError("404")
+        return [where / "linux-1.deb"]
+
+    monkeypatch.setattr(apt.PrivateApt, "_download", download)
+    private = apt.PrivateApt(tmp_path, "arm64", "bullseye")
+    newest = lambda apt: ["linux-2"] if len(apt._sets) > 1 else ["linux-1"]  # noqa: E731
+    assert private.fetch(newest, tmp_path) == [tmp_path / "linux-1.deb"]
+    assert tried == [["linux-2"], ["linux-1"]]
+    assert "bullseye: the archive lacks updates that its index lists" in capsys.readouterr().err
+    with pytest.raises(PackageError, match="404"):
+        private.fetch(lambda apt: ["linux-2"], tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,7 @@ class PrivateApt:
     def __init__(self, folder: Path, architecture: str, suite: str) -> None:
         self._folder = folder
         self._suite = suite
+        self._sets = source_lines(suite)
         for sub in ("state/lists/partial", "cache/archives/partial", "etc"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
         (folder / "state/status").touch()
@@ -117,24 +119,46 @@ class PrivateApt:
         return subprocess.run(argv, cwd=cwd, capture_output=True, text=True)
 
     def _update(self) -> None:
+        """Read the index of the fullest set of sources that can be read."""
         failure = ""
-        keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-        option = f"[signed-by={keyring}] " if keyring.exists() else ""
-        for lines in source_lines(self._suite):
+        while self._sets:
             for _ in range(_TRIES):
-                sources = "\n".join(line.replace("deb ", f"deb {option}", 1) for line in lines)
-                (self._folder / "etc/sources.list").write_text(sources + "\n")
-                done = self._run("apt-get", "update", "-q", "--error-on=any")
-                if done.returncode == 0:
+                failure = self._read(self._sets[0])
+                if not failure:
                     return
-                failure = done.stderr
-            if len(lines) > 1:
+            if len(self._sets) > 1:
                 note(f"{self._suite}: its updates or security archive cannot be read; going on without them")
+            self._sets.pop(0)
         raise PackageError(
             f"apt cannot read the index of suite {self._suite!r}",
             remedy="correct the suite, or try again when the archive is reachable",
-            evidence=failure.strip(),
+            evidence=failure,
         )
+
+    def _read(self, lines: list[str]) -> str:
+        """What is wrong with the index of these sources; "" where nothing is."""
+        keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+        option = f"[signed-by={keyring}] " if keyring.exists() else ""
+        sources = "\n".join(line.replace("deb ", f"deb {option}", 1) for line in lines)
+        (self._folder / "etc/sources.list").write_text(sources + "\n")
+        done = self._run("apt-get", "update", "-q", "--error-on=any")
+        return (done.stderr.strip() or "apt-get update failed") if done.returncode else ""
+
+    def fetch(self, choose: Callable[[PrivateApt], list[str]], where: Path) -> list[Path]:
+        """The .deb files of the packages that ``choose`` names, in the folder ``where``.
+
+        Updates of a release that is no longer supported stay in the index when the archive has removed them: then the
+        choice is made again without.
+        """
+        while True:
+            try:
+                return self._download(choose(self), where)
+            except PackageError:
+                if len(self._sets) < 2:
+                    raise
+            note(f"{self._suite}: the archive lacks updates that its index lists; going on without them")
+            self._sets.pop(0)
+            self._update()
 
     def depends(self, package: str) -> list[str]:
         """Names of what ``package`` depends on directly, first alternatives only."""
@@ -161,7 +185,7 @@ class PrivateApt:
             )
         return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("Inst ")]
 
-    def download(self, packages: list[str], where: Path) -> list[Path]:
+    def _download(self, packages: list[str], where: Path) -> list[Path]:
         """Download the packages' .deb files into ``where``."""
         done = self._run("apt-get", "download", *packages, cwd=where)
         if done.returncode:

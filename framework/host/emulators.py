@@ -129,7 +129,7 @@ def _unpack(suite: str, architecture: str, work: Path) -> str:
         folder.mkdir()
     try:
         apt = PrivateApt(work / "apt", architecture, suite)
-        found = apt.download(apt.closure(_PACKAGE), debs)
+        found = apt.fetch(lambda apt: apt.closure(_PACKAGE), debs)
     except PackageError as e:
         raise EmulatorError(f"no QEMU of {suite}: {e.message}", remedy=e.remedy, evidence=e.evidence) from e
     for deb in found:

@@ -53,7 +53,8 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     try:
-        found = _download(PrivateApt(work / "apt", _ARCH[arch], suite), package, debs)
+        apt = PrivateApt(work / "apt", _ARCH[arch], suite)
+        found = apt.fetch(lambda apt: _kernels_own(apt, package), debs)
     except PackageError as e:
         raise KernelError(e.message, remedy=e.remedy, evidence=e.evidence) from e
     for deb in found:
@@ -61,15 +62,15 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
     return root
 
 
-def _download(apt: PrivateApt, package: str, where: Path) -> list[Path]:
-    """The .deb files of the package and of what it depends on of the kernel's own."""
+def _kernels_own(apt: PrivateApt, package: str) -> list[str]:
+    """The package, and what it depends on of the kernel's own."""
     wanted, queue = [], [package]
     while queue:
         name = queue.pop()
         if name not in wanted:
             wanted.append(name)
             queue += [dep for dep in apt.depends(name) if _FOLLOWED.match(dep)]
-    return apt.download(wanted, where)
+    return wanted
 
 
 def _module_root(root: Path) -> Path:
