@@ -19,7 +19,7 @@ from framework.oracle import Oracle
 from framework.pool import Pool
 from framework.recorder.probe import Probe
 
-ARM64 = config.find("arm64")
+ARM64, VHE = config.find("arm64"), config.find("arm64-vhe")
 IPA = 0x8000_0000
 
 
@@ -33,8 +33,8 @@ def restore(kernel, tmp_path):
     """``restore()``: a host from the snapshot of the cache."""
     hosts = []
 
-    def start(**how):
-        hosts.append(snapshots.obtain(ARM64, kernel, tmp_path / "boot").restore(tmp_path / "logs", **how))
+    def start(host_config=ARM64, **how):
+        hosts.append(snapshots.obtain(host_config, kernel, tmp_path / "boot").restore(tmp_path / "logs", **how))
         return hosts[-1]
 
     yield start
@@ -194,6 +194,23 @@ def test_another_root_file_system_has_another_key(kernel, monkeypatch):
     assert snapshots.key_of(ARM64, kernel) != key
 
 
+def test_what_sleeps_on_a_restored_vhe_host_wakes_up(restore):
+    """QEMU forgets when the timer of EL2 is due: the agent has every CPU program it anew."""
+    for _ in range(3):
+        host = restore(VHE)
+        for cpu in range(VHE.board.cpus):
+            assert host.ssh.run(f"taskset {1 << cpu:x} sh -c 'for i in 1 2 3; do sleep 0.05; done; echo up'") == "up\n"
+
+
+def test_a_host_that_is_to_boot_afresh(kernel, tmp_path):
+    host_config = replace(ARM64, boot_afresh="to see that it does")
+    pool = Pool([host_config], {}, {}, tmp_path / "artifacts", "", entropy=False)
+    try:
+        assert "init" in pool.host("arm64").boot_states.reached
+    finally:
+        pool.close()
+
+
 def test_those_used_longest_ago_go_first(own_cache):
     def make(size):
         return lambda out, work: (out / "file").write_bytes(os.urandom(size)) and {}
@@ -213,7 +230,7 @@ def test_one_that_does_not_restore_is_made_anew(own_snapshot, tmp_path):
     (own_snapshot / "devices").write_bytes(made[: len(made) // 2])
     about = json.loads((own_snapshot / "meta.json").read_text())
     (own_snapshot / "meta.json").write_text(json.dumps(about | Saved.at(own_snapshot).checksums()))
-    pool = Pool([ARM64], {}, tmp_path / "artifacts", "", entropy=False)
+    pool = Pool([ARM64], {}, {}, tmp_path / "artifacts", "", entropy=False)
     try:
         booted = pool.host("arm64")
         assert "init" in booted.boot_states.reached and booted.agent("hello")["kvm"]
