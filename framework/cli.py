@@ -32,6 +32,7 @@ from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
 from .lab import ROOT, cache_root, offline
+from .machine.emulator import Emulator
 from .machine.rundir import live_machines, memory_of, run_directory
 from .model import notifier
 from .oracle.oracle import Oracle
@@ -65,6 +66,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     table = _table("", "what", "for")
     for need in setup.NEEDS:
         table.add_row("ok" if need.met else "MISSING", need.program, f"{need.purpose} (package {need.package})")
+    for program in config.PROGRAMS:
+        table.add_row("", Emulator.installed(program).name, program)
     root = cache_root()
     with cache.disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,8 @@ def cmd_hosts(args: argparse.Namespace) -> int:
         keys = host.kernel
         kernel = " ".join(str(keys[k]) for k in ("package", "suite", "image", "path") if k in keys)
         kernel = kernel or Path(keys["url"]).name
-        board = f"{host.board.cpu} x{host.board.cpus}, {host.board.memory >> 20} MiB, {host.board.qemu.name}"
+        qemu = host.emulator or host.board.qemu.name
+        board = f"{host.board.cpu} x{host.board.cpus}, {host.board.memory >> 20} MiB, {qemu}"
         table.add_row(name, board, f"{keys['source']}: {kernel}", " ".join(host.guests), " ".join(sorted(host.can)))
     _out.print(table)
     return 0

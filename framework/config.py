@@ -33,8 +33,8 @@ _REQUIRED = {
 }
 #: Debian's name of the architecture -> the kernel's name, and how to read its registers.
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
-#: What each QEMU can carry: the 64-bit one has the 32-bit boards too.
-_QEMU = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
+#: What each QEMU program can carry: the 64-bit one has the 32-bit boards too.
+PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
 #: Seconds a boot may stay in each state; see framework/host/boot.py.
 TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
 
@@ -158,7 +158,7 @@ def _memory(node: Node) -> int:
 
 def _board(node: Node, can: list[str]) -> Board:
     node.check_keys(_BOARD, _BOARD)
-    qemu = node.one_of("qemu", _QEMU)
+    qemu = node.one_of("qemu", PROGRAMS)
     machine = node.text("machine")
     size = _memory(node)
     options = machine.split(",")
@@ -219,7 +219,7 @@ def load(path: Path) -> HostConfig:
         own.check_keys(tuple(TIMEOUTS), ())
         timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600)) for key in own.values}
     board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
-    if rootfs not in _QEMU[board.qemu.program]:
+    if rootfs not in PROGRAMS[board.qemu.program]:
         raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
     return HostConfig(
         name=path.stem,

@@ -58,8 +58,10 @@ def install() -> list[str]:
     if not packages:
         return []
     if shutil.which("apt-get") is None:
+        lacking = [f"{need.program} ({need.purpose}; Debian: {need.package})" for need in NEEDS if not need.met]
         raise SetupError(
-            "this machine has no apt-get", remedy=f"install what these Debian packages hold: {' '.join(packages)}"
+            "system packages are missing, and this machine has no apt-get to install them with",
+            remedy="install by this machine's own means:\n  " + "\n  ".join(lacking),
         )
     line = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(packages)}"
     if os.geteuid() != 0:

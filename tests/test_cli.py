@@ -64,6 +64,7 @@ def test_doctor_names_what_is_missing(arm_kvm, tmp_path):
     done = arm_kvm("doctor", env=os.environ | {"PATH": str(tmp_path)})
     assert done.returncode == SetupError.exit_code
     assert "missing packages: qemu-system-arm" in done.stderr and "arm-kvm setup" in done.stderr
+    assert "qemu-system-arm is not installed" in done.stdout
 
 
 def test_setup_tells_a_plain_user_the_exact_line(monkeypatch):
@@ -73,6 +74,15 @@ def test_setup_tells_a_plain_user_the_exact_line(monkeypatch):
         setup.install()
     line = "apt-get update && apt-get install -y --no-install-recommends some-package"
     assert caught.value.remedy == f"run as root: {line}"
+
+
+def test_setup_without_apt_says_what_to_install(monkeypatch):
+    need = setup.Need("no-such-program", "some-package", "32-bit boards")
+    monkeypatch.setattr(setup, "NEEDS", (need,))
+    monkeypatch.setattr(setup.shutil, "which", lambda program: None)
+    with pytest.raises(SetupError, match="no apt-get") as caught:
+        setup.install()
+    assert "no-such-program (32-bit boards; Debian: some-package)" in caught.value.remedy
 
 
 def test_setup_does_nothing_twice(arm_kvm):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from framework import cache
-from framework.config import HostConfig
+from framework.config import PROGRAMS, HostConfig
 from framework.errors import EmulatorError, PackageError, SetupError
 from framework.machine.emulator import Emulator
 from framework.progress import task
@@ -24,7 +24,6 @@ from .apt import PrivateApt
 INSTALLED = "installed"
 KIND = "emulators"
 _PACKAGE = "qemu-system-arm"
-_PROGRAMS = ("qemu-system-arm", "qemu-system-aarch64")
 _FORMAT = 1  #: raise it when what is taken from the packages changes
 _BUILD_FOLDERS = (".", "build", "bin")
 
@@ -81,7 +80,7 @@ def _own(program: str, what: str) -> Emulator:
         if not found:
             raise EmulatorError(f"--qemu {what}: the folder has no {program} in it", remedy=remedy)
         path = found[0].resolve()
-    elif path.name in _PROGRAMS and path.name != program:
+    elif path.name in PROGRAMS and path.name != program:
         remedy = "give the folder that has both, or name the host: --qemu HOST=PROGRAM"
         raise EmulatorError(f"--qemu {what}: this host's board is one of {program}", remedy=remedy)
     if not os.access(path, os.X_OK) or not path.is_file():
@@ -105,7 +104,7 @@ def _packaged(program: str, what: str) -> Emulator:
     def make(out: Path, work: Path) -> dict:
         with task(f"{_PACKAGE} of {suite}, with its libraries"):
             version = _unpack(suite, architecture, work)
-            for name in _PROGRAMS:
+            for name in PROGRAMS:
                 _keep(work / "root", name, out)
         return {"suite": suite, "version": version}
 
