@@ -15,9 +15,10 @@ class TestFolder:
     __test__ = False
 
     def __init__(self, root: Path, node_id: str) -> None:
-        path, _, case = node_id.partition("::")
-        name = re.sub(r"[^\w.\-]+", "_", f"{Path(path).with_suffix('').name}.{case}").strip("_")
-        self.folder = root / Path(path).parent.name / name
+        file, _, case = node_id.partition("::")
+        path = Path(file or "elsewhere")  # pytest has no path for a file outside its root folder
+        name = re.sub(r"[^\w.\-]+", "_", f"{path.with_suffix('').name}.{case}").strip("_")
+        self.folder = root / path.parent.name / name
         self._marks: dict[Path, int] = {}
         self.files: list[Path] = []
 

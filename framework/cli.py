@@ -22,7 +22,16 @@ from . import cache, config, progress, setup, spares
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
-from .errors import ConfigError, LabError, NoLiveMachine, NonConformance, ProtocolViolation, SequenceFailed, SetupError
+from .errors import (
+    ConfigError,
+    LabError,
+    NoLiveMachine,
+    NonConformance,
+    ProtocolViolation,
+    SequenceFailed,
+    SetupError,
+    TraceError,
+)
 from .events import checker, picture
 from .events.trace import Enter, Invalidate, Trace
 from .events.world import full
@@ -134,6 +143,8 @@ def cmd_boot(args: argparse.Namespace) -> int:
         print(f"shell:  {host.ssh_command}\ntables: arm-kvm stage2 {host_config.name}")
         print("This is its console; Ctrl-] ends the machine.", flush=True)
         attach(host.machine.console.take_over(), lambda: host.machine.process.poll() is None)
+        if host.machine.process.poll():  # 0: the person has powered it off
+            raise host.machine.lost()
     finally:
         host.shutdown()
     return 0
@@ -194,6 +205,8 @@ def cmd_trace_check(args: argparse.Namespace) -> int:
 
 def _keeps_the_rules(file: Path) -> bool:
     trace = Trace.load(file)
+    if not trace.events:
+        raise TraceError(f"{file} has no event in it: there is nothing to check")
     found = checker.violations(trace)
     entries = len(list(trace.of(Enter)))
     rollovers = sum(full(event.op) for event in trace.of(Invalidate))

@@ -35,6 +35,10 @@ _REQUIRED = {
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
 #: What each QEMU program can carry: the 64-bit one has the 32-bit boards too.
 PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
+#: What a host can, for cases to need: see docs/writing-tests.md.
+CAPABILITIES = (
+    *("kvm", "a15", "arm64", "vmid8", "vmid16", "hotplug", "idle-tracking", "fail-nth", "memory-failure", "debug"),
+)
 #: Seconds a boot may stay in each state; see framework/host/boot.py.
 TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
 
@@ -210,6 +214,13 @@ def load(path: Path) -> HostConfig:
     top = document(path, "the host file")
     top.check_keys(_TOP, ("board", "kernel", "rootfs"))
     can = top.names("can")
+    for capability in can:
+        if capability not in CAPABILITIES:
+            near = difflib.get_close_matches(capability, CAPABILITIES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(CAPABILITIES)}"
+            raise top.wrong("can", f"can: {capability!r} is not known; {hint}")
+    if "kvm" in can and not top.names("guests"):
+        raise top.wrong("guests", "guests: a host that can kvm names its guests' instruction sets")
     for isa in top.names("guests"):
         if isa not in ISAS:
             raise top.wrong("guests", f"guests: {isa!r} is not known; one of: {', '.join(ISAS)}")

@@ -8,12 +8,14 @@
      +-- KernelError          4  a kernel cannot be had, or cannot be used
      |    +-- Offline         5    ... because ARM_KVM_OFFLINE forbids the download
      |    +-- DownloadFailed  6    ... because the server did not deliver it
+     |    +-- ArchiveSilent  34    ... because Debian's archive cannot be reached
      |    +-- WrongChecksum   7    ... because what it delivered is something else
      |    +-- BuildFailed     8    ... because it did not compile
      |    +-- NoKvm           9    ... because it boots, but has no KVM in it
      +-- EmulatorError       31  a QEMU cannot be had, or is not one for this host
      +-- NoProbe             32  the recorder's probe cannot be had for this QEMU
-     +-- PackageError        33  Debian's archive does not give a package
+     +-- PackageError        33  Debian's archive does not have a package
+     |    +-- NoArchive           ... cannot be reached, or does not deliver
      +-- RootfsError         10  the root file system cannot be made
      +-- CacheFull           11  the disk under the cache is full
      +-- CacheUnusable       25  the cache cannot be written
@@ -95,6 +97,14 @@ class DownloadFailed(KernelError):
     exit_code = 6
 
 
+class ArchiveSilent(KernelError):
+    exit_code = 34
+
+
+#: What keeps a kernel from here though nobody has made a mistake: a case that needs it is skipped.
+UNAVAILABLE = (Offline, DownloadFailed, ArchiveSilent)
+
+
 class WrongChecksum(KernelError):
     exit_code = 7
 
@@ -118,9 +128,13 @@ class NoProbe(LabError):
 
 
 class PackageError(LabError):
-    """The index of a suite cannot be read, or it has no such package, or that is not delivered."""
+    """There is no such suite, or no such package in it."""
 
     exit_code = 33
+
+
+class NoArchive(PackageError):
+    """The index of a suite cannot be read now, or a package is not delivered: another time may do."""
 
 
 class RootfsError(LabError):

@@ -127,6 +127,9 @@ class Mark(Event):
     word: ClassVar[str] = "mark"
 
 
+_COUNT = "events"  #: a saved trace says how many it has: a file that was cut is none
+
+
 @dataclass
 class Trace:
     """Events in order, and ``facts`` of the host: host, kernel, cpus, vmid-bits, allocator."""
@@ -155,8 +158,9 @@ class Trace:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        counted = Trace({**self.facts, _COUNT: str(len(self.events))}, self.events)
         with path.open("w", encoding="ascii") as f:
-            f.writelines(f"{line}\n" for line in self.lines())
+            f.writelines(f"{line}\n" for line in counted.lines())
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -181,6 +185,8 @@ class Trace:
                 events.append(parse_event(line))
             except (ValueError, KeyError, TypeError, OverflowError) as e:
                 raise TraceError(f"{name}, line {number}: {line!r} is no event ({e})") from e
+        if (said := facts.pop(_COUNT, None)) is not None and int(said) != len(events):
+            raise TraceError(f"{name} is not whole: {len(events)} of {said} events")
         return cls(facts, events)
 
 
@@ -189,7 +195,7 @@ def _facts(numbered: tuple[int, str], name: str) -> dict[str, str]:
     number, line = numbered
     try:
         facts = dict(pair.split("=", 1) for pair in line.split())
-        for key in {"cpus", "vmid-bits"} & facts.keys():
+        for key in {"cpus", "vmid-bits", _COUNT} & facts.keys():
             int(facts[key])
     except ValueError as e:
         raise TraceError(f"{name}, line {number}: {line!r} are no facts of a host ({e})") from e

@@ -6,16 +6,19 @@ apt state, so that nothing of this machine's package management changes and no r
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import PackageError, SetupError
+from framework.errors import NoArchive, PackageError, SetupError
 from framework.progress import note
 
 _TRIES = 3
+#: What apt says of a suite that the archive does not have (apt-pkg/acquire-item.cc).
+_NO_SUCH_SUITE = re.compile(r"404 |does not have a Release file")
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,15 @@ class PrivateApt:
             if len(self._sets) > 1:
                 note(f"{self._suite}: its updates or security archive cannot be read; going on without them")
             self._sets.pop(0)
-        raise PackageError(
+        if _NO_SUCH_SUITE.search(failure):
+            raise PackageError(
+                f"Debian has no suite {self._suite!r}",
+                remedy="name one that this machine's archive has: bookworm, trixie, trixie-backports, sid ...",
+                evidence=failure,
+            )
+        raise NoArchive(
             f"apt cannot read the index of suite {self._suite!r}",
-            remedy="correct the suite, or try again when the archive is reachable",
+            remedy="try again when the archive is reachable",
             evidence=failure,
         )
 
@@ -153,7 +162,7 @@ class PrivateApt:
         while True:
             try:
                 return self._download(choose(self), where)
-            except PackageError:
+            except NoArchive:
                 if len(self._sets) < 2:
                     raise
             note(f"{self._suite}: the archive lacks updates that its index lists; going on without them")
@@ -189,7 +198,7 @@ class PrivateApt:
         """Download the packages' .deb files into ``where``."""
         done = self._run("apt-get", "download", *packages, cwd=where)
         if done.returncode:
-            raise PackageError(
+            raise NoArchive(
                 f"apt cannot download {' '.join(packages)}",
                 remedy="try again when the archive is reachable",
                 evidence=done.stderr.strip(),

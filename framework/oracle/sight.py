@@ -30,7 +30,7 @@ from framework.model.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, 
 
 from .stage2 import Stage2
 
-_PATIENCE = 5.0
+_PATIENCE = 20.0  #: seconds; one look is mostly enough, but this machine may have other work
 _BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
 _LOOKS = 10  #: at one pose
 _POSE = 0.02  #: seconds in which the agent stays in user mode, at first
@@ -49,15 +49,16 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
 def _seen_posing(pose: Callable[[int], AbstractContextManager], look: Callable[[], Regime | None], what: str) -> Regime:
     """What is found while somebody poses, or is about to: ``pose`` takes how many times longer than at first.
 
-    When nobody was seen, the board may have been slow to begin: longer poses, and more looks.
+    When nobody was seen, the board may have been slow to begin: longer poses, and more time between looks, in which it
+    can get on.
     """
     lengths = (min(1 << attempt, 64) for attempt in itertools.count())
 
     def looks() -> Regime | None:
         longer = next(lengths)
         with pose(longer):
-            for _ in range(_LOOKS * longer):
-                time.sleep(_BETWEEN_LOOKS)
+            for _ in range(_LOOKS):
+                time.sleep(_BETWEEN_LOOKS * longer)
                 if (found := look()) is not None:
                     return found
         return None

@@ -1,4 +1,7 @@
-"""The end of a run: machines that were kept are left to the person until Ctrl-C, all others end."""
+"""The end of a run: machines that were kept are left to the person until Ctrl-C, all others end.
+
+A run in which every case was skipped has judged nothing: it says so, and fails.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,41 @@ import pytest
 
 from framework.pool import Pool
 
+from .order import worker_of
 from .stash import POOL
+
+
+class _Judged:
+    """Whether anything was, in this process or in its workers."""
+
+    def __init__(self) -> None:
+        self._skipped, self._judged = 0, 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._skipped += 1
+        elif report.when == "call" or report.failed:
+            self._judged += 1
+
+    @property
+    def nothing(self) -> bool:
+        return self._skipped > 0 and self._judged == 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.nothing and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        if self.nothing:
+            terminalreporter.write_line(
+                f"arm-kvm: nothing was judged: all {self._skipped} cases were skipped", red=True
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not worker_of(config):
+        config.pluginmanager.register(_Judged())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

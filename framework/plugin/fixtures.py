@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import pytest
 
 from framework.artifacts import TestFolder
-from framework.errors import KernelError, LabError, QemuKilled
+from framework.errors import UNAVAILABLE, LabError, QemuKilled
 from framework.events.violations import ProtocolBroken
 from framework.host.host import Host
 from framework.host.ssh import Ssh
@@ -66,12 +66,12 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 
 
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
-    """The live host; or a skip where a kernel with KVM cannot be had, a failure where anything else is wrong."""
+    """The live host; or a skip where its kernel cannot be fetched now, a failure where anything else is wrong."""
     try:
         return pool.host(name, owner_of(item), plugin_for(item))
     except Broken as e:
         cause = e.cause
-    if isinstance(cause, KernelError) and not item.config.getoption("--require-kvm"):
+    if isinstance(cause, UNAVAILABLE) and not item.config.getoption("--require-kvm"):
         item.stash[BLAMED] = pool.configs[name].path
         pytest.skip(f"{name}: {cause.one_line}")
     if name in pool.told:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from framework import config as host_files
-from framework.errors import ConfigError, LabError
+from framework.errors import ConfigError, EmulatorError, KernelError, LabError
 from framework.host import emulators
+from framework.host.kernel import sources
 from framework.pool import Broken, Pool
 
 from .order import worker_of
@@ -39,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "suite (default: the installed one; repeatable with HOST=)",
     )
     group.addoption(
-        "--require-kvm", action="store_true", help="fail, not skip, where a host's kernel or its KVM cannot be had"
+        "--require-kvm", action="store_true", help="fail, not skip, where a host's kernel cannot be fetched now"
     )
     group.addoption(
         "--artifacts", default="artifacts", metavar="DIR", help="folder for logs and dumps (default: artifacts)"
@@ -74,6 +76,8 @@ def _by_host(option: str, values: list[str], hosts: list[str]) -> dict[str, str]
     for value in values:
         name, equals, rest = value.partition("=")
         known = equals and (name in hosts or name in host_files.host_names())
+        if equals and not known and re.fullmatch(r"[\w-]+", name) and not Path(value).exists():
+            raise ConfigError(f"{option} {value}: no host is called {name!r}; hosts of this run: {', '.join(hosts)}")
         name, what = (name, rest) if known else ("", value)
         if known and name not in hosts:
             raise ConfigError(f"{option} {value}: host {name} does not run; hosts of this run: {', '.join(hosts)}")
@@ -83,14 +87,27 @@ def _by_host(option: str, values: list[str], hosts: list[str]) -> dict[str, str]
     return chosen
 
 
+def _hosts(names: list[str]) -> list[host_files.HostConfig]:
+    """The hosts of these names. Raises ConfigError."""
+    hosts = [host_files.find(name) for name in dict.fromkeys(names)]
+    for host in hosts:
+        if same := [other.path for other in hosts if other.name == host.name and other.path != host.path]:
+            raise ConfigError(f"two hosts are called {host.name!r}: {host.path} and {same[0]}; rename one of the files")
+    return hosts
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if (count := config.getoption("--count")) is not None and count < 1:
+        raise pytest.UsageError(f"--count {count}: play at least one sequence")
     names = config.getoption("--host") or list(_DEFAULT_HOSTS)
     try:
-        hosts = [host_files.find(name) for name in dict.fromkeys(names)]
+        hosts = _hosts(names)
         known = [host.name for host in hosts]
         kernels, qemus = (_by_host(option, config.getoption(option), known) for option in ("--kernel", "--qemu"))
         for host in hosts:
             emulators.check(host, qemus.get(host.name, qemus.get("")))
+            if (kernel := kernels.get(host.name, kernels.get(""))) is not None:
+                sources.check(host, kernel)
     except LabError as e:
         raise pytest.UsageError(str(e)) from e
     artifacts = Path(config.getoption("--artifacts")).absolute()
@@ -122,11 +139,14 @@ def _prepare(config: pytest.Config, needed: set[str]) -> None:
 
 
 def _describe(pool: Pool, name: str) -> str:
+    """The host's line in the header. Raises UsageError where what was asked for does not exist."""
     config = pool.configs[name]
     try:
         qemu = pool.fitted(name).board.qemu.name
         kernel = pool.kernel(name).name
     except Broken as e:
-        return f"{name}: cannot be used: {e.cause.message.splitlines()[0]}"
+        if type(e.cause) in (KernelError, ConfigError, EmulatorError):
+            raise pytest.UsageError(f"host {name} cannot be used: {e.cause}") from e
+        return f"{name}: no kernel: {e.cause.message.splitlines()[0]}"
     guests = "/".join(config.guests) or "none"
     return f"{name}: {qemu}, {config.board.cpu} x{config.board.cpus}; {kernel}; guests {guests}"

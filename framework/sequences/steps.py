@@ -99,9 +99,10 @@ def parse(line: str) -> Step | None:
 def load(path: Path) -> list[Step]:
     """The steps of a file. Raises ConfigError with the line that is wrong."""
     try:
-        lines = path.read_text().splitlines()
-    except OSError as e:
-        raise ConfigError(f"cannot read the sequence {path}: {e.strerror}") from e
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not text"
+        raise ConfigError(f"cannot read the sequence {path}: {reason}") from e
     steps = []
     for number, line in enumerate(lines, 1):
         try:
@@ -109,4 +110,6 @@ def load(path: Path) -> list[Step]:
         except ValueError as e:
             words = "; ".join(kind.value for kind in Kind)
             raise ConfigError(f"{path}:{number}: {e}", remedy=f"a line is one of: {words}") from e
+    if not steps:
+        raise ConfigError(f"{path} has no step in it", remedy="give a sequence that a run has kept")
     return steps

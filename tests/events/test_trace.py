@@ -106,6 +106,16 @@ def test_a_trace_may_end_after_its_first_line():
     assert Trace.parse([MAGIC]) == Trace() and Trace().cpus == 1
 
 
+def test_a_saved_trace_that_was_cut_is_not_whole(tmp_path):
+    """At the end of a line, where each line makes sense."""
+    path = tmp_path / "one.trace"
+    Trace({"cpus": "2"}, [Exit(1, 0), Exit(2, 1)]).save(path)
+    assert Trace.load(path).facts == {"cpus": "2"}
+    path.write_text(path.read_text().rpartition("\n")[0].rpartition("\n")[0] + "\n")
+    with pytest.raises(TraceError, match="is not whole: 1 of 2 events"):
+        Trace.load(path)
+
+
 def test_events_by_kind():
     trace = Trace({}, [Exit(0, 0), Mark(0, -1, "a"), Exit(0, 1), Destroyed(0, -1, 2)])
     assert list(trace.of(Exit, Mark)) == trace.events[:3]

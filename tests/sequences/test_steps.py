@@ -52,6 +52,14 @@ def test_what_is_no_step_is_named_with_its_line(tmp_path, line):
         load(file)
 
 
+@pytest.mark.parametrize(("data", "words"), [(b"# fork\n\n", "has no step in it"), (b"\xff\xfe", "it is not text")])
+def test_a_file_without_steps(tmp_path, data, words):
+    path = tmp_path / "sequence.txt"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=words):
+        load(path)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path / "nothing")

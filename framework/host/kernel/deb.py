@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from framework import cache
-from framework.errors import KernelError, PackageError, SetupError
+from framework.errors import ArchiveSilent, KernelError, NoArchive, PackageError, SetupError
 from framework.host.apt import PrivateApt
 from framework.progress import task
 
@@ -56,7 +56,8 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
         apt = PrivateApt(work / "apt", _ARCH[arch], suite)
         found = apt.fetch(lambda apt: _kernels_own(apt, package), debs)
     except PackageError as e:
-        raise KernelError(e.message, remedy=e.remedy, evidence=e.evidence) from e
+        kind = ArchiveSilent if isinstance(e, NoArchive) else KernelError
+        raise kind(e.message, remedy=e.remedy, evidence=e.evidence) from e
     for deb in found:
         _tool(["dpkg-deb", "-x", str(deb), str(root)])
     return root

@@ -11,7 +11,7 @@ from framework.errors import KernelError
 
 _ZIMAGE_MAGIC = (0x24, struct.pack("<I", 0x016F2818))  # Documentation/arm/booting.rst
 _IMAGE_MAGIC = (0x38, b"ARM\x64")  # Documentation/arm64/booting.rst
-_ARCH_NAMES = {"arm": "32-bit Arm", "arm64": "arm64"}
+_ARCH_NAMES = {"arm": "a 32-bit Arm", "arm64": "an arm64"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def architecture_of(image: Path) -> str | None:
 
     Raises KernelError when the file cannot be read.
     """
+    if image.exists() and not image.is_file():  # a FIFO would be waited for
+        raise KernelError(f"cannot read the kernel {image}: it is not a file")
     try:
         with image.open("rb") as f:
             head = f.read(64)
@@ -51,8 +53,8 @@ def check_image(image: Path, linux_arch: str) -> Path:
     arch = architecture_of(image)
     if arch == linux_arch:
         return image
-    what = f"is an {_ARCH_NAMES[arch]} kernel" if arch else "is not an Arm kernel image (zImage or Image)"
+    what = f"is {_ARCH_NAMES[arch]} kernel" if arch else "is not an Arm kernel image (zImage or Image)"
     raise KernelError(
-        f"{image} {what}; this host needs a {_ARCH_NAMES[linux_arch]} one",
-        remedy="give an arch/arm/boot/zImage or arch/arm64/boot/Image",
+        f"{image} {what}; this host needs {_ARCH_NAMES[linux_arch]} one",
+        remedy="give an arch/arm/boot/zImage or arch/arm64/boot/Image; with several hosts, --kernel HOST=IMAGE",
     )

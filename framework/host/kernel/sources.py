@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +30,45 @@ def obtain(config: HostConfig, override: str | None = None) -> Kernel:
 def from_argument(config: HostConfig, what: str) -> Kernel:
     """``--kernel``: an image, a source tree (built with the host's fragments), or ``deb:PACKAGE@SUITE``."""
     if what.startswith("deb:"):
-        package, at, suite = what[4:].partition("@")
-        if not at or not package or not suite:
-            raise KernelError(f"--kernel {what}: a Debian kernel is written deb:PACKAGE@SUITE")
+        package, suite = _package(what)
         return deb.from_package(package, suite, config.linux_arch, config.kernel.get("modules", []))
-    path = Path(what)
+    path = _given(what)
     if path.is_dir():
         return tree.from_tree(path, config.linux_arch, fragments_of(config), [])
     return Kernel(str(path), check_image(path, config.linux_arch))
+
+
+def check(config: HostConfig, what: str) -> None:
+    """Raises KernelError where it can be known without fetching or building that :func:`from_argument` will fail."""
+    if what.startswith("deb:"):
+        _package(what)
+    elif (path := _given(what)).is_dir():
+        tree.check_tree(path)
+    else:
+        check_image(path, config.linux_arch)
+
+
+def _package(what: str) -> tuple[str, str]:
+    """Package and suite of ``deb:PACKAGE@SUITE``."""
+    match = re.fullmatch(r"deb:([a-z0-9][a-z0-9+.-]*)@([a-z0-9][a-z0-9.-]*)", what)
+    if not match:
+        raise KernelError(
+            f"--kernel {what}: a Debian kernel is written deb:PACKAGE@SUITE",
+            remedy="deb:linux-image-arm64@trixie, for example",
+        )
+    return match[1], match[2]
+
+
+def _given(what: str) -> Path:
+    """A path as a person writes it."""
+    try:
+        path = Path(what).expanduser()
+    except RuntimeError as e:  # ~nobody
+        raise KernelError(f"--kernel {what}: there is no such user") from e
+    if not what or not path.exists():
+        remedy = "give an image (zImage or Image), a kernel source tree, or deb:PACKAGE@SUITE"
+        raise KernelError(f"--kernel {what!r}: there is no such file or folder", remedy=remedy)
+    return path
 
 
 def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[str]) -> Kernel:
@@ -47,7 +79,7 @@ def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[
 def tree_of(config: HostConfig, override: str | None = None) -> Path | None:
     """The source tree that the host's kernel is built from; None when it comes from elsewhere."""
     if override is not None:
-        return Path(override) if Path(override).is_dir() else None
+        return path if not override.startswith("deb:") and (path := _given(override)).is_dir() else None
     return _path(config, config.kernel["path"]) if config.kernel["source"] == "tree" else None
 
 

@@ -26,7 +26,10 @@ _UNREAD = frozenset({".git", "Documentation", "samples", "LICENSES"})
 def check_tree(tree: Path) -> None:
     """Raises KernelError when this is no kernel source tree."""
     if not (tree / "Kconfig").is_file() or not (tree / "arch").is_dir():
-        raise KernelError(f"{tree} is not a kernel source tree (it has no Kconfig, or no arch)")
+        raise KernelError(
+            f"{tree} is not a kernel source tree (it has no Kconfig, or no arch)",
+            remedy="give the top folder of one, or an image from arch/*/boot",
+        )
 
 
 def fingerprint(tree: Path, arch: str) -> str:
