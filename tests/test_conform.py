@@ -215,10 +215,18 @@ SEEN_ON = {
 @pytest.mark.parametrize("departure", departures.ALL, ids=lambda departure: departure.name)
 def test_each_departure_is_there_or_mended_as_it_says(boards, monkeypatch, departure):
     """Where it is said to be, the silicon differs from the manual without its rule; where mended, with it."""
+    lab = boards(SEEN_ON[departure.name])
+    if departure is departures.IPA_32_BITS and not departure.shown_by(lab.silicon):  # its rule is silence
+        assert conform(lab, QUICK, start=8).mended[departure.name]
+        return
+    if departure is departures.AT_MARKS_DIRTY and departures.AT_IGNORES_DBM.shown_by(lab.silicon):
+        # Where it could mark, AT faults instead; that nothing is marked is checked in every world.
+        assert conform(lab, 10 * QUICK, start=8).departed[departures.AT_IGNORES_DBM.name]
+        return
     honest = Departure.shown_by
     monkeypatch.setattr(Departure, "shown_by", lambda d, silicon: honest(d, silicon) != (d is departure))
     with pytest.raises(Difference):
-        conform(boards(SEEN_ON[departure.name]), 2 * THOROUGH, start=8, shrink=False)
+        conform(lab, 2 * THOROUGH, start=8, shrink=False)
 
 
 def test_a_departure_names_its_releases():

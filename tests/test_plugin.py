@@ -308,7 +308,7 @@ def test_artifacts_of_a_test_are_in_one_folder_and_in_junit(run, tmp_path):
         (["--host", "arm46"], "did you mean 'arm64'"),
         (["--host", "none.yaml"], "No such file"),
         (["--host", "arm64", "--kernel", "a15=zImage"], "host a15 does not run"),
-        (["--host", "arm64", "--kernel", "zImage", "--kernel", "Image"], "has a kernel already: zImage"),
+        (["--host", "arm64", "--kernel", "zImage", "--kernel", "Image"], "every host has one already: zImage"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(run, options, words):

@@ -136,8 +136,10 @@ class Predictor:
                 departures.AT_IGNORES_DBM, departures.without_dirty_state, probe, outcome, trace
             )
         if departures.reads_astray(self.world.silicon, trace, outcome):
-            self.silenced += 1
-            raise Unknowable(departures.IPA_32_BITS.name)
+            self.met.append(departures.IPA_32_BITS)
+            if departures.IPA_32_BITS.shown_by(self.world.silicon):
+                self.silenced += 1
+                raise Unknowable(departures.IPA_32_BITS.name)
         return self._departed(outcome), trace
 
     def _dirtied(self, trace: Trace) -> bool:
