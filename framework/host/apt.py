@@ -6,7 +6,6 @@ apt state, so that nothing of this machine's package management changes and no r
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from framework.progress import note
 
 _TRIES = 3
 #: What apt says of a suite that the archive does not have (apt-pkg/acquire-item.cc).
-_NO_SUCH_SUITE = re.compile(r"404 |does not have a Release file")
+_NO_SUCH_SUITE = "does not have a Release file"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class PrivateApt:
             if len(self._sets) > 1:
                 note(f"{self._suite}: its updates or security archive cannot be read; going on without them")
             self._sets.pop(0)
-        if _NO_SUCH_SUITE.search(failure):
+        if _NO_SUCH_SUITE in failure:
             raise PackageError(
                 f"Debian has no suite {self._suite!r}",
                 remedy="name one that this machine's archive has: bookworm, trixie, trixie-backports, sid ...",
