@@ -52,6 +52,7 @@ from .terminal import attach
 
 _out = Console(highlight=False)
 _LEAST_DISK = 4 << 30
+_LAST_PORT = 65535
 _MUTATED = ("a15", "arm64")
 _QEMU_HELP = "a program, the folder it was built in, or deb:SUITE (default: the host file's)"
 _CONFORM_HOSTS = ("a15", "a15-wide", "arm64", "arm64-vhe")
@@ -310,7 +311,8 @@ def cmd_bench(args: argparse.Namespace) -> int:
     """The benchmarks, as one table with medians and spread."""
     with tempfile.TemporaryDirectory(prefix="arm-kvm-bench-") as folder:
         saved = Path(folder) / "bench.json"
-        code = _pytest(ROOT / "benchmarks", "-q", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
+        began = os.getloadavg()[0]
+        code = _pytest(ROOT / "benchmarks", "-v", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
         if not saved.exists() or not saved.stat().st_size:
             return code
         results = json.loads(saved.read_text())["benchmarks"]
@@ -320,6 +322,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
         times = (_seconds(stats[key]) for key in ("median", "iqr", "min", "max"))
         table.add_row(escape(result["name"].removeprefix("test_")), *times, str(stats["rounds"]), more)
     _out.print(table)
+    print(f"{os.cpu_count()} CPUs; load {began:.1f} when it began, {os.getloadavg()[0]:.1f} when it ended")
     return code
 
 
@@ -333,17 +336,25 @@ def _seconds(value: float) -> str:
 def _pytest(where: Path, *arguments: str) -> int:
     """Run pytest on a folder of this checkout, from where the user is; its exit code."""
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(where)]
-    try:
-        return subprocess.call([sys.executable, "-m", "pytest", *settings, *arguments])
-    except KeyboardInterrupt:  # pytest has heard it, too
-        return 130
+    process, interrupted = subprocess.Popen([sys.executable, "-m", "pytest", *settings, *arguments]), False
+    while True:
+        try:
+            code = process.wait()
+            return 130 if interrupted else code
+        except KeyboardInterrupt:  # pytest has heard it, too, and writes down what it has
+            interrupted = True
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
-    return value
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {_LAST_PORT}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -374,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     boot.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
     boot.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
     boot.add_argument(
-        "--ssh-port", type=int, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
+        "--ssh-port", type=_port, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
     )
     stage2 = command("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
     stage2.add_argument("host")

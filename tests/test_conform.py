@@ -324,7 +324,7 @@ def test_the_command_says_how_to_repeat_it(arm_kvm):
 
 def test_the_command_wants_at_least_one_case(arm_kvm):
     done = arm_kvm("conform", "--cases", "0")
-    assert done.returncode == 2 and "0 is not a number above 0" in done.stderr
+    assert done.returncode == 2 and "'0' is not a number above 0" in done.stderr
 
 
 def test_the_command_lists_the_departures(arm_kvm):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,8 @@ import pytest
 from framework import config
 from framework.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
 from framework.machine.board import Boot
-from framework.machine.machine import Logs, Machine
+from framework.machine.emulator import Emulator
+from framework.machine.machine import Logs, Machine, refusal
 
 from .conftest import HEARS_CTRL_C
 
@@ -59,6 +61,58 @@ def test_a_board_qemu_refuses(start, change, words):
         start(replace(BOARD, **change))
     assert "QEMU: qemu-system-aarch64 -nodefaults" in caught.value.evidence
     assert "QEMU's stderr:" in caught.value.evidence
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("qemu: cannot set up guest memory 'ram': Cannot allocate memory", SetupError, "the memory of the board"),
+        ("qemu: Could not set up host forwarding rule 'tcp::1-:22'", PortBusy, "port for ssh"),
+        (
+            "qemu: warning: '-x' is deprecated\nqemu: no such CPU\nqemu: usage",
+            QemuRefused,
+            "this board: qemu: no such CPU",
+        ),
+        ("qemu: warning: only this", QemuRefused, "only this"),
+    ],
+)
+def test_what_qemu_says_is_understood(said, kind, words):
+    error = refusal(said, "evidence")
+    assert type(error) is kind and words in error.message and error.remedy and error.evidence == "evidence"
+
+
+def test_a_qemu_that_crashes_while_it_starts(start, tmp_path):
+    crash = tmp_path / "qemu-system-aarch64"
+    crash.write_text("#!/bin/sh\nkill -s SEGV $$\n")
+    crash.chmod(0o755)
+    with pytest.raises(QemuDied, match=r"QEMU crashed while it started \(SIGSEGV\)"):
+        start(replace(BOARD, qemu=Emulator("qemu-system-aarch64", (str(crash),))))
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from framework import config
+from framework.errors import LabError
+from framework.machine.board import Boot
+from framework.machine.machine import Logs, Machine
+try:
+    Machine.start(config.find("arm64").board, Boot(Path("/dev/null"), Path("/dev/null"), ""), Logs(Path(sys.argv[1])))
+    print("started")
+except LabError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("a,comma", "started"), ("long" * 25, "the path of the run directory is too long for a socket")]
+)
+def test_run_directories_of_any_name(tmp_path, name, words):
+    with tempfile.TemporaryDirectory(prefix=name, dir="/tmp") as folder:
+        env = os.environ | {"XDG_RUNTIME_DIR": folder}
+        argv = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "logs")]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.startswith(words), done
 
 
 def test_a_busy_port(start):

@@ -65,13 +65,18 @@ def command_line(
         *(("-plugin", plugin) if plugin else ()),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"),
-        *("-chardev", f"socket,id=gdb,path={gdb},server=on,wait=off", "-gdb", "chardev:gdb"),
+        *("-chardev", f"socket,id=gdb,path={_value(gdb)},server=on,wait=off", "-gdb", "chardev:gdb"),
         *("-chardev", f"socket,id=port,fd={port_fd}"),
         *("-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}"),
         *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"),
         *("-device", "virtio-net-device,netdev=net,guest_announce=off", "-device", "virtio-rng-device"),
         *(_booting(boot) if boot else ("-incoming", "defer")),
     ]
+
+
+def _value(path: Path) -> str:
+    """The path within an option: QEMU ends a value at a comma, unless it is there twice."""
+    return str(path).replace(",", ",,")
 
 
 def _booting(boot: Boot) -> list[str]:

@@ -163,19 +163,14 @@ class Machine:
         """QEMU went away before it said hello: find out why."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        killed, said, evidence = self._killed, self.stderr_tail(), self.evidence()
+        killed, code, said, evidence = self._killed, self.process.poll(), self.stderr_tail(), self.evidence()
         self.kill()
         if killed:
             return QemuKilled("QEMU was killed while it started", remedy=_WHO_KILLS, evidence=evidence)
-        if "Could not set up host forwarding rule" in said:
-            return PortBusy(
-                "the port for ssh is in use on this machine",
-                remedy="choose another --ssh-port, or none to let the system choose",
-                evidence=evidence,
-            )
-        last = said.splitlines()[-1] if said else str(cause)
-        remedy = "correct the board in the host file"
-        return QemuRefused(f"QEMU does not start this board: {last}", remedy=remedy, evidence=evidence)
+        if code is not None and code < 0:
+            crash = f"QEMU crashed while it started ({signal.Signals(-code).name})"
+            return QemuDied(crash, remedy="choose another QEMU with --qemu", evidence=evidence)
+        return refusal(said or str(cause), evidence)
 
     def qmp(self, command: str, **arguments: object) -> object:
         """Execute a QMP command and return its result. Raises MachineError, QemuDied."""
@@ -328,6 +323,51 @@ class Machine:
         self.ram.close()
         if self.plugin:
             self.plugin.close()
+
+
+#: What QEMU says on stderr where the board is not to blame; who is, and what to do.
+_CAUSES: tuple[tuple[str, type[LabError], str, str], ...] = (
+    (
+        "Could not set up host forwarding rule",
+        PortBusy,
+        "the port for ssh is in use on this machine",
+        "choose another --ssh-port, or none to let the system choose",
+    ),
+    (
+        "Cannot allocate memory",
+        SetupError,
+        "this machine does not give QEMU the memory of the board",
+        "free some, raise its limit (`ulimit -v`), or give the host file less",
+    ),
+    (
+        "Too many open files",
+        SetupError,
+        "QEMU may not open as many files as it needs",
+        "raise the limit of open files (`ulimit -n`)",
+    ),
+    (
+        "could not load kernel",
+        SetupError,
+        "QEMU cannot read the kernel's image",
+        "see whether it is still there; one of the cache is made anew by the next run",
+    ),
+    (
+        "UNIX socket path",
+        SetupError,
+        "the path of the run directory is too long for a socket",
+        "set XDG_RUNTIME_DIR, or TMPDIR, to a shorter one",
+    ),
+)
+
+
+def refusal(said: str, evidence: str) -> LabError:
+    """The error for a QEMU that ended before it said hello, by its own words."""
+    for words, kind, message, remedy in _CAUSES:
+        if words in said:
+            return kind(message, remedy=remedy, evidence=evidence)
+    first = next((line for line in said.splitlines() if "warning:" not in line), said)
+    remedy = "correct the board in the host file"
+    return QemuRefused(f"QEMU does not start this board: {first}", remedy=remedy, evidence=evidence)
 
 
 def _ram(board: Board, saved: Saved | None, shared: bool) -> OwnRam | SavedRam:

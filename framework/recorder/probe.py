@@ -65,7 +65,7 @@ class Probe:
 
     def argument(self, ram_fd: int) -> str:
         """QEMU's ``-plugin`` argument."""
-        return f"{self._library},control=/proc/self/fd/{self.fd},ram=/proc/self/fd/{ram_fd}"
+        return f"{str(self._library).replace(',', ',,')},control=/proc/self/fd/{self.fd},ram=/proc/self/fd/{ram_fd}"
 
     def close(self) -> None:
         del self._control, self._log
