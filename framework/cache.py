@@ -2,7 +2,8 @@
 
 An entry is made in a folder beside its final place and renamed when it is whole, under a lock per key:
 two processes never make the same entry twice, and an interrupted one leaves nothing that is taken for
-a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped.
+a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped; what nobody came
+back to for a month goes. The sizes of an entry's files are kept with it: one that was damaged since is made anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -57,6 +59,10 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from e
 
 
+_META, _SIZES = "meta.json", "sizes.json"
+_KEPT = 30 * 24 * 3600  #: seconds that the scratch folder of an interrupted maker is kept
+
+
 @dataclass(frozen=True)
 class Entry:
     """A folder of the cache: a finished entry, or what an interruption left of one (:func:`leftovers`)."""
@@ -65,17 +71,39 @@ class Entry:
 
     @property
     def meta(self) -> dict:
-        return json.loads((self.folder / "meta.json").read_text())
+        return json.loads((self.folder / _META).read_text())
+
+    def damage(self) -> str:
+        """The file of a finished entry that is not as it was made; "" where all are."""
+        for name in (_META, _SIZES):
+            try:
+                sizes = json.loads((self.folder / name).read_text())
+            except FileNotFoundError:  # of an entry that is checked otherwise
+                sizes = {}
+            except (OSError, ValueError):
+                return name
+        return next((name for name, size in sizes.items() if _size_of(self.folder / name) != size), "")
 
 
 def _entry_folder(kind: str, key: str) -> Path:
     return cache_root() / kind / key
 
 
+def _size_of(path: Path) -> int:
+    """-1 for what is not there."""
+    return path.stat().st_size if path.is_file() else -1
+
+
 def lookup(kind: str, key: str) -> Entry | None:
-    """The entry, if it is there and whole."""
-    folder = _entry_folder(kind, key)
-    return Entry(folder) if (folder / "meta.json").is_file() else None
+    """The entry, if it is there and whole; a damaged one is taken away."""
+    entry = Entry(_entry_folder(kind, key))
+    if not (entry.folder / _META).is_file():
+        return None
+    if damaged := entry.damage():
+        note(f"{entry.folder} of the cache is damaged ({damaged}); it is made anew")
+        remove(entry)
+        return None
+    return entry
 
 
 def entries(kind: str) -> list[Entry]:
@@ -86,6 +114,13 @@ def entries(kind: str) -> list[Entry]:
             if "." not in meta.parent.name:  # else it is being made, or taken away
                 found.append((meta.stat().st_mtime, meta.parent))
     return [Entry(folder) for _, folder in sorted(found, reverse=True)]
+
+
+def _forget_old_leftovers(kind: str) -> None:
+    for entry in leftovers(kind):
+        with suppress(FileNotFoundError):  # just removed
+            if time.time() - entry.folder.stat().st_mtime > _KEPT:
+                remove(entry)
 
 
 def leftovers(kind: str) -> list[Entry]:
@@ -143,8 +178,8 @@ def keep_within(kind: str, budget: int) -> None:
 Maker = Callable[[Path, Path], dict]
 
 
-def obtain(kind: str, key: str, make: Maker) -> Entry:
-    """The entry of this key, made if it is not there.
+def obtain(kind: str, key: str, make: Maker, *, sized: bool = True) -> Entry:
+    """The entry of this key, made if it is not there. ``sized``: whether its files are known by their sizes later.
 
     ``make(out, work)`` fills the folder ``out`` and returns the entry's meta data; ``work`` is its
     scratch folder, kept when it is interrupted and removed when it succeeds. Raises CacheFull, and
@@ -156,7 +191,8 @@ def obtain(kind: str, key: str, make: Maker) -> Entry:
     with disk_errors(cache_root()):
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
-            return lookup(kind, key) or _make(final, make)
+            _forget_old_leftovers(kind)
+            return lookup(kind, key) or _make(final, make, sized)
 
 
 @contextmanager
@@ -173,14 +209,17 @@ def _lock(final: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make(final: Path, make: Maker) -> Entry:
+def _make(final: Path, make: Maker, sized: bool) -> Entry:
     work, out = final.with_suffix(".work"), final.with_suffix(".new")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     work.mkdir(exist_ok=True)
     try:
         meta = make(out, work)
-        (out / "meta.json").write_text(json.dumps(meta, indent=1, default=str))
+        if sized:
+            sizes = {str(path.relative_to(out)): path.stat().st_size for path in out.rglob("*") if path.is_file()}
+            (out / _SIZES).write_text(json.dumps(sizes))
+        (out / _META).write_text(json.dumps(meta, indent=1, default=str))
         os.rename(out, final)
     finally:
         shutil.rmtree(out, ignore_errors=True)

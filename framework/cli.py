@@ -112,6 +112,8 @@ def cmd_hosts(args: argparse.Namespace) -> int:
 def cmd_kernel_list(args: argparse.Namespace) -> int:
     table = _table("kernel", "version", "size", "image")
     for entry in cache.entries("kernels"):
+        if entry.damage():
+            continue
         image, meta = entry.folder / "image", entry.meta
         label = meta["label"] + (f" [{' '.join(meta['fragments'])}]" if "fragments" in meta else "")
         table.add_row(label, meta["version"], f"{image.stat().st_size >> 20} MiB", str(image))

@@ -90,6 +90,38 @@ def test_a_full_disk_has_a_message_of_its_own(own_cache):
     assert "ARM_KVM_CACHE" in caught.value.remedy
 
 
+DAMAGE = {
+    "an empty meta.json": lambda folder: (folder / "meta.json").write_text(""),
+    "a file that was cut": lambda folder: (folder / "part/image").write_text("hal"),
+    "a file that is gone": lambda folder: (folder / "part/image").unlink(),
+    "sizes that are none": lambda folder: (folder / "sizes.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_entry_is_made_anew(own_cache, capsys, what):
+    def make(out, work):
+        (out / "part").mkdir()
+        (out / "part/image").write_text("whole")
+        return {"label": "thing"}
+
+    entry = cache.obtain("things", "key", make)
+    DAMAGE[what](entry.folder)
+    assert cache.obtain("things", "key", make).meta == {"label": "thing"}
+    assert (entry.folder / "part/image").read_text() == "whole"
+    assert "is damaged" in capsys.readouterr().err
+    assert cache.obtain("things", "key", make) == entry and not capsys.readouterr().err
+
+
+def test_scratch_that_nobody_came_back_to_goes(own_cache):
+    cache.obtain("things", "key", lambda out, work: {})
+    for name, age in (("old.work", 40 * 24 * 3600), ("new.work", 60)):
+        (own_cache / "things" / name).mkdir()
+        os.utime(own_cache / "things" / name, (time.time() - age,) * 2)
+    cache.obtain("things", "other", lambda out, work: {})
+    assert [entry.folder.name for entry in cache.leftovers("things")] == ["new.work"]
+
+
 def test_what_interruptions_leave_is_no_entry(own_cache):
     """Scratch folders and halves are leftovers, unless somebody is at work on them."""
     cache.obtain("things", "key", lambda out, work: {})

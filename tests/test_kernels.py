@@ -17,7 +17,7 @@ import time
 import pytest
 
 from framework import config
-from framework.errors import BuildFailed, CacheFull, KernelError, NoKvm, SetupError, WrongChecksum
+from framework.errors import BuildFailed, CacheFull, KernelError, NoKvm, Offline, SetupError, WrongChecksum
 from framework.host.kernel import kernel, obtain, tree
 from framework.host.kernel.sources import from_argument
 from framework.lab import CONFIGS
@@ -166,6 +166,14 @@ def test_the_configured_tarball_gives_way_to_a_cached_kernel(source, own_cache, 
     assert (
         obtain(A15).name == "Linux 5.4.999 (tree linux-small), from the cache in place of linux-5.4.302.tar.xz: offline"
     )
+
+
+def test_a_build_of_another_series_does_not_take_its_place(source, own_cache, monkeypatch):
+    monkeypatch.setenv("ARM_KVM_OFFLINE", "1")
+    (source / "Makefile").write_text(MAKEFILE.replace("PATCHLEVEL = 4", "PATCHLEVEL = 2"))
+    assert "Linux 5.2.999" in from_argument(A15, str(source)).name
+    with pytest.raises(Offline, match="linux-5.4.302.tar.xz is not cached"):
+        obtain(A15)
 
 
 def test_a_tree_without_kvm_is_said_before_it_is_compiled(source, own_cache):

@@ -53,7 +53,7 @@ def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:
     key = key_of(config, kernel)
     held = _held(key)
     if held is None:
-        cache.obtain(KIND, key, lambda out, work: _make(config, kernel, logs, out))
+        cache.obtain(KIND, key, lambda out, work: _make(config, kernel, logs, out), sized=False)  # it has checksums
         held = _held(key)
     if held is None:
         raise MachineError(

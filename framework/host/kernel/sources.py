@@ -130,7 +130,8 @@ def _tarball(config: HostConfig) -> Kernel:
         path = download.tarball(keys["url"], keys["sha256"])
     except (Offline, DownloadFailed) as e:
         # Better a kernel of the same kind than none, as long as the run says which it is.
-        cached = tree.cached_build(arch, fragments_of(config))
+        series = re.search(r"\d+\.\d+", Path(keys["url"]).name)
+        cached = tree.cached_build(arch, fragments_of(config), series[0]) if series else None
         if cached is None:
             raise
         why = "offline" if isinstance(e, Offline) else "the download failed"

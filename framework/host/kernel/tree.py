@@ -79,11 +79,14 @@ def cached_tarball(sha256: str, arch: str, fragments: list[str]) -> Kernel | Non
     return entry and _kernel(entry)
 
 
-def cached_build(arch: str, fragments: list[str]) -> Kernel | None:
-    """The newest kernel in the cache that was built for this architecture with these fragments, and no patches."""
+def cached_build(arch: str, fragments: list[str], series: str) -> Kernel | None:
+    """The newest kernel of a series (5.4) in the cache that was built for this architecture with these fragments, and
+    no patches.
+    """
     for entry in cache.entries("kernels"):
-        meta = entry.meta
-        if (meta.get("arch"), meta.get("fragments"), meta.get("patches", 0)) == (arch, fragments, 0):
+        meta = {} if entry.damage() else entry.meta
+        same = (meta.get("arch"), meta.get("fragments"), meta.get("patches", 0)) == (arch, fragments, 0)
+        if same and f"{meta['version']}.".startswith(f"{series}."):
             return _kernel(entry)
     return None
 
