@@ -39,6 +39,10 @@ PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "arm
 CAPABILITIES = (
     *("kvm", "a15", "arm64", "vmid8", "vmid16", "hotplug", "idle-tracking", "fail-nth", "memory-failure", "debug"),
 )
+_CPUS_32 = ("cortex-a7", "cortex-a15")
+#: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), with the 0 at the end.
+_CMDLINE = {"arm": 1024, "arm64": 2048}
+_OWN_WORDS = len(" armkvm.shell")
 #: Seconds a boot may stay in each state; see framework/host/boot.py.
 TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
 
@@ -209,6 +213,27 @@ def document(path: Path, what: str) -> Node:
     return Node(path, node, what)
 
 
+def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
+    """What is right by itself and does not go with the rest. Raises ConfigError."""
+    linux = _ROOTFS[rootfs][0]
+    if rootfs not in PROGRAMS[board.qemu.program]:
+        raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
+    cpu = board.cpu.partition(",")[0]
+    if rootfs == "arm64" and cpu in _CPUS_32:
+        raise top.wrong("rootfs", f"an impossible board: a {cpu} is a 32-bit CPU, and rootfs is arm64")
+    if rootfs == "armhf" and "A64" in top.names("guests"):
+        raise top.wrong("guests", "guests: a 32-bit host has no A64 guests")
+    for fragment in kernel.get("fragments", []):
+        if fragment.endswith("-virt") and fragment != f"{linux}-virt":
+            raise top.wrong("kernel", f"fragments: {fragment!r} is for another architecture; rootfs is {rootfs}")
+    foreign = {"arm64": "armmp", "armhf": "arm64"}[rootfs]
+    if foreign in kernel.get("package", ""):
+        raise top.wrong("kernel", f"package: {kernel['package']!r} is for another architecture; rootfs is {rootfs}")
+    if "cmdline" in top.values and len(top.text("cmdline")) >= _CMDLINE[linux] - _OWN_WORDS:
+        kept = _CMDLINE[linux] - _OWN_WORDS - 1
+        raise top.wrong("cmdline", f"cmdline: an {linux} kernel keeps {kept} characters beside what the lab appends")
+
+
 def load(path: Path) -> HostConfig:
     """Read one host file. Raises ConfigError with file, line and the nearest right word."""
     top = document(path, "the host file")
@@ -230,13 +255,13 @@ def load(path: Path) -> HostConfig:
         own.check_keys(tuple(TIMEOUTS), ())
         timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600)) for key in own.values}
     board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
-    if rootfs not in PROGRAMS[board.qemu.program]:
-        raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
+    kernel = _kernel(top.child("kernel", "kernel"))
+    _check_together(top, board, rootfs, kernel)
     return HostConfig(
         name=path.stem,
         path=path,
         board=board,
-        kernel=_kernel(top.child("kernel", "kernel")),
+        kernel=kernel,
         rootfs=rootfs,
         cmdline=top.text("cmdline") if "cmdline" in top.values else "",
         can=frozenset(can),

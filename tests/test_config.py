@@ -57,6 +57,13 @@ WRONG = {
     "unknown capability": ("can: [kvm,", "can: [kmv,", "can: 'kmv' is not known; did you mean 'kvm'"),
     "made-up capability": ("can: [kvm,", "can: [teleport, kvm,", "can: 'teleport' is not known; one of: kvm, a15"),
     "KVM without guests": ("[A64, A32]", "[]", "a host that can kvm names its guests' instruction sets"),
+    "32-bit CPU": ("cpu: cortex-a57", "cpu: cortex-a15", "a cortex-a15 is a 32-bit CPU, and rootfs is arm64"),
+    "package of another architecture": (
+        "linux-image-arm64",
+        "linux-image-armmp",
+        "is for another architecture; rootfs is",
+    ),
+    "long command line": ("console=ttyAMA0", f"console=ttyAMA0 {'x' * 2048}", "an arm64 kernel keeps 2034 characters"),
     "list expected": ("[A64, A32]", "A64", "is not a list of names"),
     "unknown time-out": ("guests:", "timeouts: {shs: 3}\nguests:", "unknown key 'shs' in timeouts; did you mean 'ssh'"),
     "mapping expected": ("guests:", "timeouts: 3\nguests:", "timeouts must be a mapping"),
@@ -72,6 +79,18 @@ def test_a_wrong_host_file_is_said_precisely(host_file, what):
     assert text != GOOD
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         config.load(host_file(text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[arm-virt, lab]", "[arm64-virt, lab]", "'arm64-virt' is for another architecture; rootfs is armhf"),
+        ("guests: [A32]", "guests: [A32, A64]", "a 32-bit host has no A64 guests"),
+    ],
+)
+def test_what_does_not_go_with_a_32_bit_board(host_file, old, new, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load(host_file((CONFIGS / "hosts/a15.yaml").read_text().replace(old, new)))
 
 
 def test_a_32_bit_board_with_too_much_memory(host_file):

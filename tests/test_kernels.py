@@ -100,6 +100,23 @@ def test_an_unreadable_image_is_refused(tmp_path):
         from_argument(A15, str(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize(
+    ("host", "data", "words"),
+    [
+        (
+            "a15",
+            ZIMAGE[:0x28] + (0).to_bytes(4, "little") + (1 << 20).to_bytes(4, "little"),
+            "was cut: 48 of 1,048,576",
+        ),
+        ("arm64", gzip.compress(IMAGE + os.urandom(5000))[:3000], "ended before the end-of-stream marker"),
+    ],
+)
+def test_an_image_that_was_cut_is_refused(tmp_path, host, data, words):
+    (tmp_path / "image").write_bytes(data)
+    with pytest.raises(KernelError, match=words):
+        from_argument(config.find(host), str(tmp_path / "image"))
+
+
 def test_a_debian_argument_needs_package_and_suite():
     with pytest.raises(KernelError, match="deb:PACKAGE@SUITE"):
         from_argument(A15, "deb:linux-image-arm64")

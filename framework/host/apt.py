@@ -16,6 +16,7 @@ from framework.errors import NoArchive, PackageError, SetupError
 from framework.progress import note
 
 _TRIES = 3
+_PATIENCE = 900  #: seconds; apt waits for ever for a disk that is full
 #: What apt says of a suite that the archive does not have (apt-pkg/acquire-item.cc).
 _NO_SUCH_SUITE = "does not have a Release file"
 
@@ -118,7 +119,13 @@ class PrivateApt:
 
     def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
         argv = [arguments[0], *self._options, *arguments[1:]]
-        return subprocess.run(argv, cwd=cwd, capture_output=True, text=True)
+        try:
+            return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE)
+        except subprocess.TimeoutExpired as e:
+            raise NoArchive(
+                f"{arguments[0]} {arguments[1]} did not end within {_PATIENCE // 60} minutes",
+                remedy="see whether the archive is reachable and the disk under the cache has room",
+            ) from e
 
     def _update(self) -> None:
         """Read the index of the fullest set of sources that can be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +49,29 @@ def architecture_of(image: Path) -> str | None:
     return _magic(head)
 
 
+def _require_whole(image: Path) -> None:
+    """Raises KernelError for a file that was cut, as far as its header tells: a zImage's, or gzip's end."""
+    with image.open("rb") as f:
+        head, size = f.read(0x30), os.fstat(f.fileno()).st_size
+    try:
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(image) as f:
+                while f.read(1 << 20):
+                    pass
+    except (OSError, EOFError) as e:
+        raise KernelError(f"cannot read the kernel {image}: {e}", remedy="copy it again") from e
+    offset, magic = _ZIMAGE_MAGIC
+    if head[offset : offset + 4] == magic:
+        start, end = struct.unpack_from("<II", head, offset + 4)
+        if size < end - start:
+            raise KernelError(f"{image} was cut: {size:,} of {end - start:,} bytes", remedy="copy it again")
+
+
 def check_image(image: Path, linux_arch: str) -> Path:
     """The image, if a board of this architecture can boot it. Raises KernelError."""
     arch = architecture_of(image)
     if arch == linux_arch:
+        _require_whole(image)
         return image
     what = f"is {_ARCH_NAMES[arch]} kernel" if arch else "is not an Arm kernel image (zImage or Image)"
     raise KernelError(
