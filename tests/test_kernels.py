@@ -111,10 +111,10 @@ def test_an_unreadable_image_is_refused(tmp_path):
         ("arm64", gzip.compress(IMAGE + os.urandom(5000))[:3000], "ended before the end-of-stream marker"),
     ],
 )
-def test_an_image_that_was_cut_is_refused(tmp_path, host, data, words):
+def test_an_image_that_was_cut_is_refused(tmp_path, name, data, words):
     (tmp_path / "image").write_bytes(data)
     with pytest.raises(KernelError, match=words):
-        from_argument(config.find(host), str(tmp_path / "image"))
+        from_argument(config.find(name), str(tmp_path / "image"))
 
 
 def test_a_debian_argument_needs_package_and_suite():
