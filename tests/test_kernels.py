@@ -101,7 +101,7 @@ def test_an_unreadable_image_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("host", "data", "words"),
+    ("name", "data", "words"),
     [
         (
             "a15",
