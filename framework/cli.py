@@ -50,7 +50,8 @@ from .sequences import player as sequence_player
 from .sequences import steps as sequence_steps
 from .terminal import attach
 
-_out = Console(highlight=False)
+_WIDE = 400  #: columns of a table that no terminal shows: nothing is folded
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 _LEAST_DISK = 4 << 30
 _LAST_PORT = 65535
 _MUTATED = ("a15", "arm64")

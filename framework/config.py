@@ -277,8 +277,8 @@ def host_names() -> list[str]:
 
 
 def find(name: str) -> HostConfig:
-    """The host of this name, or of this path when it ends in .yaml. Raises ConfigError."""
-    if name.endswith(".yaml"):
+    """The host of this name, or of this path when it ends in .yaml or .yml. Raises ConfigError."""
+    if name.endswith((".yaml", ".yml")):
         return load(Path(name))
     if name not in host_names():
         near = difflib.get_close_matches(name, host_names(), n=1)

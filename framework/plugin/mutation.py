@@ -7,6 +7,7 @@ is a case that passes where nothing is broken, after the same cases: every worke
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -101,8 +102,10 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:
     known = {mutant.name for mutant in mutants}
-    if unknown := set(names) - known - {"all"}:
-        raise pytest.UsageError(f"no mutant is called {sorted(unknown)[0]!r}; there are: {', '.join(sorted(known))}")
+    if unknown := sorted(set(names) - known - {"all"}):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+        raise pytest.UsageError(f"no mutant is called {unknown[0]!r}; {hint}")
     return [mutant for mutant in mutants if "all" in names or mutant.name in names]
 
 
