@@ -27,7 +27,7 @@ def test_every_command_explains_itself(arm_kvm, command):
 
 MISTAKES = {
     "unknown host": (["boot", "a16"], ConfigError, "did you mean 'a15'"),
-    "no such kernel": (["boot", "arm64", "--kernel", "/none/Image"], KernelError, "cannot read the kernel"),
+    "no such kernel": (["boot", "arm64", "--kernel", "/none/Image"], KernelError, "there is no such file or folder"),
     "kernel of the wrong kind": (["boot", "arm64", "--kernel", sys.executable], KernelError, "not an Arm kernel"),
     "nothing runs": (["stage2", "a15-debian"], NoLiveMachine, "arm-kvm boot a15-debian"),
     "not a tree": (["kernel", "build", "a15", "--tree", "/proc"], KernelError, "not a kernel source tree"),

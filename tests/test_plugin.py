@@ -318,7 +318,7 @@ def test_a_wrong_option_is_a_usage_error(run, options, words):
 
 def test_a_kernel_elsewhere_on_the_disk_is_not_a_test_path(tmp_path):
     """`--kernel PATH` and `--artifacts DIR` of things that exist, as `tox -e arm-kvm --` passes them."""
-    (tmp_path / "zImage").write_bytes(b"not a kernel")
+    (tmp_path / "zImage").write_bytes(bytes(0x38) + b"ARM\x64" + bytes(64))
     argv = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--collect-only", "-q"]
     argv += ["--host", "arm64", "--kernel", str(tmp_path / "zImage"), "--artifacts", str(tmp_path)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)

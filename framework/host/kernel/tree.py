@@ -19,6 +19,8 @@ from framework.progress import task
 from .build import TOOLCHAINS, Build, fragment_files
 from .kernel import Kernel
 
+#: Python asks for a filter since 3.12, and Debian 12's 3.11.2 does not know any.
+_UNPACKING = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
 #: Folders of a kernel tree that no build of ours reads.
 _UNREAD = frozenset({".git", "Documentation", "samples", "LICENSES"})
 
@@ -160,7 +162,7 @@ def _unpacked(tarball: Path, work: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with task(f"unpack {tarball.name}"), tarfile.open(tarball) as archive:
-                archive.extractall(folder, filter="tar")
+                archive.extractall(folder, **_UNPACKING)
         except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
             raise KernelError(f"{tarball} is not a tar archive: {e}") from e
         done.touch()
