@@ -116,11 +116,11 @@ def test_pytest_says_so_and_runs_nothing(tmp_path):
 
 def test_another_suites_qemu_records_and_restores(tmp_path):
     """Unpacked with its libraries, and run from there: the header names it, both mechanisms agree on it."""
+    version = ".".join(map(str, emulators.obtain("qemu-system-aarch64", f"deb:{OTHER}").version))
     suite = (Path(__file__).parent / "test_recorder.py").read_text().partition("# -- what can be wrong")[0]
     options = ["--host", "arm64", "--qemu", f"deb:{OTHER}", "-k", "mechanisms or off_means_off"]
     code, said = Run(tmp_path)(suite, *options)
     assert code == 0 and "2 passed" in said, said
-    version = ".".join(map(str, emulators.obtain("qemu-system-aarch64", f"deb:{OTHER}").version))
     assert f"arm64: QEMU {version} (deb:{OTHER})" in said
     assert version != ".".join(map(str, ARM64.board.qemu.version))
 
