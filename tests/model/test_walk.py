@@ -158,7 +158,7 @@ def test_stage_2_refuses_the_guests_table():
 
 def test_protected_walks_refuse_device_memory():
     w = World(hcr=regime.HCR_PTW, memattr=d.MemAttr.DEVICE_nGnRE)
-    assert w.with_stage1().translate(w.ram, 0, READ) == Fault(FaultType.PERMISSION, 3, 2, True, IPA, 1)
+    assert w.with_stage1().translate(w.ram, 0, READ) == Fault(FaultType.PERMISSION, 3, 2, True, IPA, 1, protected=True)
     w = World(memattr=d.MemAttr.DEVICE_nGnRE)
     assert w.with_stage1().translate(w.ram, 0, READ).pa == w.frame
 
