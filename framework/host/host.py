@@ -163,6 +163,19 @@ class Host:
             self.facts[name] = find()
         return self.facts[name]
 
+    @property
+    def needs_no_icache_maintenance(self) -> bool:
+        """CTR_EL0.DIC (ARM DDI 0487, D19.2): the CPU's I-cache sees all stores, and KVM maps RAM executable at once.
+
+        arch/arm64/kvm/mmu.c (6.12), user_mem_abort(): ARM64_HAS_CACHE_DIC. Armv7 has no such bit.
+        """
+
+        def ask() -> bool:
+            with self.machine.gdb.pause() as gdb:
+                return bool(gdb.read(0, "CTR_EL0")[0] >> 29 & 1)
+
+        return self.config.architecture.name == "armv8" and self.fact("DIC", ask)
+
     def require_kvm(self) -> None:
         """Raises NoKvm when this kernel came up without KVM."""
         if not self.has_kvm:
