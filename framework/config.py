@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +79,12 @@ class HostConfig:
         return "kvm" in self.can
 
 
+def hint(word: str, known: Iterable[str], listed: str, cutoff: float = 0.6) -> str:
+    """For a word that is not known: the nearest that is, or all of them after the words ``listed``."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(known)}"
+
+
 class Node:
     """A YAML mapping that knows the line of each of its keys."""
 
@@ -109,9 +116,8 @@ class Node:
     def check_keys(self, known: tuple[str, ...], required: tuple[str, ...]) -> None:
         for key in self.values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-                raise self.wrong(key, f"unknown key {key!r} in {self.what}; {hint}")
+                near = hint(str(key), known, "known keys", cutoff=0.5)
+                raise self.wrong(key, f"unknown key {key!r} in {self.what}; {near}")
         for key in required:
             if key not in self.values:
                 raise self.wrong(key, f"{self.what} lacks the key {key!r}")
@@ -129,9 +135,7 @@ class Node:
     def one_of(self, key: str, choices) -> str:
         value = self.values[key]
         if not isinstance(value, str) or value not in choices:
-            near = difflib.get_close_matches(str(value), list(choices), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
-            raise self.wrong(key, f"{key}: {value!r} is not known; {hint}")
+            raise self.wrong(key, f"{key}: {value!r} is not known; {hint(str(value), choices, 'one of')}")
         return value
 
     def integer(self, key: str, low: int, high: int) -> int:
@@ -241,9 +245,7 @@ def load(path: Path) -> HostConfig:
     can = top.names("can")
     for capability in can:
         if capability not in CAPABILITIES:
-            near = difflib.get_close_matches(capability, CAPABILITIES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(CAPABILITIES)}"
-            raise top.wrong("can", f"can: {capability!r} is not known; {hint}")
+            raise top.wrong("can", f"can: {capability!r} is not known; {hint(capability, CAPABILITIES, 'one of')}")
     if "kvm" in can and not top.names("guests"):
         raise top.wrong("guests", "guests: a host that can kvm names its guests' instruction sets")
     for isa in top.names("guests"):
@@ -281,7 +283,5 @@ def find(name: str) -> HostConfig:
     if name.endswith((".yaml", ".yml")):
         return load(Path(name))
     if name not in host_names():
-        near = difflib.get_close_matches(name, host_names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(host_names())}"
-        raise ConfigError(f"no host is called {name!r}; {hint}")
+        raise ConfigError(f"no host is called {name!r}; {hint(name, host_names(), 'there are')}")
     return load(CONFIGS / "hosts" / f"{name}.yaml")

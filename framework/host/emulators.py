@@ -53,7 +53,7 @@ def _chosen(config: HostConfig, chosen: str | None) -> str:
     if chosen is not None:
         return chosen
     own = config.emulator or INSTALLED
-    return own if own == INSTALLED or own.startswith("deb:") else str(config.path.parent / Path(own).expanduser())
+    return own if own == INSTALLED or own.startswith("deb:") else str(config.path.parent / os.path.expanduser(own))
 
 
 def obtain(program: str, what: str) -> Emulator:
@@ -71,7 +71,7 @@ def obtain(program: str, what: str) -> Emulator:
 
 def _own(program: str, what: str) -> Emulator:
     """A program, or a folder with it in it."""
-    path = Path(what).expanduser().absolute()
+    path = Path(os.path.expanduser(what)).absolute()  # which leaves ~nobody as it is
     remedy = "give a QEMU program, the folder it was built in, deb:SUITE, or `installed`"
     if not what or not path.exists():
         raise EmulatorError(f"--qemu {what!r}: there is no such file or folder", remedy=remedy)

@@ -7,7 +7,6 @@ is a case that passes where nothing is broken, after the same cases: every worke
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+from framework.config import hint
 from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied, QemuKilled
 from framework.events.violations import ProtocolBroken
 from framework.host.kernel import Kernel
@@ -103,9 +103,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:
     known = {mutant.name for mutant in mutants}
     if unknown := sorted(set(names) - known - {"all"}):
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
-        raise pytest.UsageError(f"no mutant is called {unknown[0]!r}; {hint}")
+        raise pytest.UsageError(f"no mutant is called {unknown[0]!r}; {hint(unknown[0], sorted(known), 'there are')}")
     return [mutant for mutant in mutants if "all" in names or mutant.name in names]
 
 
