@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SetupError
+from .programs import run
 
 
 class Binutils:
@@ -25,7 +25,7 @@ class Binutils:
             raise SetupError(
                 f"{program} is not installed: the {self._what} cannot be assembled", remedy="run `arm-kvm setup`"
             )
-        done = subprocess.run([program, *arguments], cwd=self.folder, capture_output=True, text=True)
+        done = run([program, *arguments], cwd=self.folder)
         if done.returncode:
             raise SetupError(f"{program} does not assemble the {self._what}", evidence=done.stderr)
 

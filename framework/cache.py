@@ -8,7 +8,6 @@ back to for a month goes. The sizes of an entry's files are kept with it: one th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import CacheFull, CacheUnusable
 from .lab import cache_root
+from .limits import refusals_told
 from .progress import note
 
 
@@ -33,30 +32,6 @@ def key_of(*inputs: object) -> str:
         data = item if isinstance(item, bytes) else json.dumps(item, sort_keys=True, default=str).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:20]
-
-
-#: The errors of a disk, or a quota, that is used up.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk into CacheFull and a forbidden one into CacheUnusable."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise CacheUnusable(
-                f"cannot write {e.filename or where}: {e.strerror}",
-                remedy="see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
-            ) from e
-        if e.errno not in FULL:
-            raise
-        free = shutil.disk_usage(where).free >> 20 if where.exists() else 0
-        raise CacheFull(
-            f"the disk under the cache {where} is full ({free} MiB free)",
-            remedy="free some space there, or put the cache elsewhere with ARM_KVM_CACHE",
-        ) from e
 
 
 _META, _SIZES = "meta.json", "sizes.json"
@@ -182,13 +157,13 @@ def obtain(kind: str, key: str, make: Maker, *, sized: bool = True) -> Entry:
     """The entry of this key, made if it is not there. ``sized``: whether its files are known by their sizes later.
 
     ``make(out, work)`` fills the folder ``out`` and returns the entry's meta data; ``work`` is its
-    scratch folder, kept when it is interrupted and removed when it succeeds. Raises CacheFull, and
+    scratch folder, kept when it is interrupted and removed when it succeeds. Raises DiskFull, and
     whatever ``make`` raises.
     """
     if found := lookup(kind, key):
         return found
     final = _entry_folder(kind, key)
-    with disk_errors(cache_root()):
+    with refusals_told(cache_root()):
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
             _forget_old_leftovers(kind)

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import cache, config, progress, setup, spares
+from . import cache, config, interrupt, progress, setup, spares
 from .conform import departures
 from .conform.run import Difference, conform
 from .conform.silicon import Lab
@@ -41,6 +42,7 @@ from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
 from .lab import ROOT, cache_root, offline
+from .limits import refusals_told, told
 from .machine.emulator import Emulator
 from .machine.rundir import live_machines, memory_of, run_directory
 from .model import notifier
@@ -80,7 +82,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     for program in config.PROGRAMS:
         table.add_row("", Emulator.installed(program).name, program)
     root = cache_root()
-    with cache.disk_errors(root):
+    with refusals_told(root):
         root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     table.add_row("ok" if free > _LEAST_DISK else "LOW", f"{free >> 30} GiB free", f"cache in {root}")
@@ -439,22 +441,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def main() -> int:
+    """The command that the arguments name; its exit code. Raises KeyboardInterrupt."""
+    args = _parser().parse_args()
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except LabError as e:
-        print(f"arm-kvm: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        return 130
+        return _failed(e)
     except BrokenPipeError:  # `arm-kvm ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as e:
-        print(f"arm-kvm: {e}", file=sys.stderr)
-        return LabError.exit_code
+        code = _failed(told(e, _output()))
+        _drop_output()
+        return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _failed(error: LabError) -> int:
+    if interrupt.heard():  # and this is what became of it
+        return error.exit_code
+    with suppress(OSError):  # nobody can be told
+        print(f"arm-kvm: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: the interpreter would fail over it at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _output() -> Path | None:
+    """What standard output goes to, where it has a name."""
+    with suppress(OSError):
+        path = Path(os.readlink("/proc/self/fd/1"))
+        return path if path.exists() else None
+    return None

@@ -12,7 +12,7 @@ import yaml
 
 from .errors import ConfigError
 from .guest.isa import ISAS
-from .lab import CONFIGS
+from .lab import CONFIGS, written_path
 from .machine.board import Board
 from .machine.emulator import Emulator
 from .model.regime import ARMV7, ARMV8, Architecture
@@ -208,6 +208,8 @@ def document(path: Path, what: str) -> Node:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{path}: nested too deeply to be read") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -281,7 +283,7 @@ def host_names() -> list[str]:
 def find(name: str) -> HostConfig:
     """The host of this name, or of this path when it ends in .yaml or .yml. Raises ConfigError."""
     if name.endswith((".yaml", ".yml")):
-        return load(Path(name))
+        return load(written_path(name))
     if name not in host_names():
         raise ConfigError(f"no host is called {name!r}; {hint(name, host_names(), 'there are')}")
     return load(CONFIGS / "hosts" / f"{name}.yaml")

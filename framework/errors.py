@@ -17,8 +17,9 @@
      +-- PackageError        33  Debian's archive does not have a package
      |    +-- NoArchive           ... cannot be reached, or does not deliver
      +-- RootfsError         10  the root file system cannot be made
-     +-- CacheFull           11  the disk under the cache is full
+     +-- DiskFull            11  a disk is full: the cache's, or another
      +-- CacheUnusable       25  the cache cannot be written
+     +-- LimitReached        35  this machine gives the lab too few files, processes, bytes
      +-- MachineError        12  QEMU itself
      |    +-- QemuRefused    13    ... did not accept the board
      |    +-- PortBusy       14    ... could not have the port for ssh
@@ -141,12 +142,16 @@ class RootfsError(LabError):
     exit_code = 10
 
 
-class CacheFull(LabError):
+class DiskFull(LabError):
     exit_code = 11
 
 
 class CacheUnusable(LabError):
     exit_code = 25
+
+
+class LimitReached(LabError):
+    exit_code = 35
 
 
 class MachineError(LabError):

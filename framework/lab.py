@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 IMAGES = ROOT / "images"
@@ -16,7 +18,20 @@ def offline() -> bool:
 
 
 def cache_root() -> Path:
-    """ARM_KVM_CACHE, else the user's cache folder (XDG base directory specification)."""
+    """ARM_KVM_CACHE, else the user's cache folder (XDG base directory specification). Raises ConfigError."""
     if chosen := os.environ.get("ARM_KVM_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arm-kvm"
+        return written_path(chosen, "ARM_KVM_CACHE ").absolute()
+    if (base := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():  # another is to be ignored
+        return base / "arm-kvm"
+    try:
+        return Path.home() / ".cache" / "arm-kvm"
+    except RuntimeError as e:
+        raise ConfigError("this user has no home folder for the cache: set ARM_KVM_CACHE to a folder") from e
+
+
+def written_path(text: str, said_by: str = "") -> Path:
+    """A path as a person writes it, ``~`` included; ``said_by`` stands before it in an error. Raises ConfigError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ConfigError(f"{said_by}{text}: there is no such user") from e

@@ -20,6 +20,7 @@ from .host import emulators, snapshots
 from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.snapshots import Snapshot
+from .limits import told
 from .machine.machine import Plugin
 from .progress import note
 from .spares import AHEAD, Spares
@@ -235,6 +236,9 @@ class Pool:
         except LabError as e:
             self._broken[name] = e
             raise Broken(e) from e
+        except OSError as e:
+            self._broken[name] = told(e, self.artifacts)
+            raise Broken(self._broken[name]) from e
 
     def holds(self, host: Host) -> bool:
         """Whether the host is in use; not so once the pool is closed, or has ended or kept it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -25,8 +25,9 @@ def _console() -> Console:
 
 
 def note(text: str) -> None:
-    """One line to the person at the terminal or to the log."""
-    _console().print(f"arm-kvm: {text}", soft_wrap=True, markup=False)
+    """One line to the person at the terminal or to the log, where there is one to take it."""
+    with suppress(OSError):
+        _console().print(f"arm-kvm: {text}", soft_wrap=True, markup=False)
 
 
 class Task:

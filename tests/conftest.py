@@ -42,7 +42,7 @@ def arm_kvm():
     """``arm_kvm("boot", "a15")``: the command line in a process of its own, as a user runs it."""
 
     def run(*arguments, timeout=120, env=os.environ, **how):
-        argv = [sys.executable, "-m", "framework.cli", *map(str, arguments)]
+        argv = [sys.executable, "-m", "framework", *map(str, arguments)]
         how |= {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": outside_pytest(env)}
         return subprocess.run(argv, timeout=timeout, **how)
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from framework import cache
-from framework.errors import CacheFull
+from framework.errors import DiskFull
 
 
 def test_key_depends_on_every_input():
@@ -85,7 +85,7 @@ def test_a_full_disk_has_a_message_of_its_own(own_cache):
         with open("/dev/full", "w") as full:  # a real ENOSPC, without filling a disk
             full.write("x")
 
-    with pytest.raises(CacheFull, match="is full") as caught:
+    with pytest.raises(DiskFull, match="is full") as caught:
         cache.obtain("things", "key", make)
     assert "ARM_KVM_CACHE" in caught.value.remedy
 

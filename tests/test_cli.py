@@ -93,7 +93,7 @@ def test_setup_does_nothing_twice(arm_kvm):
 def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
     """The tour of the README: boot a host, reach it over the printed line, look at its tables, end it."""
     process = subprocess.Popen(
-        [*HEARS_CTRL_C, sys.executable, "-m", "framework.cli", "boot", "arm64"],
+        [*HEARS_CTRL_C, sys.executable, "-m", "framework", "boot", "arm64"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

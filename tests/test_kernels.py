@@ -17,7 +17,7 @@ import time
 import pytest
 
 from framework import config
-from framework.errors import BuildFailed, CacheFull, KernelError, NoKvm, Offline, SetupError, WrongChecksum
+from framework.errors import BuildFailed, DiskFull, KernelError, NoKvm, Offline, SetupError, WrongChecksum
 from framework.host.kernel import kernel, obtain, tree
 from framework.host.kernel.sources import from_argument
 from framework.lab import CONFIGS
@@ -210,7 +210,7 @@ def test_a_failing_build_shows_its_own_words(source, own_cache):
 
 def test_a_build_on_a_full_disk(source, own_cache):
     (source / "Makefile").write_text(MAKEFILE.replace("sleep", "cp image /dev/full && sleep"))
-    with pytest.raises(CacheFull):
+    with pytest.raises(DiskFull):
         from_argument(A15, str(source))
 
 

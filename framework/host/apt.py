@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import NoArchive, PackageError, SetupError
+from framework.programs import run
 from framework.progress import note
 
 _TRIES = 3
@@ -33,17 +34,8 @@ def archives() -> list[Archive]:
     """The Debian repositories with a main component in this machine's apt configuration. Raises SetupError."""
     if shutil.which("apt-get") is None:
         raise SetupError("apt-get is not installed: Debian's packages cannot be had", remedy="use a Debian machine")
-    said = subprocess.run(
-        [
-            "apt-get",
-            "indextargets",
-            "--format",
-            "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)",
-            "Identifier: Packages",
-        ],
-        capture_output=True,
-        text=True,
-    ).stdout
+    wanted = "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)"
+    said = run(["apt-get", "indextargets", "--format", wanted, "Identifier: Packages"]).stdout
     rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
     found = [Archive(r[2], r[3]) for r in rows if r[1] == "main" and r[0] in ("Debian", "")]
     if not found:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 from framework import cache
 from framework.config import PROGRAMS, HostConfig
 from framework.errors import EmulatorError, PackageError, SetupError
+from framework.lab import written_path
 from framework.machine.emulator import Emulator
+from framework.programs import run, words
 from framework.progress import task
 
 from .apt import PrivateApt
@@ -31,7 +32,7 @@ _BUILD_FOLDERS = (".", "build", "bin")
 def fitted(config: HostConfig, chosen: str | None = None) -> HostConfig:
     """The host on the QEMU that ``--qemu`` or its host file names.
 
-    Raises EmulatorError, SetupError, CacheFull.
+    Raises EmulatorError, SetupError, DiskFull.
     """
     what = _chosen(config, chosen)
     if what == INSTALLED:
@@ -53,11 +54,15 @@ def _chosen(config: HostConfig, chosen: str | None) -> str:
     if chosen is not None:
         return chosen
     own = config.emulator or INSTALLED
-    return own if own == INSTALLED or own.startswith("deb:") else str(config.path.parent / os.path.expanduser(own))
+    return (
+        own
+        if own == INSTALLED or own.startswith("deb:")
+        else str(config.path.parent / written_path(own, f"{config.path}: "))
+    )
 
 
 def obtain(program: str, what: str) -> Emulator:
-    """This QEMU program from ``what``: a path, or ``deb:SUITE``. Raises EmulatorError, SetupError, CacheFull."""
+    """This QEMU program from ``what``: a path, or ``deb:SUITE``. Raises EmulatorError, SetupError, DiskFull."""
     emulator = _packaged(program, what) if what.startswith("deb:") else _own(program, what)
     try:
         _ = emulator.version
@@ -71,7 +76,7 @@ def obtain(program: str, what: str) -> Emulator:
 
 def _own(program: str, what: str) -> Emulator:
     """A program, or a folder with it in it."""
-    path = Path(os.path.expanduser(what)).absolute()  # which leaves ~nobody as it is
+    path = written_path(what, "--qemu ").absolute()
     remedy = "give a QEMU program, the folder it was built in, deb:SUITE, or `installed`"
     if not what or not path.exists():
         raise EmulatorError(f"--qemu {what!r}: there is no such file or folder", remedy=remedy)
@@ -117,7 +122,7 @@ def _packaged(program: str, what: str) -> Emulator:
 def _own_architecture() -> str:
     if shutil.which("dpkg") is None:
         raise SetupError("dpkg is not installed: Debian's QEMU cannot be unpacked", remedy="use a Debian machine")
-    return subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True).stdout.strip()
+    return run(["dpkg", "--print-architecture"]).stdout.strip()
 
 
 def _unpack(suite: str, architecture: str, work: Path) -> str:
@@ -155,7 +160,7 @@ def _keep(root: Path, program: str, out: Path) -> None:
 
 
 def _tool(argv: list[str]) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = run(argv)
     if done.returncode:
-        raise EmulatorError(f"{Path(argv[0]).name} does not unpack QEMU's package", evidence=done.stderr.strip())
+        raise EmulatorError(f"{Path(argv[0]).name} does not unpack QEMU's package", evidence=words(done))
     return done.stdout

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from framework.cache import disk_errors
 from framework.config import HostConfig
 from framework.errors import LabError, NoKvm
 from framework.guest.isa import ISAS
+from framework.limits import refusals_told
 from framework.machine.board import Boot
 from framework.machine.machine import Logs, Machine, Plugin
 from framework.machine.rundir import Card, run_directory
@@ -75,7 +75,7 @@ class Host:
         rootfs = rootfs_.obtain(config.rootfs)
         initramfs = run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio"
         try:
-            with disk_errors(run_directory()):
+            with refusals_told(initramfs):
                 rootfs.initramfs(initramfs, kernel.modules)
             boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
             machine = Machine.start(config.board, boot, Logs(logs), ssh_port, plugin)

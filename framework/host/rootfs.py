@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import struct
-import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from framework import agent, cache
-from framework.errors import RootfsError, SetupError
+from framework.errors import RootfsError
 from framework.lab import IMAGES
+from framework.programs import run, words
 from framework.progress import note, task
 
 from .apt import source_lines
@@ -97,7 +97,7 @@ def _agent_sources() -> list[Path]:
 def obtain(architecture: str) -> Rootfs:
     """The root file system for a Debian architecture (armhf, arm64), made if it is not cached.
 
-    Raises RootfsError, SetupError (mmdebstrap missing), CacheFull.
+    Raises RootfsError, SetupError (mmdebstrap missing), DiskFull.
     """
     text = (IMAGES / "rootfs.yaml").read_bytes()
     key = cache.key_of(_FORMAT, architecture, text)
@@ -129,15 +129,12 @@ def _extract(spec: dict, architecture: str, tar: Path) -> None:
             *(f"--architectures={architecture}", f"--include={','.join(spec['packages'])}"),
             *(spec["suite"], str(tar), *lines),
         ]
-        try:
-            done = subprocess.run(argv, capture_output=True, text=True)
-        except FileNotFoundError as e:
-            raise SetupError("mmdebstrap is not installed", remedy="run `arm-kvm setup`") from e
+        done = run(argv)
         if done.returncode == 0:
             if len(lines) < len(choices[0]):
                 note("root file system made without updates and security suites: their index is broken just now")
             return
-        said = done.stderr.strip()
+        said = words(done)
     raise RootfsError(
         f"mmdebstrap cannot extract the {architecture} packages",
         remedy="see its own words below; if an index was being synced, try again in a minute",

@@ -14,6 +14,7 @@ from pathlib import Path
 from framework import cache
 from framework.config import HostConfig
 from framework.errors import MachineError
+from framework.limits import refusals_told
 from framework.machine.board import Boot, command_line
 from framework.machine.machine import Plugin
 from framework.machine.saved import Saved
@@ -48,7 +49,7 @@ class Snapshot:
 def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:
     """The snapshot of this kind of host, made or made anew if need be.
 
-    Raises what :meth:`Host.boot` raises, MachineError (QEMU does not save the machine), CacheFull.
+    Raises what :meth:`Host.boot` raises, MachineError (QEMU does not save the machine), DiskFull.
     """
     key = key_of(config, kernel)
     held = _held(key)
@@ -103,7 +104,7 @@ def _held(key: str) -> Saved | None:
     if entry is None:
         return None
     try:
-        with cache.disk_errors(entry.folder):
+        with refusals_told(entry.folder):
             meta, held = entry.meta, Saved.at(entry.folder).held()
             sound = held.checksums() == {name: meta[name] for name in ("ram", "devices")}
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,7 +16,8 @@ from pathlib import Path
 import pexpect
 from pexpect.fdpexpect import fdspawn
 
-from framework.errors import HostError, HostLockup, HostOops, HostPanic
+from framework.errors import HostError, HostLockup, HostOops, HostPanic, LabError
+from framework.limits import told
 
 from .pump import Pump
 
@@ -45,14 +46,15 @@ class Console:
     """Lines of the host's console, in ``log`` as they come; ``tail()`` is what an error shows."""
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
-        self._sock = sock = Pump(sock, log).end
+        self._pump = Pump(sock, log)
+        self._sock = sock = self._pump.end
         self._spawn = fdspawn(sock, encoding="utf-8", codec_errors="replace", timeout=0)
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
         self._polled: deque[str] = deque(maxlen=_TAIL_LINES)  # and not yet given by lines()
         self.log = log
         self.lines_seen = 0
         self.ended = False
-        self.failure: HostError | None = None
+        self.failure: LabError | None = None  #: why the machine is of no use: the host's end, or no disk for its log
 
     def _read_line(self, timeout: float) -> str | None:
         """One line as pexpect delivers it, classified and remembered; None when none came in time."""
@@ -71,6 +73,8 @@ class Console:
 
     def _next_line(self, timeout: float) -> str | None:
         """Like :meth:`_read_line`, and at the first fatal line takes in what the kernel says after it."""
+        if self._pump.refusal is not None and self.failure is None:
+            self.failure = told(self._pump.refusal, self.log)
         if self.ended or self.failure is not None:
             return None
         line = self._read_line(timeout)

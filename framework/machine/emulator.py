@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from framework.errors import SetupError
+from framework.errors import LabError, SetupError
+from framework.programs import run, words
+
+_PATIENCE = 20.0  #: seconds
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Emulator:
         """``QEMU 10.0.13 (deb:trixie)``, or a word on why it cannot be said."""
         try:
             release = "QEMU " + ".".join(map(str, self.version))
-        except SetupError as e:
+        except LabError as e:
             return e.message
         return f"{release} ({self.source})" if self.source else release
 
@@ -57,18 +59,13 @@ class Emulator:
 
 @cache
 def _says(command: tuple[str, ...]) -> str:
-    """The first line of ``--version``. Raises SetupError."""
-    try:
-        said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
-    except FileNotFoundError as e:
-        raise SetupError(f"{command[-1]} is not installed", remedy="run `arm-kvm setup`") from e
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise SetupError(f"{command[-1]} cannot be started: {e}", remedy="choose another QEMU with --qemu") from e
+    """The first line of ``--version``. Raises SetupError, LimitReached."""
+    said = run([*command, "--version"], patience=_PATIENCE)
     if said.returncode or not said.stdout.startswith("QEMU emulator version"):
         raise SetupError(
             f"{command[-1]} is not a QEMU that runs here",
             remedy="choose another one with --qemu",
-            evidence=(said.stderr or said.stdout).strip(),
+            evidence=words(said) or said.stdout.strip(),
         )
     return said.stdout.splitlines()[0]
 

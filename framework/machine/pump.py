@@ -26,6 +26,7 @@ class Pump(threading.Thread):
         super().__init__(name="console", daemon=True)
         self._sock = sock
         self._log = log.open("wb", buffering=0)
+        self.refusal: OSError | None = None  #: of the disk under the log
         self._inner, self.end = socket.socketpair()
         self._inner.setblocking(False)
         self.start()
@@ -45,7 +46,7 @@ class Pump(threading.Thread):
             if not (data := self._sock.recv(_CHUNK)):
                 return False
             waiting += data
-            self._log.write(data)
+            self._keep(data)
         if self._inner in readable:
             if not (data := self._inner.recv(_CHUNK)):
                 return False
@@ -53,3 +54,9 @@ class Pump(threading.Thread):
         if writable:
             del waiting[: self._inner.send(waiting)]
         return True
+
+    def _keep(self, data: bytes) -> None:
+        try:
+            self._log.write(data)
+        except OSError as e:
+            self.refusal = e

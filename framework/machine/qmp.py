@@ -16,6 +16,13 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 FAILURES = (QMPError, OSError, EOFError)
 
 
+class _Log(logging.FileHandler):
+    """What cannot be written down is not: whoever collects the logs of a full disk says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class Qmp:
     """Connected while it exists; it keeps ``log`` of its own under the machine's name.
 
@@ -24,7 +31,7 @@ class Qmp:
 
     def __init__(self, sock: socket.socket, name: str, log: Path, timeout: float) -> None:
         """Raises one of :data:`FAILURES` when QEMU does not say hello within ``timeout`` seconds."""
-        self._handler = logging.FileHandler(log, mode="w")
+        self._handler = _Log(log, mode="w")
         self._loggers = [logging.getLogger(f"qemu.qmp.{part}.{name}") for part in ("protocol", "qmp_client")]
         for logger in self._loggers:
             logger.setLevel(logging.DEBUG)
@@ -39,7 +46,7 @@ class Qmp:
         self._protocol.settimeout(timeout)
         try:
             self._protocol.connect()
-        except FAILURES:
+        except BaseException:
             self.close()
             raise
 
@@ -67,7 +74,9 @@ class Qmp:
 
     def close(self) -> None:
         with self._turn:
-            with suppress(*FAILURES):  # the peer may be gone, which is what is wanted
+            # The peer may be gone, which is what is wanted; and what Ctrl-C has interrupted may not be closed at all.
+            self._loop.set_exception_handler(lambda loop, context: None)
+            with suppress(*FAILURES, RuntimeError):
                 self._protocol.close()
             self._loop.close()
             self._closed = True

@@ -1,5 +1,6 @@
 """The pytest front door.
 
+interrupts   Ctrl-C, from now on
 options      --host, --kernel, --isolation, ...; kernels are had before the first test
 selection    which case runs on which host, and who shares a host with whom
 order        the slow ones first, and workers (pytest -n) that share what takes long to make
@@ -8,11 +9,17 @@ judgement    what is held against the model after each test
 fixtures     what a test case is written with
 mutation     --mutate: the catalogue of mutants against the cases
 ending       --keep
+limits       what this machine refuses a run
 """
+
+from framework import interrupt
+
+interrupt.leave_when_heard(2)  # no traceback of what is being loaded just now
 
 # An importer before what it imports would keep pytest from rewriting the assertions of the imported.
 
 pytest_plugins = [
+    "framework.plugin.interrupts",
     "framework.plugin.selection",
     "framework.plugin.order",
     "framework.plugin.options",
@@ -20,4 +27,5 @@ pytest_plugins = [
     "framework.plugin.fixtures",
     "framework.plugin.mutation",
     "framework.plugin.ending",
+    "framework.plugin.limits",
 ]

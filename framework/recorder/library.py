@@ -14,6 +14,7 @@ from pathlib import Path
 from framework import cache
 from framework.errors import NoProbe
 from framework.machine.emulator import Emulator
+from framework.programs import run
 
 _HERE = Path(__file__).parent
 _SOURCES = (_HERE / "probe.c", _HERE / "plugin_api.h")
@@ -26,7 +27,7 @@ _REMEDY = "choose another QEMU with --qemu, deb:SUITE for example"
 
 
 def obtain(qemu: Emulator) -> Path:
-    """The library for this QEMU. Raises NoProbe, SetupError (no such QEMU), CacheFull."""
+    """The library for this QEMU. Raises NoProbe, SetupError (no such QEMU), DiskFull."""
     sources = [path.read_bytes() for path in _SOURCES]
     entry = cache.obtain("probe", cache.key_of(*sources, *qemu.identity), lambda out, work: _make(qemu, out, work))
     return entry.folder / "probe.so"
@@ -54,7 +55,7 @@ def _compile(api: int, library: Path) -> Path:
     if shutil.which("gcc") is None:
         raise NoProbe("gcc is not installed: the recorder's probe cannot be compiled", remedy="run `arm-kvm setup`")
     how = ["-O2", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", f"-DAPI={api}"]
-    done = subprocess.run(["gcc", *how, "-o", str(library), str(_SOURCES[0])], capture_output=True, text=True)
+    done = run(["gcc", *how, "-o", str(library), str(_SOURCES[0])])
     if done.returncode:
         raise NoProbe("gcc does not compile the recorder's probe", evidence=done.stderr)
     return library

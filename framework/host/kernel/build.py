@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -9,9 +10,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import BuildFailed, CacheFull, ConfigError, LabError, NoKvm, SetupError
+from framework.errors import BuildFailed, ConfigError, LabError, NoKvm, SetupError
 from framework.guardian import spawn
 from framework.lab import IMAGES
+from framework.limits import told
+from framework.programs import run
 from framework.progress import note, task
 
 _TAIL = 25
@@ -32,7 +35,7 @@ class Toolchain:
         for program in (f"{self.prefix}gcc", "gcc", "make", "flex", "bison", "bc"):
             if shutil.which(program) is None:
                 raise SetupError(f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup`")
-        return subprocess.run([f"{self.prefix}gcc", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        return run([f"{self.prefix}gcc", "--version"]).stdout.splitlines()[0]
 
 
 #: The soft-float compiler for 32-bit Arm: with the hard-float one 5.4 falls back to Armv5 and fails.
@@ -68,7 +71,7 @@ class Build:
         self._log = folder.parent / "build.log"
 
     def run(self) -> Path:
-        """Configure and compile; the image's path. Raises BuildFailed, NoKvm, SetupError, CacheFull."""
+        """Configure and compile; the image's path. Raises BuildFailed, NoKvm, SetupError, DiskFull."""
         self._folder.mkdir(exist_ok=True)
         self._log.unlink(missing_ok=True)
         self._configure()
@@ -129,11 +132,8 @@ class Build:
     def _failure(self, title: str) -> LabError:
         lines = self._log.read_text(errors="replace").splitlines()
         said = "\n".join(lines[-_TAIL:])
-        if "No space left on device" in said:
-            return CacheFull(
-                "the disk under the cache is full: the kernel build stopped",
-                remedy="free some space there, or put the cache elsewhere with ARM_KVM_CACHE",
-            )
+        if os.strerror(errno.ENOSPC) in said:
+            return told(OSError(errno.ENOSPC, "the kernel's build stopped"), self._folder)
         errors = [line for line in lines if re.search(r"\berror\b|\*\*\*", line, re.I)]
         first = errors[0] if errors else "see below"
         return BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=said)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import lzma
-import os
 import re
 import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 from framework import cache
 from framework.errors import ArchiveSilent, KernelError, NoArchive, PackageError, SetupError
 from framework.host.apt import PrivateApt
+from framework.programs import run, words
 from framework.progress import task
 
 from .kernel import Kernel, check_image
@@ -26,7 +24,7 @@ _MODULE = re.compile(r"^(?P<name>.+)\.ko(?P<packing>\.xz|\.gz|\.zst)?$")
 
 
 def from_package(package: str, suite: str, arch: str, modules: list[str]) -> Kernel:
-    """The kernel of a Debian package. Raises KernelError, SetupError, CacheFull."""
+    """The kernel of a Debian package. Raises KernelError, SetupError, DiskFull."""
 
     def make(out: Path, work: Path) -> dict:
         with task(f"Debian kernel {package} ({suite}, {_ARCH[arch]})"):
@@ -112,13 +110,10 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _tool(argv: list[str], data: bytes | None = None) -> bytes:
-    """Run an unpacker; its output. Raises KernelError, or CacheFull by its own words."""
-    done = subprocess.run(argv, input=data, capture_output=True)
+    """Run an unpacker; its output. Raises KernelError, and what :func:`framework.programs.run` raises."""
+    done = run(argv, input=data)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        if os.strerror(errno.ENOSPC) in said:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise KernelError(f"{argv[0]} does not unpack the kernel package", evidence=said)
+        raise KernelError(f"{argv[0]} does not unpack the kernel package", evidence=words(done))
     return done.stdout
 
 

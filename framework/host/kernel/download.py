@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from framework import cache
+from framework import cache, limits
 from framework.errors import DownloadFailed, KernelError, Offline, WrongChecksum
 from framework.lab import offline
 from framework.progress import task
@@ -59,7 +59,7 @@ def _fetch(url: str, partial: Path) -> None:
 def tarball(url: str, sha256: str) -> Path:
     """The file at ``url``, from the cache if it is there.
 
-    Raises Offline, DownloadFailed, WrongChecksum, CacheFull.
+    Raises Offline, DownloadFailed, WrongChecksum, DiskFull.
     """
     name = Path(urlsplit(url).path).name
     if (entry := cache.lookup("downloads", sha256)) is not None:
@@ -80,7 +80,7 @@ def tarball(url: str, sha256: str) -> Path:
                 f"cannot download {url}: the server says {e.code} {e.reason}", remedy="correct the url in the host file"
             ) from e
         except (http.client.HTTPException, OSError, ValueError) as e:
-            if getattr(e, "errno", None) in cache.FULL:
+            if getattr(e, "errno", None) in limits.LIMITS:
                 raise
             reason = getattr(e, "reason", e)
             raise DownloadFailed(

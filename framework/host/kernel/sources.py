@@ -9,6 +9,7 @@ from pathlib import Path
 
 from framework.config import HostConfig
 from framework.errors import DownloadFailed, KernelError, Offline, SetupError
+from framework.lab import written_path
 
 from . import deb, download, tree
 from .kernel import Kernel, check_image
@@ -17,7 +18,7 @@ from .kernel import Kernel, check_image
 def obtain(config: HostConfig, override: str | None = None) -> Kernel:
     """The host's kernel: ``override`` (see :func:`from_argument`) or the one the host file names.
 
-    Raises KernelError and its kinds, SetupError, CacheFull, ConfigError.
+    Raises KernelError and its kinds, SetupError, DiskFull, ConfigError.
     """
     try:
         return from_argument(config, override) if override is not None else _SOURCES[config.kernel["source"]](config)
@@ -61,10 +62,7 @@ def _package(what: str) -> tuple[str, str]:
 
 def _given(what: str) -> Path:
     """A path as a person writes it."""
-    try:
-        path = Path(what).expanduser()
-    except RuntimeError as e:  # ~nobody
-        raise KernelError(f"--kernel {what}: there is no such user") from e
+    path = written_path(what, "--kernel ")
     if not what or not path.exists():
         remedy = "give an image (zImage or Image), a kernel source tree, or deb:PACKAGE@SUITE"
         raise KernelError(f"--kernel {what!r}: there is no such file or folder", remedy=remedy)
@@ -96,7 +94,7 @@ def fragments_of(config: HostConfig) -> list[str]:
 
 def _path(config: HostConfig, name: str) -> Path:
     """A path in a host file is relative to that file."""
-    return config.path.parent / Path(name).expanduser()
+    return config.path.parent / written_path(name, f"{config.path}: ")
 
 
 def _file(config: HostConfig) -> Kernel:

@@ -7,13 +7,13 @@ import hashlib
 import lzma
 import os
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 from framework import cache
 from framework.errors import BuildFailed, KernelError, SetupError
+from framework.programs import run
 from framework.progress import task
 
 from .build import TOOLCHAINS, Build, fragment_files
@@ -138,7 +138,7 @@ def _patched(tree: Path, patches: list[Path], work: Path) -> Path:
             _copy(tree, copy)
         for patch in patches:
             argv = ["patch", "-p1", "--batch", "--forward", "-d", str(copy), "-i", str(patch.resolve())]
-            applied = subprocess.run(argv, capture_output=True, text=True)
+            applied = run(argv)
             if applied.returncode:
                 raise BuildFailed(f"the patch {patch} does not apply to {tree}", evidence=applied.stdout)
         done.touch()

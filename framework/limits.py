@@ -1,0 +1,104 @@
+"""What this machine refuses the lab: an OSError as one message that names the thing, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import CacheUnusable, ConfigError, DiskFull, LabError, LimitReached, SetupError
+from .lab import cache_root
+
+#: The errors of a disk, or a quota, that is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_FILES, _PROCESSES = (errno.EMFILE, errno.ENFILE), (errno.EAGAIN,)
+#: What is no fault of whoever runs into it, a test case for example.
+LIMITS = (*FULL, *_FILES, errno.EFBIG, errno.ENOMEM)
+_LITTLE = 1 << 20  #: bytes; a disk with less is full
+
+
+def told(e: OSError, where: Path | None = None) -> LabError:
+    """The error for what this machine refused. ``where``: what was being written, when ``e`` does not say."""
+    named = Path(os.fsdecode(e.filename)) if isinstance(e.filename, str | bytes) else where
+    if e.errno in FULL:
+        return _full(e, named)
+    if e.errno in _FILES:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return LimitReached(
+            f"no more files can be opened: this process may have {most} open at a time",
+            remedy="raise the limit (`ulimit -n 1024`)",
+        )
+    if e.errno == errno.EFBIG:
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return LimitReached(
+            f"{named or 'a file'} would be larger than the {most:,} bytes that this process may write to a file",
+            remedy="raise the limit (`ulimit -f unlimited`)",
+        )
+    if e.errno == errno.ENOMEM:
+        return LimitReached(
+            "this machine has no memory left for the lab",
+            remedy="free some, or raise its limit (`ulimit -v unlimited`)",
+        )
+    if e.errno == errno.EAGAIN and e.filename is None:
+        return LimitReached("no more processes can be started", remedy="end some, or raise the limit (`ulimit -u`)")
+    if e.errno in _FORBIDDEN and named is not None and _within(named, _cache()):
+        return CacheUnusable(
+            f"cannot write {named}: {e.strerror}",
+            remedy="see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
+        )
+    remedy = "see to its owner and permissions" if e.errno in _FORBIDDEN else ""
+    return SetupError(f"{named}: {e.strerror}" if named else str(e), remedy=remedy)
+
+
+@contextmanager
+def refusals_told(where: Path) -> Iterator[None]:
+    """Within the block, which writes to ``where``, limits and what is forbidden are raised as :func:`told`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (*LIMITS, *_FORBIDDEN):
+            raise told(e, where) from e
+        raise
+
+
+def _full(e: OSError, named: Path | None) -> DiskFull:
+    """Whichever disk it is: one that is named may be another's, and a write names none."""
+    folders = [folder for folder, _ in _places()]
+    full = next((path for path in (named, *folders) if path and _is_full(path)), named)
+    elsewhere = next((how for folder, how in _places() if full and _within(full, folder)), "")
+    return DiskFull(
+        f"the disk with {full} is full ({e.strerror})" if full else f"a disk is full ({e.strerror})",
+        remedy=f"free some space there{elsewhere and ', or ' + elsewhere}",
+    )
+
+
+def _places() -> list[tuple[Path, str]]:
+    """Where the lab writes unless it is told otherwise, and how it is."""
+    places = [(Path(tempfile.gettempdir()), "set TMPDIR to another folder")]
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        places.insert(0, (Path(runtime), "set XDG_RUNTIME_DIR to another folder"))
+    cache = _cache()
+    return [(cache, "put the cache elsewhere with ARM_KVM_CACHE"), *places] if cache else places
+
+
+def _cache() -> Path | None:
+    with suppress(ConfigError):
+        return cache_root()
+    return None
+
+
+def _within(path: Path, folder: Path | None) -> bool:
+    return folder is not None and (path == folder or folder in path.parents)
+
+
+def _is_full(path: Path) -> bool:
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    if there is None:
+        return False
+    disk = os.statvfs(there)
+    return disk.f_bavail * disk.f_frsize < _LITTLE or (disk.f_files > 0 and disk.f_favail == 0)

@@ -1,0 +1,44 @@
+"""Programs of this machine that the lab runs to their end: bounded, in one language, and their refusals told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .errors import SetupError
+from .limits import told
+
+_PATIENCE = 600.0  #: seconds; what takes longest unpacks packages on a busy machine
+
+
+def run(argv: list[str], *, patience: float = _PATIENCE, **how: Any) -> subprocess.CompletedProcess:
+    """Run a program, its output kept; ``how`` is what subprocess.run takes.
+
+    Raises SetupError: it is not installed, or does not end within ``patience`` seconds; LimitReached; DiskFull, by its
+    own words.
+    """
+    name = Path(argv[0]).name
+    how = {"text": True, "errors": "replace"} | how if "input" not in how else how
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, timeout=patience, env=os.environ | {"LC_ALL": "C.UTF-8"}, **how
+        )
+    except FileNotFoundError as e:
+        raise SetupError(f"{name} is not installed", remedy="run `arm-kvm setup`") from e
+    except subprocess.TimeoutExpired as e:
+        remedy = "see what keeps it: a full disk, a machine with too much to do"
+        raise SetupError(f"{name} did not end within {patience:.0f} s, and was ended", remedy=remedy) from e
+    except OSError as e:
+        raise told(e, Path(argv[0])) from e
+    if done.returncode and os.strerror(errno.ENOSPC) in words(done):
+        raise told(OSError(errno.ENOSPC, f"{name}: {os.strerror(errno.ENOSPC)}"))
+    return done
+
+
+def words(done: subprocess.CompletedProcess) -> str:
+    """What a program said on standard error."""
+    said = done.stderr
+    return (said if isinstance(said, str) else said.decode(errors="replace")).strip()
