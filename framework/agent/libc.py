@@ -28,6 +28,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
@@ -105,6 +106,16 @@ def mprotect(address, size, prot) -> None:
 def madvise(address, size, advice) -> None:
     if _libc.madvise(address, size, advice):
         raise _failed("madvise")
+
+
+def mlock(address, size) -> None:
+    if _libc.mlock(address, size):
+        raise _failed("mlock")
+
+
+def munlock(address, size) -> None:
+    if _libc.munlock(address, size):
+        raise _failed("munlock")
 
 
 def _copy(function, call, address, size) -> None:

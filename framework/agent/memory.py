@@ -1,6 +1,7 @@
 """Host-virtual memory for guests: map it, change it, look at it. Addresses and sizes are bytes."""
 
 import contextlib
+import errno
 import os
 import threading
 
@@ -86,6 +87,29 @@ def protect(hva, size, prot) -> None:
 def advise(hva, size, advice) -> None:
     with poison.let_in() if advice == _MADV_HWPOISON else contextlib.nullcontext():
         libc.madvise(hva, size, advice)
+
+
+def takes(advice) -> bool:
+    """Whether madvise(2) of this kernel knows this advice."""
+    hva = libc.mmap(None, PAGE, _READ_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
+    try:
+        libc.madvise(hva, PAGE, advice)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        libc.munmap(hva, PAGE)
+    return True
+
+
+def lock(hva, size) -> None:
+    """Nothing of it is reclaimed until it is unlocked."""
+    libc.mlock(hva, size)
+
+
+def unlock(hva, size) -> None:
+    libc.munlock(hva, size)
 
 
 def page_out(hva, size) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import features
 from .host import Host
-from .memory import PAGE
+from .memory import PAGE, Memory
 
 _CGROUPS = "/sys/fs/cgroup"
 _GROUP = f"{_CGROUPS}/arm-kvm"
@@ -82,6 +83,11 @@ class MemoryCgroup:
         by_request = f"for i in 1 2 3; do echo {size} > {_GROUP}/memory.reclaim; done 2>/dev/null"
         self._host.ssh.run(f"if [ -e {_GROUP}/memory.reclaim ]; then {by_request}; else {by_limit}; fi", check=False)
 
+    def give_up(self, looks: int = 4) -> None:
+        """Have the kernel take back all that it can: some pages are found used at the first look, and only aged."""
+        by_limit = f"echo 0 > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high"
+        self._host.ssh.run(f"for i in $(seq {looks}); do {by_limit}; done")
+
 
 @contextmanager
 def memory_cgroup(host: Host, pid: int = 0) -> Iterator[MemoryCgroup]:
@@ -95,3 +101,25 @@ def memory_cgroup(host: Host, pid: int = 0) -> Iterator[MemoryCgroup]:
     finally:
         # A process that was killed has left it already.
         host.ssh.run(f"echo {pid} > {_CGROUPS}/cgroup.procs; rmdir {_GROUP}", check=False)
+
+
+Reclaim = Callable[[Memory, int, int], None]
+
+
+@contextmanager
+def reclaim(host: Host) -> Iterator[Reclaim]:
+    """``take(memory, offset, size)``: these pages of the VMM's memory are reclaimed, as far as guests leave a chance.
+
+    By MADV_PAGEOUT. Where the kernel has none (before 5.4), the VMM is in a memory cgroup within the block: what it
+    touches first there is charged to the group, which then gives up what is not locked.
+    """
+    if features.has(host, "MADV_PAGEOUT"):
+        yield Memory.page_out
+        return
+    with memory_cgroup(host) as group:
+
+        def take(memory: Memory, offset: int, size: int) -> None:
+            with memory.locked_but(offset, size):
+                group.give_up()
+
+        yield take

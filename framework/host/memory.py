@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 
@@ -71,6 +72,17 @@ class Memory:
     def page_out(self, offset: int = 0, size: int | None = None) -> None:
         """Reclaim its pages, as far as guests that use them leave a chance: MADV_PAGEOUT, twice for each page."""
         self._agent("memory_page_out", **self._at(offset, size))
+
+    @contextmanager
+    def locked_but(self, offset: int, size: int) -> Iterator[None]:
+        """Within the block only this part of it can be reclaimed: the rest is locked (mlock(2)), and present."""
+        end = offset + size
+        rest = [self._at(start, length) for start, length in ((0, offset), (end, self.size - end)) if length]
+        with ExitStack() as stack:
+            for part in rest:
+                self._agent("memory_lock", **part)
+                stack.callback(partial(self._agent, "memory_unlock", **part))
+            yield
 
     def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
         """mprotect(2) on part of it."""

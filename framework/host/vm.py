@@ -142,8 +142,9 @@ class Vcpu:
 
         return result
 
-    def wait(self, deadline: float = _RUN_DEADLINE) -> Exit:
-        """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
+    def wait(self, longer: float = 0.0) -> Exit:
+        """The exit of the run under way. Raises AgentTimeout after 20 s in the guest, and those of ``longer``."""
+        deadline = _RUN_DEADLINE + longer
         for _ in range(max(1, round(deadline / _WAIT_SLICE))):
             if raw := self._agent("vcpu_wait", seconds=_WAIT_SLICE, **self._id):
                 return decode_exit(raw)

@@ -14,6 +14,7 @@ import pytest
 from framework.artifacts import TestFolder
 from framework.errors import UNAVAILABLE, LabError, QemuKilled
 from framework.events.violations import ProtocolBroken
+from framework.host import features
 from framework.host.host import Host
 from framework.host.ssh import Ssh
 from framework.host.vgic import Vgic, gicv_of
@@ -60,6 +61,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid), owner_of(request.node).alone)
     request.node.stash[SESSION] = session
     try:
+        _require_features(request.node, host)
         yield host
     finally:
         _leave(request, pool, session)
@@ -81,6 +83,14 @@ def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
     if not isinstance(cause, QemuKilled):  # the next test has another
         pool.told.add(name)
     raise HostUnusable(words, cause)
+
+
+def _require_features(item: pytest.Item, host: Host) -> None:
+    """Skip the case, naming kernel and feature, where its mark ``feature`` names what this kernel lacks."""
+    for mark in item.iter_markers("feature"):
+        for name in mark.args:
+            if words := features.lacking(host, name):
+                pytest.skip(words)
 
 
 def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from framework import config as host_files
+from framework.host.features import FEATURES
 from framework.pool import EVERYBODY, Owner
 
 from .stash import MUTANT, NEXT, POOL
@@ -32,6 +33,7 @@ def _guests(config: host_files.HostConfig, definition: pytest.Item) -> list[str]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     _check_isolation(metafunc.definition)
+    _check_features(metafunc.definition)
     if "host" not in metafunc.fixturenames:
         return
     suited = [c for c in metafunc.config.stash[POOL].configs.values() if _suits(c, metafunc.definition)]
@@ -56,6 +58,14 @@ def _check_isolation(definition: pytest.Item) -> None:
         raise pytest.Collector.CollectError(
             f"{definition.nodeid}: isolation({said}) is none of {', '.join(ISOLATIONS)}"
         )
+
+
+def _check_features(definition: pytest.Item) -> None:
+    for name in (name for mark in definition.iter_markers("feature") for name in mark.args):
+        if name not in FEATURES:
+            raise pytest.Collector.CollectError(
+                f"{definition.nodeid}: feature({name!r}) is not known; {host_files.hint(name, FEATURES, 'one of')}"
+            )
 
 
 def _suits_nowhere(item: pytest.Item) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from framework.errors import LabError
 from framework.guest.driver import RunFailed
 from framework.guest.isa import GuestException
-from framework.host import facilities
+from framework.host import facilities, features
 from framework.host.agent import Request
 from framework.host.host import Host
 from framework.host.memory import BLOCK, Advice, Child, Memory, Prot
@@ -67,9 +67,10 @@ class Player:
         self._vm = self._host.create_vm(isa, vcpus=2)
         self._memory = _memory(self._vm)
         self._hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
-        self._ages = self._idle_tracking or host.kernel_version < (6, 9)
+        takes_out = features.has(host, "MADV_PAGEOUT")
+        self._ages = self._idle_tracking or (takes_out and host.kernel_version < (6, 9))
         # Without idle tracking pages age by an attempt to page them out, and must not go.
-        self._swaps = self._idle_tracking or not self._ages
+        self._swaps = takes_out and (self._idle_tracking or not self._ages)
         self._furnish(self._new_world())
         self._begin()
 

@@ -81,19 +81,19 @@ class Scene:
         with self.hammering_if_busy(), witnessed as seen:
             yield seen
 
-    def page_out(self, operation, first=0, pages=None):
-        """Reclaim takes these pages. Those that guests go on using it unmaps, some of them, again and again."""
+    def page_out(self, reclaim, operation, first=0, pages=None):
+        """``reclaim`` takes these pages. Those that guests go on using it unmaps, some of them, again and again."""
         size = (self.pages - first if pages is None else pages) * PAGE
         start = self.memory.hva + first * PAGE
         self.vm.agent("memory_drain")  # pages that wait for the LRU are not reclaimed
         if not self.busy:
             with self.host_does(operation, first, pages):
-                self.memory.page_out(first * PAGE, size)
+                reclaim(self.memory, first * PAGE, size)
             return
 
         def takes_some():
             with traced(self.vm.agent, [f"kvm:{Call.UNMAP.value}"]) as seen:
-                self.memory.page_out(first * PAGE, size)
+                reclaim(self.memory, first * PAGE, size)
                 self.stage2()
             return any(start <= hva < start + size for _, (hva, _) in calls_in(seen.events))
 
@@ -193,6 +193,15 @@ def fork(host):
     yield make
     for child in children:
         child.end()
+
+
+@pytest.fixture
+def reclaim(host, ssh, vm):
+    """``reclaim(memory, offset, size)``: these pages are taken, and nothing that is the VM's own."""
+    for guest in vm.guests:
+        guest.ping()  # its mailbox is there
+    with facilities.reclaim(host) as take:
+        yield take
 
 
 @pytest.fixture

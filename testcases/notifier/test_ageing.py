@@ -60,6 +60,7 @@ def test_the_entry_is_as_it_was_after_the_next_access(scene):
     assert scene.leaf(8) == leaf
 
 
+@pytest.mark.feature("MADV_PAGEOUT")
 def test_reclaim_ages_first(scene, host, swap):
     """Up to 6.8 MADV_PAGEOUT asks whether a page was used before it takes it: clear_flush_young."""
     if host.kernel_version >= (6, 9):

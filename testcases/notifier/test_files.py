@@ -84,12 +84,12 @@ def test_private_mapping_of_a_file(make_scene, file):
     scene.settle()
 
 
-def test_page_cache_eviction(make_scene, file_on_disk):
+def test_page_cache_eviction(make_scene, file_on_disk, reclaim):
     """Pages that were written back are evicted and read again from the disk."""
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
     with scene.host_does(Operation.WRITE_BACK):
         file_on_disk.sync()
-    scene.page_out(Operation.FILE_OUT, 8, 16)
+    scene.page_out(reclaim, Operation.FILE_OUT, 8, 16)
     if not scene.busy:
         assert not scene.memory.frames(8 * PAGE, 16 * PAGE).any()
         assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9

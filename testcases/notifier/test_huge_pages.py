@@ -4,6 +4,7 @@ mm/huge_memory.c __split_huge_pmd tells of the aligned 2 MiB, whoever asked for 
 collapse_huge_page moves 512 pages into one. A block must never map what is no longer one huge page (127393fbe597).
 """
 
+import numpy as np
 import pytest
 
 from framework.host.memory import BLOCK, PAGE, Advice, Prot
@@ -105,9 +106,16 @@ def huge_files(host, ssh):
     ssh.run(f"echo never > {enabled}")
 
 
-def test_split_of_a_huge_page_of_a_file(make_scene, huge_files):
+def test_split_of_a_huge_page_of_a_file(make_scene, huge_files, host, known_fault):
     """Its mapping is not split but dropped: pages of a file are found again when they are asked for."""
     scene = make_scene(2 * IN_A_BLOCK, shared=True)
+    frames = scene.memory.frames()
+    in_a_row = frames[0] % BLOCK == 0 and (np.diff(frames[:IN_A_BLOCK]) == PAGE).all()
+    if in_a_row and not scene.leaf(0).is_block and host.kernel_version < (5, 4):
+        known_fault(
+            "huge pages of files are mapped page by page (until 169226f7e0d2, "
+            '"mm: thp: handle page cache THP correctly in PageTransCompoundMap", 5.4)'
+        )
     assert scene.leaf(0).is_block and scene.leaf(IN_A_BLOCK).is_block
     with scene.host_does(Operation.THP_SPLIT_FILE, 9, 1):
         scene.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
@@ -150,6 +158,7 @@ def asked(khugepaged, trace):
 
 
 @resting
+@pytest.mark.feature("MADV_COLD")
 def test_what_only_the_guest_uses(make_scene, asked, quiet):
     """That pages were used only stage 2 knows of: khugepaged asks (test_young), and begins to collapse them.
 
@@ -163,6 +172,7 @@ def test_what_only_the_guest_uses(make_scene, asked, quiet):
 
 
 @resting
+@pytest.mark.feature("MADV_COLD")
 @pytest.mark.needs("idle-tracking")
 def test_what_nobody_uses(make_scene, asked):
     """The same with the guest's flags cleared, too: khugepaged lets it be."""

@@ -13,7 +13,7 @@ IPA = 0x8000_0000
 pytestmark = [
     pytest.mark.native,
     pytest.mark.vcpus(2, pinned=True),
-    pytest.mark.usefixtures("swap"),
+    pytest.mark.usefixtures("swap", "reclaim"),
     pytest.mark.isolation("module"),
 ]
 
@@ -38,42 +38,43 @@ def settle(scene, quiet, host):
     return end
 
 
-def test_out_and_back(scene, settle):
-    scene.page_out(Operation.SWAP_OUT, 8, 32)
+def test_out_and_back(scene, settle, reclaim):
+    scene.page_out(reclaim, Operation.SWAP_OUT, 8, 32)
     if not scene.busy:
         assert not scene.memory.frames(8 * PAGE, 32 * PAGE).any()
         assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
     settle()
 
 
-def test_in_by_the_host(scene, settle):
+def test_in_by_the_host(scene, settle, reclaim):
     """The host's own touch brings the page back; KVM is told nothing, and maps it when the guest asks."""
     with scene.hammering_if_busy():
-        scene.page_out(Operation.SWAP_OUT, 8, 8)
+        scene.page_out(reclaim, Operation.SWAP_OUT, 8, 8)
         with scene.host_does(Operation.SWAP_IN, 8, 8):
             scene.memory.read(8 * PAGE, 8 * PAGE)
     settle()
 
 
-def test_out_again_and_again(scene, settle):
+def test_out_again_and_again(scene, settle, reclaim):
     with scene.hammering_if_busy():
         for _ in range(4):
-            scene.page_out(Operation.SWAP_OUT)
+            scene.page_out(reclaim, Operation.SWAP_OUT)
             scene.memory.read(0, scene.memory.size)
     settle()
 
 
-def test_freed_pages_are_reclaimed(scene, settle):
+def test_freed_pages_are_reclaimed(scene, settle, reclaim):
     """Given up with MADV_FREE and not written since: reclaim drops them, and the guest finds zeroes."""
     with scene.hammering_if_busy():
         with scene.host_does(Operation.FREE, 8, 16):
             scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
-        scene.page_out(Operation.FREE_RECLAIMED, 8, 16)
+        scene.page_out(reclaim, Operation.FREE_RECLAIMED, 8, 16)
     if not scene.busy:
         assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
     settle(lost=range(8, 24))
 
 
+@pytest.mark.feature("MADV_PAGEOUT")  # which looks but once, if asked but once
 @pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
 def test_freed_pages_that_were_written_since_are_kept(scene, settle, host):
     """Reclaim takes the mapping of each, finds it dirty, and puts it back: the frame stays, this time."""

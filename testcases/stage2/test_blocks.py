@@ -6,6 +6,7 @@ IPA and HVA congruent modulo 2 MiB and a memslot that contains all of it (6794ad
 
 from framework.host.memory import BLOCK, PAGE, Advice, Prot
 from framework.model.memslots import SlotFlags
+from framework.oracle import Kind, Violation
 
 IPA = 0x8000_0000
 
@@ -56,14 +57,25 @@ def test_incongruent_memory_is_mapped_by_pages(vm, stage2):
     assert [stage2(vm).leaf(IPA + PAGE + i * PAGE).level for i in range(4)] == [3] * 4
 
 
-def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, stage2):
+def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, host, stage2, known_fault):
     """The huge page reaches beyond the memslot: so would a block (6794ad5443a2)."""
     memory = vm.memory(BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
     vm.add_memory(IPA, BLOCK - PAGE, memory=memory)
     vm.guest.write(IPA, 1)
-    assert not stage2(vm).leaf(IPA).is_block
-    assert stage2(vm).leaf(IPA + BLOCK - PAGE) is None
+    try:
+        leaf = stage2(vm).leaf
+    except Violation as violation:
+        beyond = [(finding.kind, finding.ipa, finding.size) for finding in violation.findings]
+        if host.kernel_version >= (5, 0) or beyond != [(Kind.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
+            raise
+        vm.destroy()
+        known_fault(
+            "a block reaches beyond its memslot (until 6794ad5443a2, "
+            '"KVM: arm/arm64: Fix unintended stage 2 PMD mappings", 5.0)'
+        )
+    assert not leaf(IPA).is_block
+    assert leaf(IPA + BLOCK - PAGE) is None
 
 
 def test_dontneed_of_one_page_breaks_the_block_up(vm, stage2):

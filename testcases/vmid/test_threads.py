@@ -17,7 +17,7 @@ def turns(vm, guests, rounds):
             vm.guests[index].write(DATA + 0x1000 * index, turn)
 
 
-def test_multiplexed_on_one_cpu(host, make_vm, record, vmid):
+def test_multiplexed_on_one_cpu(host, make_vm, record, vmid, known_fault):
     """Three vCPUs take turns on CPU 0, four rounds: a local invalidation at every change, and only there."""
     with record() as run:
         vm = make_vm(vcpus=3)
@@ -28,6 +28,11 @@ def test_multiplexed_on_one_cpu(host, make_vm, record, vmid):
         sampled = vmid(vm)
     assert run.vmids(vm) == [sampled]
     assert run.count(LOCAL[host.config.architecture.name]) in (12, 13)  # the sampling is one more change
+    if run.count(ICACHE[host.config.architecture.name]) == 0 and host.kernel_version < (5, 12):
+        known_fault(
+            "vCPUs of one VM share what the I-cache has under a virtual address (until 01dc9262ff57, "
+            '"KVM: arm64: Ensure I-cache isolation between vcpus of a same VM", 5.12)'
+        )
     assert run.count(ICACHE[host.config.architecture.name]) == run.count(LOCAL[host.config.architecture.name])
     assert vm.guest.read(DATA + 0x2000) == 3
 
