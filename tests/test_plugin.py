@@ -352,6 +352,32 @@ def test_keep_leaves_the_machine_until_ctrl_c(run, tmp_path):
     assert not Path(f"/proc/{card.qemu_pid}").exists()
 
 
+FEATURES = """
+import pytest
+from framework.host.features import FEATURES, Feature
+FEATURES["MADV_NONE"] = Feature("9.9", lambda host: host.agent("memory_takes", advice=200))
+
+@pytest.mark.feature("MADV_COLD")
+def test_that_any_kernel_of_today_can_run(vm):
+    pass
+
+@pytest.mark.feature("MADV_COLD", "MADV_NONE")
+def test_that_no_kernel_can(vm):
+    pass
+"""
+
+
+def test_what_a_kernel_lacks_is_found_out_and_named(run):
+    code, said = run(FEATURES, "--host", "arm64", "-k", "A64")
+    assert code == 0 and "1 passed, 1 skipped" in said
+    assert re.search(r"Linux 6\.1\S+ has no MADV_NONE \(since 9\.9\)", said)
+
+
+def test_a_feature_that_is_none(run):
+    code, said = run(FEATURES.replace('"MADV_COLD")', '"MADV_CLOD")'), "--host", "arm64")
+    assert code == 2 and "feature('MADV_CLOD') is not known; did you mean 'MADV_COLD'?" in said
+
+
 SLOW = """
 import time
 
