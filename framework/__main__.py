@@ -15,6 +15,7 @@ def main() -> int:
     interrupt.listen()
     try:
         _open_streams()
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that this locale has no letters for, as on stderr
         from .cli import main
 
         code = main()

@@ -3,7 +3,8 @@
 An entry is made in a folder beside its final place and renamed when it is whole, under a lock per key:
 two processes never make the same entry twice, and an interrupted one leaves nothing that is taken for
 a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped; what nobody came
-back to for a month goes. The sizes of an entry's files are kept with it: one that was damaged since is made anew.
+back to for a month goes, and the oldest of what is too much. The sizes of an entry's files are kept with it: one that
+was damaged since is made anew.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def key_of(*inputs: object) -> str:
 
 
 _META, _SIZES = "meta.json", "sizes.json"
-_KEPT = 30 * 24 * 3600  #: seconds that the scratch folder of an interrupted maker is kept
+#: For how long, in seconds, and how many scratch folders of interrupted makers are kept: a kernel's has 1 to 2 GB.
+_KEPT, _MOST = 30 * 24 * 3600, 4
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,13 @@ def entries(kind: str) -> list[Entry]:
 
 
 def _forget_old_leftovers(kind: str) -> None:
+    ages = []
     for entry in leftovers(kind):
         with suppress(FileNotFoundError):  # just removed
-            if time.time() - entry.folder.stat().st_mtime > _KEPT:
-                remove(entry)
+            ages.append((time.time() - entry.folder.stat().st_mtime, entry))
+    for number, (age, entry) in enumerate(sorted(ages, key=lambda pair: pair[0])):
+        if age > _KEPT or number >= _MOST:
+            remove(entry)
 
 
 def leftovers(kind: str) -> list[Entry]:

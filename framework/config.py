@@ -43,6 +43,8 @@ CAPABILITIES = (
 _CPUS_32 = ("cortex-a7", "cortex-a15")
 #: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), with the 0 at the end.
 _CMDLINE = {"arm": 1024, "arm64": 2048}
+#: What the lab says of a root file system and its first process; another would never be heard of.
+_LABS_WORDS = ("root", "rdinit", "initrd", "noinitrd", "armkvm")
 _OWN_WORDS = len(" armkvm.shell")
 #: Seconds a boot may stay in each state; see framework/host/boot.py.
 TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
@@ -235,6 +237,9 @@ def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
     foreign = {"arm64": "armmp", "armhf": "arm64"}[rootfs]
     if foreign in kernel.get("package", ""):
         raise top.wrong("kernel", f"package: {kernel['package']!r} is for another architecture; rootfs is {rootfs}")
+    for word in top.text("cmdline").split() if "cmdline" in top.values else ():
+        if re.split("[=.]", word)[0] in _LABS_WORDS:
+            raise top.wrong("cmdline", f"cmdline: {word!r} is the lab's to say: a host's first process is images/init")
     if "cmdline" in top.values and len(top.text("cmdline")) >= _CMDLINE[linux] - _OWN_WORDS:
         kept = _CMDLINE[linux] - _OWN_WORDS - 1
         raise top.wrong("cmdline", f"cmdline: an {linux} kernel keeps {kept} characters beside what the lab appends")

@@ -11,6 +11,7 @@ from .errors import SetupError
 from .progress import note
 
 _TRIES = 3
+_PATIENCE = 1800  #: seconds; on a full disk apt polls for ever
 
 
 @dataclass(frozen=True)
@@ -82,4 +83,10 @@ def install() -> list[str]:
 def _apt(*arguments: str) -> bool:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     argv = ["apt-get", "-q", "-o", "Dpkg::Use-Pty=0", *arguments]
-    return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    try:
+        return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, timeout=_PATIENCE).returncode == 0
+    except subprocess.TimeoutExpired as e:
+        raise SetupError(
+            f"apt-get {arguments[0]} did not end within {_PATIENCE // 60} minutes",
+            remedy="see whether the archive is reachable, the disk has room, and no other apt runs",
+        ) from e

@@ -11,11 +11,13 @@ from framework import config
 from framework.errors import (
     AgentFault,
     AgentTimeout,
+    ConfigError,
     HostLockup,
     HostOops,
     HostOsError,
     HostPanic,
     HostSilent,
+    KernelError,
     QemuDied,
     SshUnreachable,
 )
@@ -69,6 +71,24 @@ def test_a_host_whose_init_never_comes(boot):
     with pytest.raises(HostSilent, match="boot state 'init' within 5 s") as caught:
         boot("rdinit=/opt/none init=/bin/sh loglevel=8 initcall_blacklist=populate_rootfs rootdelay=60", init=5.0)
     assert "timeouts.init" in caught.value.remedy
+
+
+def test_a_kernel_that_the_lab_cannot_reach(tmp_path):
+    """Debian's drivers are modules, and none is packed: known when init runs, not when the agent stays silent."""
+    kernel = replace(obtain(ARM64), modules=[])
+    with pytest.raises(KernelError, match="has no driver virtio-mmio") as caught:
+        Host.boot(ARM64, kernel, tmp_path / "logs")
+    assert "`modules`" in caught.value.remedy and "arm-kvm: no driver" in caught.value.evidence
+    assert no_machine_of_ours()
+
+
+def test_a_board_with_too_little_memory(tmp_path):
+    small = replace(ARM64, board=replace(ARM64.board, memory=128 << 20))
+    with pytest.raises(ConfigError, match=r"memory: 128M is too little for the kernel") as caught:
+        Host.boot(small, obtain(ARM64), tmp_path / "logs")
+    assert "give the board 192M or more" in caught.value.remedy
+    enough = replace(ARM64, board=replace(ARM64.board, memory=192 << 20))
+    Host.boot(enough, obtain(ARM64), tmp_path / "logs").shutdown()
 
 
 def test_an_ssh_that_never_answers():

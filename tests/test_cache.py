@@ -122,6 +122,16 @@ def test_scratch_that_nobody_came_back_to_goes(own_cache):
     assert [entry.folder.name for entry in cache.leftovers("things")] == ["new.work"]
 
 
+def test_scratch_folders_are_few(own_cache):
+    """The newest four stay, whatever number of makers was interrupted."""
+    cache.obtain("things", "key", lambda out, work: {})
+    for age in range(7):
+        (own_cache / f"things/n{age}.work").mkdir()
+        os.utime(own_cache / f"things/n{age}.work", (time.time() - 60 * age,) * 2)
+    cache.obtain("things", "other", lambda out, work: {})
+    assert sorted(entry.folder.name for entry in cache.leftovers("things")) == [f"n{age}.work" for age in range(4)]
+
+
 def test_what_interruptions_leave_is_no_entry(own_cache):
     """Scratch folders and halves are leftovers, unless somebody is at work on them."""
     cache.obtain("things", "key", lambda out, work: {})

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from framework import cache, config, setup
-from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, SetupError
+from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, QemuDied, SetupError
+from framework.machine.rundir import live_machines
 
 from .conftest import HEARS_CTRL_C
 
@@ -112,6 +113,24 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
     assert arm_kvm("stage2", "arm64").returncode == NoLiveMachine.exit_code
 
 
+def test_boot_whose_qemu_dies_fails(own_run_folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "framework", "boot", "arm64"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "KVM: yes" in process.stdout.readline()
+    (card,) = live_machines()
+    os.kill(card.qemu_pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == QemuDied.exit_code and "arm-kvm: QEMU ended (signal 9)" in said
+
+
+@pytest.mark.parametrize("port", ["65536", "-1", "ssh", ""])
+def test_a_port_that_is_none(arm_kvm, port):
+    done = arm_kvm("boot", "arm64", f"--ssh-port={port}")
+    assert done.returncode == 2 and f"{port!r} is not a port from 0 to 65535" in done.stderr
+
+
 def test_cache_is_shown_and_cleaned(arm_kvm, own_cache):
     for kind, size in (("snapshots", 3 << 20), ("kernels", 1 << 20)):
         cache.obtain(kind, "key", lambda out, work, size=size: (out / "file").write_bytes(os.urandom(size)) and {})
@@ -132,6 +151,21 @@ def test_cache_is_shown_and_cleaned(arm_kvm, own_cache):
 def test_a_mutant_from_the_command_line(arm_kvm):
     done = arm_kvm("mutate", "--host", "arm64", "--only", "unmap-ignored", "-n", "0")
     assert done.returncode == 0 and "arm64: 1 of 1 applicable mutants killed, 100 %" in done.stdout
+
+
+def test_benchmarks_that_are_interrupted_print_what_they_have():
+    argv = [*HEARS_CTRL_C, sys.executable, "-m", "framework", "bench", "--", "-k", "sweep_of or sequences"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "PASSED" in line:
+            break
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    said.append(process.communicate(timeout=60)[0])
+    assert process.returncode == 130
+    assert "median" in said[-1] and "load" in said[-1] and "sweep_of" in said[-1]
 
 
 def test_benchmarks_as_a_table(arm_kvm):

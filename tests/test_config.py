@@ -64,6 +64,7 @@ WRONG = {
         "is for another architecture; rootfs is",
     ),
     "long command line": ("console=ttyAMA0", f"console=ttyAMA0 {'x' * 2048}", "an arm64 kernel keeps 2034 characters"),
+    "a word that is the lab's": ("console=", "rdinit=/bin/sh console=", "'rdinit=/bin/sh' is the lab's to say"),
     "list expected": ("[A64, A32]", "A64", "is not a list of names"),
     "unknown time-out": ("guests:", "timeouts: {shs: 3}\nguests:", "unknown key 'shs' in timeouts; did you mean 'ssh'"),
     "mapping expected": ("guests:", "timeouts: 3\nguests:", "timeouts must be a mapping"),

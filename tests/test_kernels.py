@@ -117,6 +117,15 @@ def test_an_image_that_was_cut_is_refused(tmp_path, name, data, words):
         from_argument(config.find(name), str(tmp_path / "image"))
 
 
+def test_a_debian_image_that_was_cut_is_refused(tmp_path):
+    """An arm64 Image tells its size by the sections of the EFI program that it is, too."""
+    whole = obtain(config.find("arm64")).image
+    assert kernel.check_image(whole, "arm64")
+    (tmp_path / "Image").write_bytes(whole.read_bytes()[:20_000_000])
+    with pytest.raises(KernelError, match="was cut: 20,000,000 of 3"):
+        kernel.check_image(tmp_path / "Image", "arm64")
+
+
 def test_a_debian_argument_needs_package_and_suite():
     with pytest.raises(KernelError, match="deb:PACKAGE@SUITE"):
         from_argument(A15, "deb:linux-image-arm64")

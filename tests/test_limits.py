@@ -145,6 +145,18 @@ def test_the_command_line_under_limits(what):
     assert got == code and words in said
 
 
+def test_names_are_printed_in_any_locale(tmp_path):
+    """And names that are no text in any."""
+    for name in ("grün-漢", os.fsdecode(b"\xff\xfe")):
+        folder = tmp_path / name / "kernels/key"
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text('{"label": "grün 漢", "version": "6.1"}')
+        (folder / "image").write_text("image")
+        environment = os.environ | {"ARM_KVM_CACHE": str(tmp_path / name), "PYTHONIOENCODING": "latin-1"}
+        done = subprocess.run([*ARM_KVM, "kernel", "list"], env=environment, capture_output=True, cwd=ROOT)
+        assert done.returncode == 0 and b"gr\xfcn" in done.stdout, done.stderr
+
+
 def test_a_host_file_nested_too_deeply(tmp_path):
     (tmp_path / "deep.yaml").write_text("[" * 5000)
     code, said = shell(f"arm_kvm kernel fetch {tmp_path}/deep.yaml")

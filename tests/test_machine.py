@@ -48,6 +48,11 @@ def test_missing_qemu_names_the_remedy(start, monkeypatch):
     assert "arm-kvm setup" in caught.value.remedy
 
 
+def test_a_board_larger_than_this_machine(start):
+    with pytest.raises(SetupError, match=r"no room for \d+ MiB of board RAM: this machine has \d+ MiB"):
+        start(replace(BOARD, memory=1 << 46))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from framework.errors import HostSilent, LabError
+from framework.errors import HostSilent, KernelError, LabError
 from framework.machine.machine import Machine
 
 from .agent import Agent, SerialLine, SshLine
@@ -29,6 +29,7 @@ _CONSOLE_STATES = {
     "init": re.compile(r"^arm-kvm: init"),
     "network": re.compile(r"^arm-kvm: up"),
 }
+_NO_DRIVER = re.compile(r"^arm-kvm: no driver (\S+)")
 
 
 @dataclass
@@ -43,13 +44,18 @@ class Progress:
 
 
 def _await_line(machine: Machine, state: str, timeout: float) -> None:
-    """Read the console until the state's line. Raises HostSilent, or the machine's own end."""
+    """Read the console until the state's line. Raises HostSilent, KernelError, or the machine's own end."""
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         # Slices, so that a QEMU that dies without closing its console is seen too.
         for line in machine.console.lines(min(left, 0.5)):
             if _CONSOLE_STATES[state].search(line):
                 return
+            if lacks := _NO_DRIVER.search(line):
+                raise KernelError(
+                    f"the kernel boots, but has no driver {lacks[1]}, which the lab reaches a host by",
+                    remedy="build it in, or name its module in the host file's `modules`",
+                )
             if time.monotonic() > deadline:
                 break
         machine.check()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from framework.config import HostConfig
-from framework.errors import LabError, NoKvm
+from framework.errors import ConfigError, LabError, NoKvm
 from framework.guest.isa import ISAS
 from framework.limits import refusals_told
 from framework.machine.board import Boot
@@ -28,6 +28,22 @@ from .vm import Vm, destroy
 
 T = TypeVar("T")
 ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
+
+
+_RUNNING = 40 << 20  #: bytes that a kernel and its first processes take beside what they are made of
+
+
+def _require_room(config: HostConfig, kernel: Kernel, initramfs: Path) -> None:
+    """Raises ConfigError for a board in whose memory this kernel and root file system have no room."""
+    unpacked = kernel.unpacked_size
+    packed = initramfs.stat().st_size
+    needed = unpacked + 2 * packed + _RUNNING  # the archive is there until its files are
+    if config.board.memory < needed:
+        raise ConfigError(
+            f"{config.path}: memory: {config.board.memory >> 20}M is too little for the kernel ({unpacked >> 20} MiB) "
+            f"and its root file system ({packed >> 20} MiB, twice while it is unpacked)",
+            remedy=f"give the board {-(-needed >> 26) * 64}M or more",
+        )
 
 
 class Host:
@@ -77,6 +93,7 @@ class Host:
         try:
             with refusals_told(initramfs):
                 rootfs.initramfs(initramfs, kernel.modules)
+            _require_room(config, kernel, initramfs)
             boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
             machine = Machine.start(config.board, boot, Logs(logs), ssh_port, plugin)
         finally:

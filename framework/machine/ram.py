@@ -104,7 +104,13 @@ class OwnRam(Ram):
 
     @classmethod
     def create(cls, base: int, size: int) -> OwnRam:
-        """New zeroed RAM. Raises SetupError when this machine cannot give that much address space."""
+        """New zeroed RAM. Raises SetupError when this machine cannot give that much."""
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > there:
+            raise SetupError(
+                f"no room for {size >> 20} MiB of board RAM: this machine has {there >> 20} MiB",
+                remedy="give the board less memory in its host file",
+            )
         fd = os.memfd_create("arm-kvm-ram", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)

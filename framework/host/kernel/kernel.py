@@ -12,6 +12,7 @@ from framework.errors import KernelError
 
 _ZIMAGE_MAGIC = (0x24, struct.pack("<I", 0x016F2818))  # Documentation/arm/booting.rst
 _IMAGE_MAGIC = (0x38, b"ARM\x64")  # Documentation/arm64/booting.rst
+_HEADERS = 0x1000  #: bytes; what an image says of itself is in them
 _ARCH_NAMES = {"arm": "a 32-bit Arm", "arm64": "an arm64"}
 
 
@@ -22,6 +23,13 @@ class Kernel:
     name: str
     image: Path
     modules: list[tuple[str, bytes]] = field(default_factory=list)
+
+    @property
+    def unpacked_size(self) -> int:
+        """About how many bytes of memory its code and data take: an image that unpacks itself is a quarter of that."""
+        with self.image.open("rb") as f:
+            plain = f.read(64)[_IMAGE_MAGIC[0] :].startswith(_IMAGE_MAGIC[1])
+        return self.image.stat().st_size * (1 if plain else 4)
 
 
 def _magic(head: bytes) -> str | None:
@@ -50,9 +58,9 @@ def architecture_of(image: Path) -> str | None:
 
 
 def _require_whole(image: Path) -> None:
-    """Raises KernelError for a file that was cut, as far as its header tells: a zImage's, or gzip's end."""
+    """Raises KernelError for a file that was cut, as far as its header tells: a zImage's, an Image's, or gzip's end."""
     with image.open("rb") as f:
-        head, size = f.read(0x30), os.fstat(f.fileno()).st_size
+        head, size = f.read(_HEADERS), os.fstat(f.fileno()).st_size
     try:
         if head[:2] == b"\x1f\x8b":
             with gzip.open(image) as f:
@@ -63,8 +71,25 @@ def _require_whole(image: Path) -> None:
     offset, magic = _ZIMAGE_MAGIC
     if head[offset : offset + 4] == magic:
         start, end = struct.unpack_from("<II", head, offset + 4)
-        if size < end - start:
-            raise KernelError(f"{image} was cut: {size:,} of {end - start:,} bytes", remedy="copy it again")
+        whole = end - start
+    else:
+        whole = _size_by_sections(head)
+    if size < whole:
+        raise KernelError(f"{image} was cut: {size:,} of {whole:,} bytes", remedy="copy it again")
+
+
+def _size_by_sections(head: bytes) -> int:
+    """Bytes of a file that is an EFI program, too (arch/arm64/kernel/efi-header.S); 0 for one that is none.
+
+    An Image's own header tells how much memory it takes, with what is not in the file.
+    """
+    at = struct.unpack_from("<I", head, 0x3C)[0] if head[:2] == b"MZ" else len(head)
+    if head[at : at + 4] != b"PE\0\0":
+        return 0
+    sections, more = struct.unpack_from("<H12xH", head, at + 6)  # IMAGE_FILE_HEADER: how many, size of what follows
+    tables = [at + 24 + more + 40 * n for n in range(sections)]
+    ends = [sum(struct.unpack_from("<II", head, table + 16)) for table in tables if table + 40 <= len(head)]
+    return max(ends, default=0)
 
 
 def check_image(image: Path, linux_arch: str) -> Path:
