@@ -7,12 +7,14 @@ import sys
 
 from . import interrupt
 
-_INTERRUPTED = 130
+_INTERRUPTED, _NO_FOLDER = 130, 2
 
 
 def main() -> int:
     """Run the command line; its exit code."""
     interrupt.listen()
+    if not _in_a_folder():
+        return _NO_FOLDER
     try:
         _open_streams()
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that this locale has no letters for, as on stderr
@@ -25,6 +27,16 @@ def main() -> int:
         interrupt.deaf()
         return _INTERRUPTED
     return code
+
+
+def _in_a_folder() -> bool:
+    """Whether the folder that this was started in is still there; if not, that is said."""
+    try:
+        os.getcwd()
+    except OSError:
+        print("arm-kvm: the folder that this was started in is gone: go to another", file=sys.stderr)
+        return False
+    return True
 
 
 def _open_streams() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -319,6 +321,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
         began = os.getloadavg()[0]
         code = _pytest(ROOT / "benchmarks", "-v", "--benchmark-quiet", f"--benchmark-json={saved}", *args.pytest)
         if not saved.exists() or not saved.stat().st_size:
+            print("arm-kvm: no benchmark was run", file=sys.stderr)
             return code
         results = json.loads(saved.read_text())["benchmarks"]
     table = _table("benchmark", "median", "quartiles apart", "least", "most", "rounds", "")
@@ -350,16 +353,23 @@ def _pytest(where: Path, *arguments: str) -> int:
             interrupted = True
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
+def _number(what: str, least: float, most: float = math.inf, kind: type = int) -> Callable[[str], float]:
+    """A type of argument: numbers from ``least`` to ``most``; ``what`` says so to whoever gives another."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if text.isascii() and least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return number
 
 
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > _LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {_LAST_PORT}")
-    return int(text)
+_POSITIVE = _number("a number above 0", 1)
+_WORKERS = _number("a number of workers, 0 or more", 0)
+_PORT = _number(f"a port from 0 to {_LAST_PORT}", 0, _LAST_PORT)
+_SEED = _number("a seed from 0 to 4294967295", 0, 2**32 - 1)
+_SECONDS = _number("a number of seconds above 0, up to 3600", 1e-3, 3600, float)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -390,18 +400,20 @@ def _parser() -> argparse.ArgumentParser:
     boot.add_argument("--kernel", metavar="KERNEL", help="an image, a source tree, or deb:PACKAGE@SUITE")
     boot.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
     boot.add_argument(
-        "--ssh-port", type=_port, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
+        "--ssh-port", type=_PORT, default=0, metavar="PORT", help="port on loopback for ssh (default: a free one)"
     )
     stage2 = command("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
     stage2.add_argument("host")
-    stage2.add_argument("--seconds", type=float, default=2.0, help="how long to watch the CPUs for guests (default: 2)")
+    stage2.add_argument(
+        "--seconds", type=_SECONDS, default=2.0, help="how long to watch the CPUs for guests (default: 2)"
+    )
     conformance = command("conform", cmd_conform, "hold the model against the emulated CPU, on random tables")
     conformance.add_argument("--host", action="append", metavar="BOARD", help="a host's board (default: all four)")
     conformance.add_argument(
-        "--cases", type=_positive, default=100_000, metavar="N", help="at least so many (default: 100000)"
+        "--cases", type=_POSITIVE, default=100_000, metavar="N", help="at least so many (default: 100000)"
     )
     conformance.add_argument("--qemu", metavar="QEMU", help=_QEMU_HELP)
-    conformance.add_argument("--seed", type=int, metavar="S", help="repeat this run (default: a new one)")
+    conformance.add_argument("--seed", type=_SEED, metavar="S", help="repeat this run (default: a new one)")
     conformance.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
     replay = command("replay", cmd_replay, "play a saved sequence of steps, judged after each")
     replay.add_argument("file", type=Path, metavar="FILE")
@@ -416,7 +428,12 @@ def _parser() -> argparse.ArgumentParser:
     mutate.add_argument("--kernel", action="append", default=[], metavar="[HOST=]KERNEL", help="as pytest takes it")
     mutate.add_argument("--qemu", action="append", default=[], metavar="[HOST=]QEMU", help="as pytest takes it")
     mutate.add_argument(
-        "--workers", "-n", type=int, default=os.cpu_count() or 1, metavar="N", help="how many at once (default: CPUs)"
+        "--workers",
+        "-n",
+        type=_WORKERS,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="how many at once (default: CPUs)",
     )
     bench = command("bench", cmd_bench, "run the benchmarks, and print them as one table")
     bench.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="for pytest: -k restore, for example")

@@ -12,7 +12,7 @@ import yaml
 
 from .errors import ConfigError
 from .guest.isa import ISAS
-from .lab import CONFIGS, written_path
+from .lab import CONFIGS, plain_file, written_path
 from .machine.board import Board
 from .machine.emulator import Emulator
 from .model.regime import ARMV7, ARMV8, Architecture
@@ -31,6 +31,12 @@ _REQUIRED = {
     "deb": ("package", "suite"),
     "tarball": ("sha256", "fragments"),
     "tree": ("path", "fragments"),
+}
+#: How the text of some keys is spelt.
+_SPELT = {
+    "package": (r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package"),
+    "suite": (r"[a-z0-9][a-z0-9.-]*", "the name of a Debian suite"),
+    "url": (r"https?://[^/]+/.+", "a URL that begins with http:// or https:// and names a file"),
 }
 #: Debian's name of the architecture -> the kernel's name, and how to read its registers.
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
@@ -137,33 +143,46 @@ class Node:
     def one_of(self, key: str, choices) -> str:
         value = self.values[key]
         if not isinstance(value, str) or value not in choices:
-            raise self.wrong(key, f"{key}: {value!r} is not known; {hint(str(value), choices, 'one of')}")
+            raise self.wrong(key, f"{key}: {self.written(key)} is not known; {hint(str(value), choices, 'one of')}")
         return value
 
-    def integer(self, key: str, low: int, high: int) -> int:
+    def integer(self, key: str, low: int, high: int, unit: str = "") -> int:
         value = self.values[key]
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.wrong(key, f"{key}: {value!r} is not a number from {low} to {high}")
+            what = f"a number from {low} to {high}{unit and f' ({unit})'}"
+            raise self.wrong(key, f"{key}: {self.written(key)} is not {what}")
         return value
 
-    def text(self, key: str) -> str:
+    def text(self, key: str, pattern: str = ".*", what: str = "") -> str:
+        """The text, which is ``what`` when it matches the pattern."""
         value = self.values[key]
         if not isinstance(value, str) or not value:
-            raise self.wrong(key, f"{key}: {value!r} is not a text")
+            raise self.wrong(key, f"{key}: {self.written(key)} is not a text")
+        if not re.fullmatch(pattern, value, re.S):
+            raise self.wrong(key, f"{key}: {value!r} is not {what}")
         return value
 
     def names(self, key: str) -> list[str]:
         value = self.values.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, f"{key}: {value!r} is not a list of names")
+            raise self.wrong(key, f"{key}: {self.written(key)} is not a list of names")
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise self.wrong(key, f"{key}: {twice[0]!r} is there twice")
         return value
+
+    def written(self, key: str) -> str:
+        """The value as the file has it: ``yes``, where Python has True."""
+        value, node = self.values[key], self._children[key]
+        if isinstance(value, str) or not isinstance(node, yaml.ScalarNode):
+            return repr(value)
+        return node.value or "nothing"
 
 
 def _memory(node: Node) -> int:
     value = str(node.values["memory"])
-    match = re.fullmatch(r"(\d+)([KMG])", value)
+    match = re.fullmatch(r"([0-9]+)([KMG])", value)
     if not match:
-        raise node.wrong("memory", f"memory: {value!r} is not a size like 512M or 1G")
+        raise node.wrong("memory", f"memory: {node.written('memory')} is not a size like 512M or 1G")
     size = int(match[1]) << _SIZES[match[2]]
     if not 128 << 20 <= size <= 64 << 30 or size % (2 << 20):
         raise node.wrong("memory", f"memory: {value} is not between 128M and 64G in steps of 2M")
@@ -196,7 +215,10 @@ def _kernel(node: Node) -> dict:
         if key in ("fragments", "modules", "patches"):
             node.names(key)
         else:
-            node.text(key)
+            node.text(key, *_SPELT.get(key, ()))
+    for module in node.names("modules"):
+        if not re.fullmatch(r"[\w-]+\??", module):
+            raise node.wrong("modules", f"modules: {module!r} is not the name of a module")
     if source == "tarball" and not re.fullmatch(r"[0-9a-f]{64}", node.values["sha256"].lower()):
         raise node.wrong("sha256", "sha256: not the 64 hexadecimal digits of a checksum")
     if source == "tarball" and ("url" in node.values) == ("path" in node.values):
@@ -207,12 +229,14 @@ def _kernel(node: Node) -> dict:
 def document(path: Path, what: str) -> Node:
     """The mapping that a YAML file is. Raises ConfigError with file and line."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = yaml.compose(plain_file(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
     except RecursionError as e:
         raise ConfigError(f"{path}: nested too deeply to be read") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not YAML: it is not text in UTF-8") from e
+    except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not YAML: {getattr(e, 'problem', e)}") from e
@@ -262,7 +286,7 @@ def load(path: Path) -> HostConfig:
     if "timeouts" in top.values:
         own = top.child("timeouts", "timeouts")
         own.check_keys(tuple(TIMEOUTS), ())
-        timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600)) for key in own.values}
+        timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600, "seconds")) for key in own.values}
     board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
     kernel = _kernel(top.child("kernel", "kernel"))
     _check_together(top, board, rootfs, kernel)
@@ -287,8 +311,10 @@ def host_names() -> list[str]:
 
 def find(name: str) -> HostConfig:
     """The host of this name, or of this path when it ends in .yaml or .yml. Raises ConfigError."""
-    if name.endswith((".yaml", ".yml")):
+    if name.lower().endswith((".yaml", ".yml")):
         return load(written_path(name))
+    if "/" in name:
+        raise ConfigError(f"{name} is not a host file: those end in .yaml")
     if name not in host_names():
         raise ConfigError(f"no host is called {name!r}; {hint(name, host_names(), 'there are')}")
     return load(CONFIGS / "hosts" / f"{name}.yaml")

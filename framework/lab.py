@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def cache_root() -> Path:
         return Path.home() / ".cache" / "arm-kvm"
     except RuntimeError as e:
         raise ConfigError("this user has no home folder for the cache: set ARM_KVM_CACHE to a folder") from e
+
+
+def plain_file(path: Path) -> Path:
+    """The path, unless it is there and no file: a FIFO would be waited for, and some devices never end.
+
+    Raises OSError.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder of this path, also where it could not be one (too long, for example)."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def written_path(text: str, said_by: str = "") -> Path:

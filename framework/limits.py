@@ -46,11 +46,13 @@ def told(e: OSError, where: Path | None = None) -> LabError:
         )
     if e.errno == errno.EAGAIN and e.filename is None:
         return LimitReached("no more processes can be started", remedy="end some, or raise the limit (`ulimit -u`)")
-    if e.errno in _FORBIDDEN and named is not None and _within(named, _cache()):
+    if named is not None and _within(named, _cache()):
         return CacheUnusable(
             f"cannot write {named}: {e.strerror}",
             remedy="see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
         )
+    if e.errno == errno.ENOENT and named is not None and len(named.parts) == 1:
+        return SetupError(f"there is no {named}, or not in PATH", remedy="run `arm-kvm setup`, or correct PATH")
     remedy = "see to its owner and permissions" if e.errno in _FORBIDDEN else ""
     return SetupError(f"{named}: {e.strerror}" if named else str(e), remedy=remedy)
 

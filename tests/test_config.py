@@ -100,7 +100,7 @@ def test_a_32_bit_board_with_too_much_memory(host_file):
         config.load(host_file(text))
 
 
-@pytest.mark.parametrize("keys", ["{url: 'http://x', path: y}", "{}"])
+@pytest.mark.parametrize("keys", ["{url: 'http://x/y.tar.xz', path: y}", "{}"])
 def test_a_tarball_has_one_place(host_file, keys):
     host = yaml.safe_load(GOOD)
     host["kernel"] = {"source": "tarball", "sha256": "0" * 64, "fragments": ["lab"], **yaml.safe_load(keys)}

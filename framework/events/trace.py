@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from framework.errors import TraceError
+from framework.lab import plain_file
 
 from .operations import OPERATIONS
 
@@ -166,7 +167,7 @@ class Trace:
     def load(cls, path: Path) -> Trace:
         """Read a saved trace. Raises TraceError: no such file, or a line that makes no sense, by its number."""
         try:
-            return cls.parse(path.read_text(encoding="ascii").splitlines(), str(path))
+            return cls.parse(plain_file(path).read_text(encoding="ascii").splitlines(), str(path))
         except (OSError, UnicodeDecodeError) as e:
             reason = e.strerror if isinstance(e, OSError) else "it is not text"
             raise TraceError(f"cannot read the trace {path}: {reason}") from e

@@ -15,7 +15,7 @@ from pathlib import Path
 from framework import cache
 from framework.config import PROGRAMS, HostConfig
 from framework.errors import EmulatorError, PackageError, SetupError
-from framework.lab import written_path
+from framework.lab import is_there, written_path
 from framework.machine.emulator import Emulator
 from framework.programs import run, words
 from framework.progress import task
@@ -78,7 +78,7 @@ def _own(program: str, what: str) -> Emulator:
     """A program, or a folder with it in it."""
     path = written_path(what, "--qemu ").absolute()
     remedy = "give a QEMU program, the folder it was built in, deb:SUITE, or `installed`"
-    if not what or not path.exists():
+    if not what or not is_there(path):
         raise EmulatorError(f"--qemu {what!r}: there is no such file or folder", remedy=remedy)
     if path.is_dir():
         found = [path / folder / program for folder in _BUILD_FOLDERS if (path / folder / program).is_file()]

@@ -36,7 +36,10 @@ _CLEAN_UP = 'rm -rf -- "$1"; rmdir -- "${1%/*}"'
 def _new_folder(tries: int = 10) -> Path:
     home = _home()
     for _ in range(tries):
-        home.mkdir(mode=0o700, exist_ok=True)
+        try:
+            home.mkdir(mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise SetupError(f"cannot make the folder {home}: {e.strerror}", remedy="set XDG_RUNTIME_DIR to one") from e
         # Another lab's guardian may remove the empty home just now.
         with suppress(FileNotFoundError):
             _require_own(home)

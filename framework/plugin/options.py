@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from framework import config as host_files
 from framework.errors import ConfigError, EmulatorError, KernelError, LabError
 from framework.host import emulators
 from framework.host.kernel import sources
+from framework.lab import is_there
 from framework.pool import Broken, Pool
 
 from .order import worker_of
@@ -96,6 +98,15 @@ def _hosts(names: list[str]) -> list[host_files.HostConfig]:
     return hosts
 
 
+def _artifacts(folder: str) -> Path:
+    """The folder, which may still have to be made. Raises UsageError."""
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if is_there(parent))
+    if not folder or not there.is_dir() or not os.access(there, os.W_OK):
+        raise pytest.UsageError(f"--artifacts {folder!r}: no folder that can be written")
+    return path
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if (count := config.getoption("--count")) is not None and count < 1:
         raise pytest.UsageError(f"--count {count}: play at least one sequence")
@@ -110,7 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 sources.check(host, kernel)
     except LabError as e:
         raise pytest.UsageError(str(e)) from e
-    artifacts = Path(config.getoption("--artifacts")).absolute()
+    artifacts = _artifacts(config.getoption("--artifacts"))
     config.stash[POOL] = Pool(hosts, kernels, qemus, artifacts, worker_of(config), config.getoption("--entropy"))
 
 

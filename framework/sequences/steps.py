@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from framework.errors import ConfigError
+from framework.lab import plain_file
 
 PAGES = 16  #: of the memory
 SLOTS = (1, 2)  #: the memslots that show it
@@ -99,7 +100,7 @@ def parse(line: str) -> Step | None:
 def load(path: Path) -> list[Step]:
     """The steps of a file. Raises ConfigError with the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = plain_file(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not text"
         raise ConfigError(f"cannot read the sequence {path}: {reason}") from e

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from framework.config import hint
 from framework.errors import BuildFailed, ConfigError, LabError, NoKvm, SetupError
 from framework.guardian import spawn
 from framework.lab import IMAGES
@@ -47,12 +48,11 @@ TOOLCHAINS = {
 
 def fragment_files(names: list[str]) -> list[Path]:
     """The fragments' files; ConfigError names the nearest for one that is not there."""
-    files = [IMAGES / "kernel" / f"{name}.config" for name in names]
-    for file in files:
-        if not file.is_file():
-            known = ", ".join(sorted(p.stem for p in file.parent.glob("*.config")))
-            raise ConfigError(f"there is no kernel fragment {file.stem!r}; there are: {known}")
-    return files
+    known = {path.stem: path for path in sorted((IMAGES / "kernel").glob("*.config"))}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"there is no kernel fragment {name!r}; {hint(name, known, 'there are')}")
+    return [known[name] for name in names]
 
 
 def _wanted(fragments: list[Path]) -> dict[str, str]:

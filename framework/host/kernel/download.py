@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from framework import cache, limits
 from framework.errors import DownloadFailed, KernelError, Offline, WrongChecksum
-from framework.lab import offline
+from framework.lab import offline, plain_file
 from framework.progress import task
 
 _CHUNK = 1 << 18
@@ -29,7 +29,7 @@ def _is_loopback(host: str | None) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
+    with plain_file(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from framework.config import HostConfig
 from framework.errors import DownloadFailed, KernelError, Offline, SetupError
-from framework.lab import written_path
+from framework.lab import is_there, written_path
+from framework.limits import told
 
 from . import deb, download, tree
 from .kernel import Kernel, check_image
@@ -23,9 +24,7 @@ def obtain(config: HostConfig, override: str | None = None) -> Kernel:
     try:
         return from_argument(config, override) if override is not None else _SOURCES[config.kernel["source"]](config)
     except OSError as e:
-        if e.filename is None:
-            raise
-        raise SetupError(f"{e.filename}: {e.strerror}", remedy="see to its owner and permissions") from e
+        raise told(e) from e
 
 
 def from_argument(config: HostConfig, what: str) -> Kernel:
@@ -63,7 +62,7 @@ def _package(what: str) -> tuple[str, str]:
 def _given(what: str) -> Path:
     """A path as a person writes it."""
     path = written_path(what, "--kernel ")
-    if not what or not path.exists():
+    if not what or not is_there(path):
         remedy = "give an image (zImage or Image), a kernel source tree, or deb:PACKAGE@SUITE"
         raise KernelError(f"--kernel {what!r}: there is no such file or folder", remedy=remedy)
     return path

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from framework import cache
 from framework.errors import BuildFailed, KernelError, SetupError
+from framework.lab import plain_file
 from framework.programs import run
 from framework.progress import task
 
@@ -124,7 +125,7 @@ def _kernel(entry: cache.Entry) -> Kernel:
 
 def _read_patch(patch: Path) -> bytes:
     try:
-        return patch.read_bytes()
+        return plain_file(patch).read_bytes()
     except OSError as e:
         raise KernelError(f"cannot read the patch {patch}: {e.strerror}") from e
 
