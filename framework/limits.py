@@ -53,7 +53,7 @@ def told(e: OSError, where: Path | None = None) -> LabError:
         )
     if e.errno == errno.ENOENT and named is not None and len(named.parts) == 1:
         return SetupError(f"there is no {named}, or not in PATH", remedy="run `arm-kvm setup`, or correct PATH")
-    remedy = "see to its owner and permissions" if e.errno in _FORBIDDEN else ""
+    remedy = "see to its owner and permissions" if named else ""
     return SetupError(f"{named}: {e.strerror}" if named else str(e), remedy=remedy)
 
 
