@@ -28,6 +28,7 @@ _U64 = (1 << 64) - 1
 _REGISTER = 3
 #: Seconds that the agent waits for the end of an order before it answers that it goes on.
 _WAIT = 0.25
+RUN_DEADLINE = 20.0  #: seconds that a vCPU may stay in the guest without an exit
 _A_FAULT = 0.03  #: seconds that the faults of one page may take, on a machine with much else to do
 
 
@@ -170,7 +171,7 @@ class Guest:
             yield hammer
         finally:
             self._poke(p.STOP, 1)
-            (result,) = self._end(1, longer=_A_FAULT * count)
+            (result,) = self._end(1, RUN_DEADLINE + _A_FAULT * count)
         hammer.rounds = self.checked(result).value
 
     def start_hammer(self, ipa: int, count: int, stride: int = 0x1000) -> None:
@@ -236,9 +237,9 @@ class Guest:
         header = _HEADER.pack(len(orders), 0, 0, 0).ljust(p.ORDERS, b"\0")
         return header + b"".join(order.encode() for order in orders)
 
-    def _end(self, count: int, longer: float = 0.0) -> list[Result]:
+    def _end(self, count: int, deadline: float = RUN_DEADLINE) -> list[Result]:
         try:
-            exit_ = self._vm.serve(self._vcpu, self._first_exit or self._vcpu.wait(longer))
+            exit_ = self._vm.serve(self._vcpu, self._first_exit or self._vcpu.wait(deadline))
         finally:
             self.running = False
         if getattr(exit_, "ipa", None) != p.DOORBELL:

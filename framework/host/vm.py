@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from framework.errors import AgentTimeout, ConfigError
-from framework.guest.driver import Guest
+from framework.guest.driver import RUN_DEADLINE, Guest
 from framework.guest.isa import A32, Isa
 from framework.guest.payload import CODE, CODE_SIZE, DOORBELL, MAILBOX, MAILBOX_SIZE, assemble
 from framework.model.memslots import Memslot, SlotFlags, Window
@@ -24,7 +24,6 @@ from .vgic import Vgic
 
 _MMIO_EXITS = 2000  #: of one order, at most: no payload asks for so many
 _WAIT_SLICE = 0.25
-_RUN_DEADLINE = 20.0
 _CODE_SLOT, _MAILBOX_SLOT, _FIRST_FREE_SLOT = 0, 1, 2
 _EL1_32BIT = 1 << 1
 _CREATION, _CREATION_EACH = 20.0, 0.5  #: seconds of patience for VMs to be made
@@ -142,9 +141,8 @@ class Vcpu:
 
         return result
 
-    def wait(self, longer: float = 0.0) -> Exit:
-        """The exit of the run under way. Raises AgentTimeout after 20 s in the guest, and those of ``longer``."""
-        deadline = _RUN_DEADLINE + longer
+    def wait(self, deadline: float = RUN_DEADLINE) -> Exit:
+        """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
         for _ in range(max(1, round(deadline / _WAIT_SLICE))):
             if raw := self._agent("vcpu_wait", seconds=_WAIT_SLICE, **self._id):
                 return decode_exit(raw)
