@@ -127,7 +127,7 @@ WRONG_KERNELS = {
     "a package without a suite": ("deb:linux-image-arm64", "deb:PACKAGE@SUITE"),
     "a suite without a package": ("deb:@sid", "deb:PACKAGE@SUITE"),
     "an unknown suite": ("deb:linux-image-arm64@nosuch", "Debian has no suite 'nosuch'"),
-    "an unknown package": ("deb:linux-image-none@bookworm", "has no package 'linux-image-none'"),
+    "an unknown package": ("deb:linux-image-arm46@bookworm", "did you mean linux-image-arm64?"),
 }
 
 

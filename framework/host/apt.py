@@ -6,6 +6,7 @@ apt state, so that nothing of this machine's package management changes and no r
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -173,13 +174,19 @@ class PrivateApt:
         if done.returncode:
             raise PackageError(
                 f"suite {self._suite!r} has no package {package!r}",
-                remedy="correct package and suite",
+                remedy=self._nearest(package),
                 evidence=done.stderr.strip(),
             )
         fields = [
             line.split(":", 1)[1] for line in done.stdout.splitlines() if line.startswith(("Depends:", "Pre-Depends:"))
         ]
         return [item.split("|")[0].split("(")[0].split(":")[0].strip() for f in fields for item in f.split(",")]
+
+    def _nearest(self, package: str) -> str:
+        """What to do about a package that is not there: the name that is nearest, of those that begin alike."""
+        alike = self._run("apt-cache", "pkgnames", package.partition("-")[0]).stdout.split()
+        near = difflib.get_close_matches(package, alike, n=1, cutoff=0.8)
+        return f"did you mean {near[0]}?" if near else "correct package and suite"
 
     def closure(self, package: str) -> list[str]:
         """Names of all packages that installing ``package`` on an empty machine takes."""

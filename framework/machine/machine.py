@@ -36,6 +36,7 @@ from .saved import Saved, copy
 _START_TIMEOUT = 20.0
 _MIGRATION_LOOK = 0.002
 _DRAINED = 500  #: uses of the gdbstub after which QMP's events are read
+_SAID = 40  #: lines of what QEMU says on stderr that an error shows
 _DYING = 1.0  #: seconds that a process may take to die
 _TERMINATED = "terminating on signal"  #: QEMU, softmmu/runstate.c qemu_kill_report (7.2)
 _WHO_KILLS = "see whether this machine is short of memory (`dmesg`), or who killed it"
@@ -263,7 +264,7 @@ class Machine:
 
     def stderr_tail(self) -> str:
         text = self.logs.stderr.read_text(errors="replace") if self.logs.stderr.exists() else ""
-        return "\n".join(text.strip().splitlines()[-10:])
+        return "\n".join(text.strip().splitlines()[-_SAID:])
 
     def evidence(self) -> str:
         """What to look at when this machine was lost: console, command line, stderr."""
