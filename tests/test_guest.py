@@ -80,6 +80,16 @@ def test_a_guest_that_never_comes_back_is_kicked_out(vm):
     vm.guest.ping()
 
 
+def test_what_fails_while_an_answer_is_on_its_way_leaves_none_behind(host):
+    def fail():
+        raise ValueError("not the agent's")
+
+    host.agent.meanwhile(fail)
+    with pytest.raises(ValueError, match="not the agent's"):
+        host.agent("memory_map", size=0x1000)
+    assert host.agent("hello") == host.agent.hello
+
+
 def test_a_vcpu_runs_one_order_at_a_time(vm):
     with vm.guest.spinning(), pytest.raises(HostOsError, match="KVM_RUN: EBUSY"):
         vm.guest.ping()

@@ -172,15 +172,15 @@ class Agent:
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
     def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
-        """The answer to ``request``, within ``deadline`` seconds."""
-        do, self._meanwhile = self._meanwhile, None
-        if do:
-            do()
+        """The answer to ``request``, within ``deadline`` seconds. Raises what :meth:`meanwhile` was given raised."""
+        failure = self._do_meanwhile()
         end = time.monotonic() + deadline
         reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
         self._say(f"< {reply} {f'+{len(blob)} B' if blob else ''}")
         if reply.get("id") != request:
             self._lose(AgentError(f"the agent answered request {reply.get('id')}, not {request}"))
+        if failure is not None:
+            raise failure
         if "errno" in reply:
             raise HostOsError(reply["call"], reply["errno"])
         if "fault" in reply:
@@ -188,6 +188,16 @@ class Agent:
         if blob and reply["ok"] is not None:
             return reply["ok"], blob
         return blob or reply["ok"]
+
+    def _do_meanwhile(self) -> Exception | None:
+        """What it failed with, to be raised when the answer is read: the next request would take it for its own."""
+        do, self._meanwhile = self._meanwhile, None
+        try:
+            if do:
+                do()
+        except Exception as e:
+            return e
+        return None
 
     def _read(self, size: int, end: float, deadline: float) -> bytes:
         while len(self._buffer) < size:
