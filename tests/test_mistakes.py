@@ -88,6 +88,7 @@ OPTIONS = {
     "a device": (["--host", "arm64", "--kernel", "/dev/zero"], "it is not a file"),
     "artifacts in a file": (["--host", "arm64", "--artifacts", "/etc/passwd"], "no folder that can be written"),
     "artifacts nowhere": (["--host", "arm64", "--artifacts", ""], "no folder that can be written"),
+    "mutants of no KVM": (["--host", "a15-debian", "--mutate", "all"], "none of these hosts has a KVM to break"),
     "a host's folder": (["--host", "/tmp"], "not a host file: those end in .yaml"),
 }
 

@@ -70,11 +70,14 @@ class MutantItem(pytest.Item):
         return self.path, 0, self.name
 
 
+@pytest.hookimpl(trylast=True)  # when the hosts are known
 def pytest_configure(config: pytest.Config) -> None:
     """A catalogue that is not right is said before workers start, which could not."""
     if names := config.getoption("--mutate"):
         if config.getoption("--keep"):
             raise pytest.UsageError("--keep is for a machine that a case failed on, not one that was broken for it")
+        if not any(host.has_kvm for host in config.stash[POOL].configs.values()):
+            raise pytest.UsageError("--mutate: none of these hosts has a KVM to break")
         try:
             config.stash[_CHOSEN] = _chosen(catalogue.load(config.getoption("--catalogue")), names)
         except LabError as e:
