@@ -3,8 +3,8 @@
 An entry is made in a folder beside its final place and renamed when it is whole, under a lock per key:
 two processes never make the same entry twice, and an interrupted one leaves nothing that is taken for
 a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped; what nobody came
-back to for a month goes, and the oldest of what is too much. The sizes of an entry's files are kept with it: one that
-was damaged since is made anew.
+back to for a month goes, and the oldest when there are more than four. The sizes of an entry's files are kept with it:
+one that was damaged since is made anew.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from .host.host import Host
 from .host.kernel import Kernel, obtain
 from .host.kernel.sources import build_for
 from .lab import ROOT, cache_root, offline
-from .limits import refusals_told, told
+from .limits import is_limit, refusals_told, told
 from .machine.emulator import Emulator
 from .machine.rundir import live_machines, memory_of, run_directory
 from .model import notifier
@@ -470,7 +470,9 @@ def main() -> int:
     except BrokenPipeError:  # `arm-kvm ... | head`
         _drop_output()
         return 0
-    except OSError as e:
+    except (OSError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, OSError) and not is_limit(e):
+            raise
         code = _failed(told(e, _output()))
         _drop_output()
         return code

@@ -5,6 +5,7 @@
     LabError
      +-- ConfigError          2  a host file or an option is wrong (the user's)
      +-- SetupError           3  a program or package is missing on this machine
+     |    +-- Unending            ... a program of it does not end
      +-- KernelError          4  a kernel cannot be had, or cannot be used
      |    +-- Offline         5    ... because ARM_KVM_OFFLINE forbids the download
      |    +-- DownloadFailed  6    ... because the server did not deliver it
@@ -84,6 +85,10 @@ class ConfigError(LabError):
 
 class SetupError(LabError):
     exit_code = 3
+
+
+class Unending(SetupError):
+    """A program did not end in time, and was ended."""
 
 
 class KernelError(LabError):

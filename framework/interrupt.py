@@ -15,7 +15,7 @@ def listen() -> None:
 
 
 def leave_when_heard(code: int) -> None:
-    """Until then, end this process with this exit code."""
+    """From here on Ctrl-C ends this process with this exit code."""
 
     def leave(*_: object) -> None:
         raise SystemExit(code)
@@ -35,6 +35,12 @@ def heard() -> bool:
     return _heard
 
 
+def check() -> None:
+    """Raise KeyboardInterrupt again after Ctrl-C: what failed over it may have put another exception in its place."""
+    if _heard and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
 def _interrupt(*_: object) -> None:
     global _heard
     _heard = True
@@ -42,5 +48,5 @@ def _interrupt(*_: object) -> None:
 
 
 def deaf() -> None:
-    """Once is enough: what is left to do is done in a moment, and guardians are at work."""
+    """Ignore Ctrl-C from here on: what is left to do is done in a moment, and guardians are at work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

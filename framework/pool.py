@@ -236,7 +236,7 @@ class Pool:
         except LabError as e:
             self._broken[name] = e
             raise Broken(e) from e
-        except OSError as e:
+        except (OSError, MemoryError) as e:
             self._broken[name] = told(e, self.artifacts)
             raise Broken(self._broken[name]) from e
 

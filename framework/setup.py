@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import SetupError
+from .limits import is_full, told
 from .progress import note
 
 _TRIES = 3
-_PATIENCE = 1800  #: seconds; on a full disk apt polls for ever
+_ARCHIVES = Path("/var/cache/apt/archives")
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,6 @@ def install() -> list[str]:
 def _apt(*arguments: str) -> bool:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     argv = ["apt-get", "-q", "-o", "Dpkg::Use-Pty=0", *arguments]
-    try:
-        return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, timeout=_PATIENCE).returncode == 0
-    except subprocess.TimeoutExpired as e:
-        raise SetupError(
-            f"apt-get {arguments[0]} did not end within {_PATIENCE // 60} minutes",
-            remedy="see whether the archive is reachable, the disk has room, and no other apt runs",
-        ) from e
+    if is_full(_ARCHIVES):  # where apt would wait for ever
+        raise told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), _ARCHIVES)
+    return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL).returncode == 0

@@ -124,6 +124,11 @@ def test_a_debian_image_that_was_cut_is_refused(tmp_path):
     (tmp_path / "Image").write_bytes(whole.read_bytes()[:20_000_000])
     with pytest.raises(KernelError, match="was cut: 20,000,000 of 3"):
         kernel.check_image(tmp_path / "Image", "arm64")
+    at = int.from_bytes(whole.read_bytes()[0x3C:0x40], "little")
+    for size in (62, at + 6):
+        (tmp_path / "Image").write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(KernelError, match="was cut"):
+            kernel.check_image(tmp_path / "Image", "arm64")
 
 
 def test_a_debian_argument_needs_package_and_suite():

@@ -213,15 +213,50 @@ def test_what_fails_over_ctrl_c_is_no_failure(run):
     assert "failed" not in said and "passed" not in said
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2])
+INTERRUPTED_IN_A_FIXTURE = """
+import os, signal, pytest
+@pytest.fixture
+def tool():
+    yield
+    raise RuntimeError("what the fixture used is gone with the host")
+def test_interrupted(vm, tool):
+    os.kill(os.getpid(), signal.SIGINT)
+def test_that_hides_it(vm):
+    pass
+"""
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGINT)", "pytest.skip('of no importance')"])
+def test_what_becomes_of_fixtures_and_skips_after_ctrl_c(run, end):
+    suite = INTERRUPTED_IN_A_FIXTURE.replace("    os.kill", "    try:\n        os.kill", 1)
+    suite = suite.replace("SIGINT)\n", f"SIGINT)\n    finally:\n        {end}\n", 1)
+    code, said = run(suite, "--host", "arm64", "-k", "A64")
+    assert code == pytest.ExitCode.INTERRUPTED and "INTERNALERROR" not in said
+    assert " passed" not in said and " failed" not in said
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.2])
 @pytest.mark.parametrize("times", [1, 3])
 def test_ctrl_c_while_a_host_boots(own_run_folder, seconds, times):
     argv = [*HEARS_CTRL_C, *ARM_KVM, "boot", "arm64"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    time.sleep(seconds)
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    said, _ = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 30
+        while not list(os.scandir(own_run_folder)) and time.monotonic() < deadline:  # Python's own start hears nothing
+            time.sleep(0.01)
+        time.sleep(seconds)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in said
     assert not list(os.scandir(own_run_folder))
+
+
+def test_a_limit_says_nothing_of_a_mutant(run, tmp_path):
+    """The case that would notice it meets a full disk: not killed, but not run."""
+    code, said = run(REFUSED, "--host", "arm64", "--mutate", "unmap-ignored")
+    assert (code == 1 and "1 mutants were not run" in said) or "not run" in said.lower()
+    assert "killed, 100 %" not in said

@@ -102,12 +102,12 @@ def test_options(tmp_path, what):
 
 
 def test_no_shell_in_path(tmp_path):
-    code, said = run(["framework", "boot", "arm64"], tmp_path, PATH="/none")
+    code, said = run(["framework", "conform", "--host", "arm64", "--cases", "1"], tmp_path, PATH="/none")
     assert code == SetupError.exit_code and "there is no sh, or not in PATH" in said
 
 
 def test_no_folder_for_machines(tmp_path):
-    code, said = run(["framework", "boot", "arm64"], tmp_path, XDG_RUNTIME_DIR="/proc")
+    code, said = run(["framework", "conform", "--host", "arm64", "--cases", "1"], tmp_path, XDG_RUNTIME_DIR="/proc")
     assert code == SetupError.exit_code and "set XDG_RUNTIME_DIR" in said
 
 

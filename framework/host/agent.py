@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import paramiko
 
+from framework import interrupt
 from framework.agent import wire
 from framework.errors import AgentError, AgentFault, AgentTimeout, HostOsError
 from framework.machine.machine import Machine
@@ -150,6 +151,7 @@ class Agent:
 
     def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
         """Send a request that no listener hears of; :meth:`receive` takes its answer. Returns the request's id."""
+        interrupt.check()
         self.require()
         self._next += 1
         message = {"id": self._next, "op": op, "args": args}

@@ -7,18 +7,22 @@ apt state, so that nothing of this machine's package management changes and no r
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.errors import NoArchive, PackageError, SetupError
+from framework.errors import NoArchive, PackageError, SetupError, Unending
+from framework.limits import is_full, told
 from framework.programs import run
 from framework.progress import note
 
 _TRIES = 3
 _PATIENCE = 900  #: seconds; apt waits for ever for a disk that is full
+_NO_ROOM = "enough free space"  #: what apt says before it downloads more than the disk has room for
 #: What apt says of a suite that the archive does not have (apt-pkg/acquire-item.cc).
 _NO_SUCH_SUITE = "does not have a Release file"
 
@@ -111,14 +115,16 @@ class PrivateApt:
         self._update()
 
     def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        argv = [arguments[0], *self._options, *arguments[1:]]
+        """Raises DiskFull: apt says so, or waits for room."""
         try:
-            return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE)
-        except subprocess.TimeoutExpired as e:
-            raise NoArchive(
-                f"{arguments[0]} {arguments[1]} did not end within {_PATIENCE // 60} minutes",
-                remedy="see whether the archive is reachable and the disk under the cache has room",
-            ) from e
+            done = run([arguments[0], *self._options, *arguments[1:]], cwd=cwd, patience=_PATIENCE)
+        except Unending as e:
+            if is_full(self._folder):
+                raise told(OSError(errno.ENOSPC, e.message), self._folder) from e
+            raise NoArchive(e.message, remedy="see whether the archive is reachable") from e
+        if done.returncode and _NO_ROOM in done.stderr:
+            raise told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self._folder)
+        return done
 
     def _update(self) -> None:
         """Read the index of the fullest set of sources that can be read."""

@@ -17,6 +17,7 @@ import time
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
 
+from framework import interrupt
 from framework.errors import MachineError, QemuDied
 
 _PACKET = re.compile(rb"\$([^#]*)#[0-9a-fA-F]{2}")
@@ -92,6 +93,7 @@ class Gdb:
 
     def interrupt(self) -> None:
         """Stop all CPUs; returns when they have stopped."""
+        interrupt.check()
         if not self.stopped:
             self._transmit(b"\x03")
             self._receive()

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from framework.errors import LabError, MachineError, PortBusy, QemuDied, QemuKilled, QemuRefused, SetupError
 from framework.guardian import Guardian, spawn
+from framework.limits import is_limit, told
 
 from .board import Board, Boot, command_line
 from .console import Console
@@ -52,6 +53,8 @@ class Logs:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
+            if is_limit(e):
+                raise told(e, self.folder) from e
             remedy = "choose another folder with --artifacts DIR"
             raise SetupError(f"cannot keep logs in {self.folder}: {e.strerror}", remedy=remedy) from e
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from framework.errors import SetupError
 from framework.guardian import Guardian
+from framework.limits import is_limit, told
 
 
 def _home() -> Path:
@@ -39,7 +40,10 @@ def _new_folder(tries: int = 10) -> Path:
         try:
             home.mkdir(mode=0o700, exist_ok=True)
         except OSError as e:
-            raise SetupError(f"cannot make the folder {home}: {e.strerror}", remedy="set XDG_RUNTIME_DIR to one") from e
+            if is_limit(e):
+                raise told(e, home) from e
+            remedy = "set XDG_RUNTIME_DIR to a folder that you may write"
+            raise SetupError(f"cannot make the folder {home}: {e.strerror}", remedy=remedy) from e
         # Another lab's guardian may remove the empty home just now.
         with suppress(FileNotFoundError):
             _require_own(home)

@@ -6,9 +6,11 @@ A run in which every case was skipped has judged nothing: it says so, and fails.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import pytest
 
+from framework import interrupt
 from framework.pool import Pool
 
 from .order import worker_of
@@ -48,8 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Judged())
 
 
+@pytest.hookimpl(tryfirst=True)  # also where a report then cannot be written
 def pytest_sessionfinish(session: pytest.Session) -> None:
     pool = session.config.stash.get(POOL, None)
+    if interrupt.heard():
+        _end_fixtures(session)
     if pool is None:
         return
     try:
@@ -57,6 +62,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             _wait_with(pool, session.config)
     finally:
         pool.close()
+
+
+def _end_fixtures(session: pytest.Session) -> None:
+    """Those of the test that was interrupted, while its host is there; and what they fail over ends nothing else.
+
+    pytest would do it later, and leave reports unwritten over such a failure.
+    """
+    with suppress(BaseException):
+        session._setupstate.teardown_exact(None)
 
 
 def _wait_with(pool: Pool, config: pytest.Config) -> None:

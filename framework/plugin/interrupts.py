@@ -18,36 +18,44 @@ def pytest_configure() -> None:
 
 @contextmanager
 def _in_a_test() -> Iterator[None]:
+    """Whatever became of what Ctrl-C interrupted, a skip or a pass included, is no outcome of a test."""
     try:
         yield
     except (Exception, pytest.fail.Exception) as e:
         if interrupt.heard():
             raise KeyboardInterrupt from e
         raise
+    if interrupt.heard():
+        raise KeyboardInterrupt
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup():
     with _in_a_test():
-        return (yield)
+        result = yield
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call():
     with _in_a_test():
-        return (yield)
+        result = yield
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown():
     with _in_a_test():
-        return (yield)
+        result = yield
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main():
     try:
         return (yield)
-    except KeyboardInterrupt:  # a second one, while the first was served
+    except BaseException:  # a second one while the first was served, or what a fixture then fails over
+        if not interrupt.heard():
+            raise
         interrupt.deaf()
         return pytest.ExitCode.INTERRUPTED

@@ -73,7 +73,9 @@ def pytest_runtest_call(item: pytest.Item):
     except (Exception, pytest.fail.Exception) as e:
         if session is not None and session.alone and isinstance(e, KnownDeath):
             session.dead = True
-        elif session is not None and not isinstance(e, pytest.skip.Exception):
+        elif session is not None and isinstance(e, pytest.skip.Exception):
+            _judge_passed(session)  # it may have found out late that it can say nothing
+        elif session is not None:
             _judge_failed(item, session, known=isinstance(e, pytest.xfail.Exception))
         raise
     if session is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from framework.errors import LabError
-from framework.limits import LIMITS, told
+from framework import interrupt
+from framework.errors import DiskFull, LabError, LimitReached
+from framework.limits import is_limit, told
 
 from .stash import POOL
 
@@ -28,9 +29,10 @@ class Refused(pytest.fail.Exception):
 def _in_a_test(item: pytest.Item) -> Iterator[None]:
     try:
         yield
-    except OSError as e:
-        if e.errno in LIMITS:
-            raise Refused(told(e, item.config.stash[POOL].artifacts)) from e
+    except (Exception, pytest.fail.Exception) as e:
+        cause = told(e, item.config.stash[POOL].artifacts) if is_limit(e) else getattr(e, "cause", e)
+        if isinstance(cause, DiskFull | LimitReached) and not isinstance(e, Refused):
+            raise Refused(cause) from e
         raise
 
 
@@ -54,14 +56,16 @@ def pytest_runtest_teardown(item: pytest.Item):
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_sessionfinish(session: pytest.Session):
-    """Reports are written here (--junitxml); what is said on the terminal comes after it, all the same."""
+    """A report is written here (--junitxml); what is said on the terminal comes after it, all the same."""
+    report = session.config.getoption("xmlpath", None)
     try:
         return (yield)
     except OSError as e:
-        report = session.config.getoption("xmlpath", None)
+        if not report or interrupt.heard():
+            raise
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         if terminal := session.config.pluginmanager.getplugin("terminalreporter"):
-            terminal.write_line(f"\narm-kvm: a report cannot be written: {told(e, report and Path(report))}", red=True)
+            terminal.write_line(f"\narm-kvm: a report cannot be written: {told(e, Path(report))}", red=True)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

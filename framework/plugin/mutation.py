@@ -18,7 +18,17 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from framework.config import hint
-from framework.errors import HostLockup, HostOops, HostPanic, HostSilent, LabError, QemuDied, QemuKilled
+from framework.errors import (
+    DiskFull,
+    HostLockup,
+    HostOops,
+    HostPanic,
+    HostSilent,
+    LabError,
+    LimitReached,
+    QemuDied,
+    QemuKilled,
+)
 from framework.events.violations import ProtocolBroken
 from framework.host.kernel import Kernel
 from framework.mutants import catalogue
@@ -250,9 +260,11 @@ def _control(cases: list[pytest.Item]) -> str:
 
 
 def _of_the_mutant(failure: BaseException) -> BaseException:
-    """What failed. Raises it when it was for want of a host, or of its QEMU: that says nothing of the mutant."""
+    """What failed. Raises it when it was for want of a host, of its QEMU or of this machine's means: that says nothing
+    of the mutant.
+    """
     cause = getattr(failure, "cause", failure)
-    if isinstance(cause, QemuKilled):
+    if isinstance(cause, QemuKilled | DiskFull | LimitReached):
         raise cause from None
     if not isinstance(failure, Broken | HostUnusable):
         return failure

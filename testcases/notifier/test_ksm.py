@@ -94,11 +94,11 @@ def test_merging_while_guests_write(make_scene, host, trace):
 
     with scene.guests_at_work():
         merged = any(told() for _ in range(_TRIES))
-        if not merged and host.kernel_version < (5, 0):
-            pytest.skip(f"ksmd of Linux {host.release} finds no page unchanged in two passes while guests write to all")
-        assert merged, "ksmd found no two pages alike"
+        assert merged or host.kernel_version < (5, 0), "ksmd found no two pages alike"
         for _ in range(3):
             merge(scene)
             scene.stage2()
     scene.settle()
     scene.memory.advise(Advice.UNMERGEABLE, at, size)
+    if not merged:
+        pytest.skip(f"ksmd of Linux {host.release} finds no page unchanged in two passes while guests write to all")

@@ -80,9 +80,9 @@ def tarball(url: str, sha256: str) -> Path:
                 f"cannot download {url}: the server says {e.code} {e.reason}", remedy="correct the url in the host file"
             ) from e
         except (http.client.HTTPException, OSError, ValueError) as e:
-            if getattr(e, "errno", None) in limits.LIMITS:
-                raise
             reason = getattr(e, "reason", e)
+            if limits.is_limit(reason):
+                raise reason from e
             raise DownloadFailed(
                 f"cannot download {url}: {reason}",
                 remedy="try again when the network is back (it goes on where it stopped), or give --kernel PATH",

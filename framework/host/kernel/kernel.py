@@ -68,14 +68,21 @@ def _require_whole(image: Path) -> None:
                     pass
     except (OSError, EOFError) as e:
         raise KernelError(f"cannot read the kernel {image}: {e}", remedy="copy it again") from e
+    try:
+        whole = _size_by_headers(head)
+    except struct.error as e:
+        raise KernelError(f"{image} was cut: {size:,} bytes, not even its headers", remedy="copy it again") from e
+    if size < whole:
+        raise KernelError(f"{image} was cut: {size:,} of {whole:,} bytes", remedy="copy it again")
+
+
+def _size_by_headers(head: bytes) -> int:
+    """Bytes of the whole image, as far as its headers tell. Raises struct.error: they are cut themselves."""
     offset, magic = _ZIMAGE_MAGIC
     if head[offset : offset + 4] == magic:
         start, end = struct.unpack_from("<II", head, offset + 4)
-        whole = end - start
-    else:
-        whole = _size_by_sections(head)
-    if size < whole:
-        raise KernelError(f"{image} was cut: {size:,} of {whole:,} bytes", remedy="copy it again")
+        return end - start
+    return _size_by_sections(head)
 
 
 def _size_by_sections(head: bytes) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from framework.config import HostConfig
 from framework.errors import DownloadFailed, KernelError, Offline, SetupError
 from framework.lab import is_there, written_path
-from framework.limits import told
+from framework.limits import is_limit
 
 from . import deb, download, tree
 from .kernel import Kernel, check_image
@@ -24,7 +24,9 @@ def obtain(config: HostConfig, override: str | None = None) -> Kernel:
     try:
         return from_argument(config, override) if override is not None else _SOURCES[config.kernel["source"]](config)
     except OSError as e:
-        raise told(e) from e
+        if e.filename is None or is_limit(e):
+            raise
+        raise SetupError(f"{e.filename}: {e.strerror}", remedy="see to its owner and permissions") from e
 
 
 def from_argument(config: HostConfig, what: str) -> Kernel:
