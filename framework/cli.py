@@ -458,9 +458,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command that the arguments name; its exit code. Raises KeyboardInterrupt."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -468,28 +468,30 @@ def main() -> int:
     except LabError as e:
         return _failed(e)
     except BrokenPipeError:  # `arm-kvm ... | head`
-        _drop_output()
+        _drop(1)
         return 0
     except (OSError, MemoryError, RuntimeError) as e:
         if not isinstance(e, OSError) and not is_limit(e):
             raise
         code = _failed(told(e, _output()))
-        _drop_output()
+        _drop(1)
         return code
 
 
 def _failed(error: LabError) -> int:
     if interrupt.heard():  # and this is what became of it
         return error.exit_code
-    with suppress(OSError):  # nobody can be told
+    try:
         print(f"arm-kvm: {error}", file=sys.stderr, flush=True)
+    except OSError:
+        _drop(2)
     return error.exit_code
 
 
-def _drop_output() -> None:
-    """What is still to be written goes nowhere: the interpreter would fail over it at its end."""
+def _drop(fd: int) -> None:
+    """What is still to be written to this stream goes nowhere: the interpreter would fail over it at its end."""
     with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def _output() -> Path | None:
