@@ -7,9 +7,11 @@ import select
 import socket
 import sys
 import termios
+import time
 import tty
 from collections.abc import Callable
 
+_DYING = 5.0  #: seconds
 _ESCAPE = b"\x1d"  # Ctrl-]
 
 
@@ -29,6 +31,13 @@ def attach(console: socket.socket, alive: Callable[[], bool]) -> None:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, saved)
 
 
+def _await_end(alive: Callable[[], bool]) -> None:
+    """A process that dies closes what it has open before it can be waited for: the caller is to find it ended."""
+    deadline = time.monotonic() + _DYING
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def _shuttle(console: socket.socket, keyboard: int | None, alive: Callable[[], bool]) -> None:
     sources = [console] if keyboard is None else [console, keyboard]
     while alive():
@@ -36,6 +45,7 @@ def _shuttle(console: socket.socket, keyboard: int | None, alive: Callable[[], b
         if console in ready:
             data = console.recv(4096)
             if not data:
+                _await_end(alive)
                 return
             os.write(sys.stdout.fileno(), data)
         if keyboard in ready:
