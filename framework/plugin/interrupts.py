@@ -36,18 +36,7 @@ def pytest_runtest_setup():
     return result
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call():
-    with _in_a_test():
-        result = yield
-    return result
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown():
-    with _in_a_test():
-        result = yield
-    return result
+pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
