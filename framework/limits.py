@@ -13,10 +13,10 @@ from .errors import CacheUnusable, ConfigError, DiskFull, LabError, LimitReached
 from .lab import cache_root, is_there
 
 #: The errors of a disk, or a quota, that is used up.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _FILES = (errno.EMFILE, errno.ENFILE)
-_LIMITS = (*FULL, *_FILES, errno.EFBIG, errno.ENOMEM)
+_LIMITS = (*_FULL, *_FILES, errno.EFBIG, errno.ENOMEM)
 _NO_THREAD = "can't start new thread"  #: Python's words, threading.Thread.start()
 _LITTLE = 1 << 20  #: bytes; a disk with less is full
 
@@ -33,7 +33,7 @@ def told(e: BaseException, where: Path | None = None) -> LabError:
         return _no_memory() if isinstance(e, MemoryError) else _no_process()
     own = Path(os.fsdecode(e.filename)) if isinstance(e.filename, str | bytes) else None
     named = own or where
-    if e.errno in FULL:
+    if e.errno in _FULL:
         return _full(e, named)
     if e.errno in _FILES:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -61,6 +61,11 @@ def told(e: BaseException, where: Path | None = None) -> LabError:
     if e.errno == errno.ENOENT and own is not None and len(own.parts) == 1:
         return SetupError(f"there is no {own}, or not in PATH", remedy="run `arm-kvm setup`, or correct PATH")
     return SetupError(f"{own}: {e.strerror}" if own else str(e))
+
+
+def disk_full(where: Path | None = None, why: str = os.strerror(errno.ENOSPC)) -> DiskFull:
+    """The same for a program that says itself that a disk is full, or that waits for room on one."""
+    return _full(OSError(errno.ENOSPC, why), where)
 
 
 def _no_memory() -> LimitReached:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SetupError, Unending
-from .limits import is_limit, told
+from .limits import disk_full, is_limit, told
 
 _PATIENCE = 1800.0  #: seconds; what takes longest downloads and unpacks packages on a busy machine
 
@@ -40,7 +40,7 @@ def run(argv: list[str], *, patience: float = _PATIENCE, **how: Any) -> subproce
         remedy = "see to its permissions, and whether it is for this machine"
         raise SetupError(f"{argv[0]} cannot be started: {e.strerror}", remedy=remedy) from e
     if done.returncode and os.strerror(errno.ENOSPC) in words(done):
-        raise told(OSError(errno.ENOSPC, f"{name}: {os.strerror(errno.ENOSPC)}"))
+        raise disk_full(why=f"{name}: {os.strerror(errno.ENOSPC)}")
     return done
 
 

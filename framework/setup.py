@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SetupError
-from .limits import is_full, told
+from .limits import disk_full, is_full
 from .progress import note
 
 _TRIES = 3
@@ -87,5 +86,5 @@ def _apt(*arguments: str) -> bool:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     argv = ["apt-get", "-q", "-o", "Dpkg::Use-Pty=0", *arguments]
     if is_full(_ARCHIVES):  # where apt would wait for ever
-        raise told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), _ARCHIVES)
+        raise disk_full(_ARCHIVES)
     return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL).returncode == 0

@@ -7,8 +7,6 @@ apt state, so that nothing of this machine's package management changes and no r
 from __future__ import annotations
 
 import difflib
-import errno
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import NoArchive, PackageError, SetupError, Unending
-from framework.limits import is_full, told
+from framework.limits import disk_full, is_full
 from framework.programs import run
 from framework.progress import note
 
@@ -120,10 +118,10 @@ class PrivateApt:
             done = run([arguments[0], *self._options, *arguments[1:]], cwd=cwd, patience=_PATIENCE)
         except Unending as e:
             if is_full(self._folder):
-                raise told(OSError(errno.ENOSPC, e.message), self._folder) from e
+                raise disk_full(self._folder, e.message) from e
             raise NoArchive(e.message, remedy="see whether the archive is reachable") from e
         if done.returncode and _NO_ROOM in done.stderr:
-            raise told(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self._folder)
+            raise disk_full(self._folder)
         return done
 
     def _update(self) -> None:

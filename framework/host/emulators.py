@@ -54,11 +54,9 @@ def _chosen(config: HostConfig, chosen: str | None) -> str:
     if chosen is not None:
         return chosen
     own = config.emulator or INSTALLED
-    return (
-        own
-        if own == INSTALLED or own.startswith("deb:")
-        else str(config.path.parent / written_path(own, f"{config.path}: "))
-    )
+    if own == INSTALLED or own.startswith("deb:"):
+        return own
+    return str(config.path.parent / written_path(own, f"{config.path}: "))
 
 
 def obtain(program: str, what: str) -> Emulator:

@@ -14,7 +14,7 @@ from framework.config import hint
 from framework.errors import BuildFailed, ConfigError, LabError, NoKvm, SetupError
 from framework.guardian import spawn
 from framework.lab import IMAGES
-from framework.limits import told
+from framework.limits import disk_full
 from framework.programs import run
 from framework.progress import note, task
 
@@ -133,7 +133,7 @@ class Build:
         lines = self._log.read_text(errors="replace").splitlines()
         said = "\n".join(lines[-_TAIL:])
         if os.strerror(errno.ENOSPC) in said:
-            return told(OSError(errno.ENOSPC, "the kernel's build stopped"), self._folder)
+            return disk_full(self._folder, "the kernel's build stopped")
         errors = [line for line in lines if re.search(r"\berror\b|\*\*\*", line, re.I)]
         first = errors[0] if errors else "see below"
         return BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=said)
