@@ -1,3 +1,1 @@
-"""Options, fixtures and judgement of the lab: see framework/plugin/."""
-
-pytest_plugins = ["framework.plugin"]
+"""Options, fixtures and judgement of the lab are a pytest plugin of the package: framework/arm_kvm/pytest_plugin/."""

@@ -4,13 +4,11 @@ Each job is measured on one emulator after the other, so that what is compared w
 """
 
 import pytest
-
-from framework import config
-from framework.errors import LabError
-from framework.host import emulators, snapshots
-from framework.host.host import Host
-from framework.host.kernel import obtain
-from framework.oracle import Oracle
+from arm_kvm.host import config, emulators, snapshots
+from arm_kvm.host.host import Host
+from arm_kvm.host.kernel import obtain
+from arm_kvm.oracle import Oracle
+from arm_kvm.support.errors import LabError
 
 IPA, LEAVES = 0x8000_0000, 4096
 

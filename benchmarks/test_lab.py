@@ -4,12 +4,11 @@ Each benchmark measures what a user waits for, on a real host; medians are what 
 """
 
 import pytest
-
-from framework import config
-from framework.errors import LabError
-from framework.host.host import Host
-from framework.host.kernel import obtain
-from framework.recorder.probe import Probe
+from arm_kvm.host import config
+from arm_kvm.host.host import Host
+from arm_kvm.host.kernel import obtain
+from arm_kvm.recorder.probe import Probe
+from arm_kvm.support.errors import LabError
 
 IPA = 0x8000_0000
 

@@ -4,13 +4,13 @@ Medians are what the README quotes; no figure here decides a test.
 """
 
 import pytest
+from arm_kvm.conform.run import conform
+from arm_kvm.conform.silicon import Lab
+from arm_kvm.host import config
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime, sweep, walk
+from arm_kvm.model.arch.faults import Access, Direction
 
-from framework import config
-from framework.conform.run import conform
-from framework.conform.silicon import Lab
-from framework.model import descriptors as d
-from framework.model import regime, sweep, walk
-from framework.model.faults import Access, Direction
 from tests.memory import Pages
 
 GIB, PAGE = 1 << 30, 1 << 12
@@ -28,7 +28,7 @@ def gibibyte():
         table = memory.page()
         memory.store(middle + 8 * block, d.encode(d.Table(table), 2))
         for page in range(512):
-            leaf = d.Leaf(GIB + (block * 512 + page) * PAGE, xn=d.Never.EL0_EL1)
+            leaf = d.LeafFields(GIB + (block * 512 + page) * PAGE, xn=d.Never.EL0_EL1)
             memory.store(table + 8 * page, d.encode(leaf, 3))
     return r, memory
 

@@ -1,11 +1,10 @@
 """What recording costs, and how long a rollover takes with full checking. `tox -e bench`; nothing is decided here."""
 
 import pytest
-
-from framework.host.fleet import Fleet
-from framework.recorder.breakpoints import Breakpoints
-from framework.recorder.recorder import Recorder
-from framework.recorder.recording import Recording
+from arm_kvm.recorder.breakpoints import Breakpoints
+from arm_kvm.recorder.recorder import Recorder
+from arm_kvm.recorder.recording import Recording
+from arm_kvm.vmm.fleet import Fleet
 
 IPA = 0x8000_0000
 

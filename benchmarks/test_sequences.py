@@ -1,9 +1,8 @@
 """Random sequences: how many steps a second, each judged. `tox -e bench`; no figure here decides a test."""
 
 import pytest
-
-from framework.sequences.player import Player
-from framework.sequences.search import search
+from arm_kvm.sequences.player import Player
+from arm_kvm.sequences.search import search
 
 
 @pytest.mark.native

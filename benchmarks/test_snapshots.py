@@ -1,12 +1,10 @@
 """A pristine host: restored, until its agent has answered."""
 
 import pytest
-
-from framework import config
-from framework.errors import LabError
-from framework.host import snapshots
-from framework.host.kernel import obtain
-from framework.oracle import Oracle
+from arm_kvm.host import config, snapshots
+from arm_kvm.host.kernel import obtain
+from arm_kvm.oracle import Oracle
+from arm_kvm.support.errors import LabError
 
 
 @pytest.mark.parametrize("name", ["a15", "arm64"])

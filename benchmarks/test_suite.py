@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 import pytest
-
-from framework.lab import ROOT
+from arm_kvm.support.paths import ROOT
 
 HOSTS = ("--host", "a15", "--host", "arm64")
 #: Cases of every length; the whole suite takes some three times as long.

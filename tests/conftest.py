@@ -6,9 +6,8 @@ import sys
 import tempfile
 
 import pytest
-
-from framework.mutants.patching import returning
-from framework.recorder.facts import kernel_map
+from arm_kvm.mutants.patching import returning
+from arm_kvm.recorder.facts import kernel_map
 
 #: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
@@ -42,7 +41,7 @@ def arm_kvm():
     """``arm_kvm("boot", "a15")``: the command line in a process of its own, as a user runs it."""
 
     def run(*arguments, timeout=120, env=os.environ, **how):
-        argv = [sys.executable, "-m", "framework", *map(str, arguments)]
+        argv = [sys.executable, "-m", "arm_kvm", *map(str, arguments)]
         how |= {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "env": outside_pytest(env)}
         return subprocess.run(argv, timeout=timeout, **how)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from framework.model import descriptors as d
+from arm_kvm.model.arch import descriptors as d
 
 BASE = 0x4000_0000
 PAGE = 0x1000

@@ -1,10 +1,9 @@
 """Cases that have a host to themselves: what they begin with is made ahead, and is what they would have made."""
 
 import pytest
-
-from framework.errors import LabError
-from framework.machine.rundir import live_machines
-from framework.spares import Spares
+from arm_kvm.hosts.spares import Spares
+from arm_kvm.machine.rundir import live_machines
+from arm_kvm.support.errors import LabError
 
 from .test_plugin import Run
 

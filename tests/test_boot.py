@@ -6,9 +6,17 @@ import time
 from dataclasses import replace
 
 import pytest
-
-from framework import config
-from framework.errors import (
+from arm_kvm.host import config, rootfs
+from arm_kvm.host.host import Host
+from arm_kvm.host.kernel import obtain
+from arm_kvm.host.ssh import Ssh
+from arm_kvm.machine.rundir import live_machines
+from arm_kvm.oracle import Oracle
+from arm_kvm.oracle.ftrace import traced
+from arm_kvm.oracle.sight import watch
+from arm_kvm.sequences.player import Player, SequenceBroken
+from arm_kvm.sequences.search import search
+from arm_kvm.support.errors import (
     AgentFault,
     AgentTimeout,
     ConfigError,
@@ -21,16 +29,6 @@ from framework.errors import (
     QemuDied,
     SshUnreachable,
 )
-from framework.host import rootfs
-from framework.host.host import Host
-from framework.host.kernel import obtain
-from framework.host.ssh import Ssh
-from framework.machine.rundir import live_machines
-from framework.oracle import Oracle
-from framework.oracle.sight import watch
-from framework.oracle.trace import traced
-from framework.sequences.player import Broken, Player
-from framework.sequences.search import search
 
 ARM64 = config.find("arm64")
 
@@ -203,6 +201,6 @@ def test_a_host_that_is_lost_leaves_the_sequence_that_did_it(boot):
                 host.machine.process.wait()
             return super()._carry_out(step)
 
-    with pytest.raises(Broken) as found:
+    with pytest.raises(SequenceBroken) as found:
         search(lambda: Killing(host, Oracle(host), "A64"), sequences=400)
     assert isinstance(found.value.lost, QemuDied) and len(found.value.steps) == 4

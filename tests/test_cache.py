@@ -6,9 +6,8 @@ import signal
 import time
 
 import pytest
-
-from framework import cache
-from framework.errors import DiskFull
+from arm_kvm.support import cache
+from arm_kvm.support.errors import DiskFull
 
 
 def test_key_depends_on_every_input():

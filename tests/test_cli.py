@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-
-from framework import cache, config, setup
-from framework.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, QemuDied, SetupError
-from framework.machine.rundir import live_machines
+from arm_kvm.host import config
+from arm_kvm.machine.rundir import live_machines
+from arm_kvm.support import cache, setup
+from arm_kvm.support.errors import ConfigError, KernelError, NoLiveMachine, PortBusy, QemuDied, SetupError
 
 from .conftest import HEARS_CTRL_C, outside_pytest
 
@@ -94,7 +94,7 @@ def test_setup_does_nothing_twice(arm_kvm):
 def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
     """The tour of the README: boot a host, reach it over the printed line, look at its tables, end it."""
     process = subprocess.Popen(
-        [*HEARS_CTRL_C, sys.executable, "-m", "framework", "boot", "arm64"],
+        [*HEARS_CTRL_C, sys.executable, "-m", "arm_kvm", "boot", "arm64"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -115,7 +115,7 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
 
 def test_boot_whose_qemu_dies_fails(own_run_folder):
     process = subprocess.Popen(
-        [sys.executable, "-m", "framework", "boot", "arm64"],
+        [sys.executable, "-m", "arm_kvm", "boot", "arm64"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -157,7 +157,7 @@ def test_a_mutant_from_the_command_line(arm_kvm):
 
 
 def test_benchmarks_that_are_interrupted_print_what_they_have():
-    argv = [*HEARS_CTRL_C, sys.executable, "-m", "framework", "bench", "--", "-k", "sweep_of or sequences"]
+    argv = [*HEARS_CTRL_C, sys.executable, "-m", "arm_kvm", "bench", "--", "-k", "sweep_of or sequences"]
     env = outside_pytest(os.environ)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
     said = []

@@ -2,10 +2,9 @@
 
 import pytest
 import yaml
-
-from framework import config
-from framework.errors import ConfigError
-from framework.lab import CONFIGS
+from arm_kvm.host import config
+from arm_kvm.support.errors import ConfigError
+from arm_kvm.support.paths import CONFIGS
 
 GOOD = (CONFIGS / "hosts/arm64.yaml").read_text()
 

@@ -3,19 +3,18 @@
 from dataclasses import replace
 
 import pytest
-
-from framework import config
-from framework.conform import case, departures, silicon
-from framework.conform.case import Probe, Registers, Silicon, World
-from framework.conform.departures import Departure
-from framework.conform.predict import HardwareUpdates, Predictor
-from framework.conform.run import Difference, Tally, check, conform
-from framework.conform.silicon import Lab
-from framework.errors import NonConformance, ProgramSilent, SetupError
-from framework.model import attributes, regime, stage1, syndrome, walk
-from framework.model import descriptors as d
-from framework.model.faults import Access, Direction, Fault, FaultType
-from framework.model.regime import SCTLR_M
+from arm_kvm.conform import case, departures, silicon
+from arm_kvm.conform.case import Probe, Registers, Silicon, TableWorld
+from arm_kvm.conform.departures import Departure
+from arm_kvm.conform.predict import HardwareUpdates, Predictor
+from arm_kvm.conform.run import Difference, Tally, check, conform
+from arm_kvm.conform.silicon import Lab
+from arm_kvm.host import config
+from arm_kvm.model.arch import attributes, regime, stage1, syndrome, walk
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch.faults import Access, Direction, Fault, FaultType
+from arm_kvm.model.arch.regime import SCTLR_M
+from arm_kvm.support.errors import NonConformance, ProgramSilent, SetupError
 
 BOARDS = ["a15", "a15-wide", "arm64", "arm64-vhe"]
 QUICK = 6_000
@@ -73,8 +72,10 @@ def test_a_seed_is_a_run(boards):
 
 def with_stage2(monkeypatch, change):
     """Every world's stage 2 as ``change`` makes it."""
-    honest = World.el10
-    monkeypatch.setattr(World, "el10", lambda world: (lambda e: replace(e, stage2=change(e.stage2)))(honest(world)))
+    honest = TableWorld.el10
+    monkeypatch.setattr(
+        TableWorld, "el10", lambda world: (lambda e: replace(e, stage2=change(e.stage2)))(honest(world))
+    )
 
 
 def other(function):
@@ -87,7 +88,7 @@ def other(function):
     return apply
 
 
-def without_tables_limits(self, desc, inherited, el0, honest=stage1.Stage1._data):
+def without_tables_limits(self, desc, inherited, el0, honest=stage1.Stage1Regime._data):
     return honest(self, desc, 0, el0)
 
 
@@ -138,7 +139,7 @@ MISTAKES = {
     "blocks of half the size": ("arm64", other((walk, "descend", half_a_block))),
     "a device type that does not win": ("arm64", other((attributes, "_stricter_device", lambda mair, kind: mair))),
     "shareability of stage 1 alone": ("arm64", other((attributes, "_wider", lambda one, other: one))),
-    "limits of tables forgotten": ("arm64", other((stage1.Stage1, "_data", without_tables_limits))),
+    "limits of tables forgotten": ("arm64", other((stage1.Stage1Regime, "_data", without_tables_limits))),
     "permission faults one level too high": ("arm64", other((Fault, "status", property(level_too_high)))),
     "HPFAR with the page offset": ("arm64", other((syndrome, "hpfar", lambda fault: (fault.ipa or 0) >> 8))),
     "S1PTW not reported": ("arm64", other((syndrome, "_S1PTW", 0))),
@@ -243,7 +244,7 @@ def test_a_departure_names_its_releases():
 
 def lost_world(lab):
     """A guest whose vectors are where its stage 1 maps nothing: its first fault never ends."""
-    words = {0x4200_0000: 0x4200_1003, 0x4200_1000: 0x4200_2003, 0x4200_2080: d.encode(d.Leaf(0x4200_3000), 3)}
+    words = {0x4200_0000: 0x4200_1003, 0x4200_1000: 0x4200_2003, 0x4200_2080: d.encode(d.LeafFields(0x4200_3000), 3)}
     control = Registers(
         0x8000_2001,
         0x8002_3558,
@@ -256,7 +257,7 @@ def lost_world(lab):
         0,
     )
     run = Probe(4, 0x5000, Access(Direction.FETCH))
-    return World(lab.silicon, control, words, 0, 0x1_0000, (Probe.at(0, 0x5000), run))
+    return TableWorld(lab.silicon, control, words, 0, 0x1_0000, (Probe.at(0, 0x5000), run))
 
 
 def test_a_guest_that_never_comes_back_is_said_so_and_the_lab_goes_on(boards):
@@ -308,8 +309,8 @@ def test_what_the_lab_does_not_know_is_not_asked(boards):
     lab = boards("arm64")
     world = lost_world(lab)
     with pytest.raises(case.Unknowable, match="PA 0x9000000"):
-        case.Memory(world).load(0x0900_0000)
-    assert case.Memory(world).load(0x8000_0000) is None
+        case.TableMemory(world).load(0x0900_0000)
+    assert case.TableMemory(world).load(0x8000_0000) is None
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def test_the_command_lists_the_departures(arm_kvm):
 
 
 def test_a_difference_has_an_exit_code_and_a_way_to_repeat_it(monkeypatch, capsys):
-    from framework import cli
+    from arm_kvm import cli
 
     monkeypatch.setattr(d, "s2_executable", lambda desc, **how: True)
     assert cli.main(["conform", "--host", "a15", "--cases", "50000", "--seed", "6"]) == NonConformance.exit_code
@@ -343,7 +344,7 @@ def test_a_difference_has_an_exit_code_and_a_way_to_repeat_it(monkeypatch, capsy
 
 def test_what_hardware_may_write_into_a_table():
     """AF set by a real access must be there; nothing else may change."""
-    updates, leaf = HardwareUpdates(), d.encode(d.Leaf(0, af=False), 3)
+    updates, leaf = HardwareUpdates(), d.encode(d.LeafFields(0, af=False), 3)
     updates.note(walk.Step(2, 3, 8, leaf), d.AF.mask, required=False)
     assert updates.explains(8, leaf, leaf) and updates.explains(8, leaf, leaf | d.AF.mask)
     updates.note(walk.Step(2, 3, 8, leaf), d.AF.mask, required=True)
@@ -355,7 +356,7 @@ def test_both_stages_can_be_off_the_map(boards):
     """An impossible regime: every address takes a level 0 fault, with stage 1 or without."""
     lab = boards("arm64")
     bad = Registers(0x8000_2001, 0x8002_3518, 0x4200_0000, 0x30D5_0800)  # SL0 0 with a 40-bit space
-    world = World(lab.silicon, bad, probes=tuple(Probe.at(op, va) for va in (0, 1 << 45) for op in range(4)))
+    world = TableWorld(lab.silicon, bad, probes=tuple(Probe.at(op, va) for va in (0, 1 << 45) for op in range(4)))
     with pytest.raises(regime.ImpossibleRegime):
         world.el10()
     tally = Tally()

@@ -6,9 +6,8 @@ import http.server
 import threading
 
 import pytest
-
-from framework.errors import DownloadFailed, Offline, WrongChecksum
-from framework.host.kernel import download
+from arm_kvm.host.kernel import download
+from arm_kvm.support.errors import DownloadFailed, Offline, WrongChecksum
 
 DATA = bytes(range(256)) * 20_000
 SHA = hashlib.sha256(DATA).hexdigest()

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from framework import config
-from framework.errors import EmulatorError, NoArchive, SetupError
-from framework.host import apt, emulators, snapshots
-from framework.machine.emulator import Emulator
-from framework.recorder import library
+from arm_kvm.host import config, emulators, snapshots
+from arm_kvm.machine.emulator import Emulator
+from arm_kvm.recorder import library
+from arm_kvm.support import apt
+from arm_kvm.support.errors import EmulatorError, NoArchive, SetupError
 
 from .test_plugin import Run
 

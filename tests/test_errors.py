@@ -1,7 +1,7 @@
 """One tree of errors: a distinct exit code for every kind, one message each, nothing bare."""
 
-import framework.errors as errors
-from framework.errors import LabError
+import arm_kvm.support.errors as errors
+from arm_kvm.support.errors import LabError
 
 
 def kinds():

@@ -1,12 +1,11 @@
 """The payload and its driver, on real hosts: batches, exceptions as data, hypercalls, registers, concurrency."""
 
 import pytest
-
-from framework.errors import AgentTimeout, HostOsError, SetupError
-from framework.guest import payload
-from framework.guest.driver import Order
-from framework.guest.isa import A32, A64, ISAS, GuestException, Status
-from framework.host.memory import Child
+from arm_kvm.guest import payload
+from arm_kvm.guest.driver import Order
+from arm_kvm.guest.isa import A32, A64, ISAS, GuestException, Status
+from arm_kvm.support.errors import AgentTimeout, HostOsError, SetupError
+from arm_kvm.vmm.memory import Child
 
 IPA = 0x8000_0000
 UNDEFINED = {"A32": bytes.fromhex("f000f0e7"), "A64": bytes(4)}

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from framework.model import descriptors as d
-from framework.model import notifier, regime, stage1, sweep
-from framework.model.memslots import Memslot, SlotFlags, Window
-from framework.oracle import judge, splats, trace, witness
-from framework.oracle.verdicts import Kind, Violation
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime, stage1, sweep
+from arm_kvm.model.kvm import notifier
+from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
+from arm_kvm.oracle import ftrace as trace
+from arm_kvm.oracle import judge, splats, witness
+from arm_kvm.oracle.verdicts import Verdict, Violation
 
 from .memory import Pages, Table
 
@@ -39,7 +40,7 @@ class World:
         self.host.put(HVA + page * PAGE, 3, stage1.leaf(pa, 3) | (0 if writable else d.ARM_L_PTE_RDONLY.mask))
 
     def maps(self, page, pa, **kind):
-        return self.stage2.put(IPA + page * PAGE, 3, d.encode(replace(d.Leaf(pa, xn=d.Never.EL0_EL1), **kind), 3))
+        return self.stage2.put(IPA + page * PAGE, 3, d.encode(replace(d.LeafFields(pa, xn=d.Never.EL0_EL1), **kind), 3))
 
     def kinds(self):
         return [finding.kind for finding in self.findings()]
@@ -72,21 +73,21 @@ def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
 def test_other_frame(world):
     world.maps(0, world.frame + PAGE)
     (finding,) = world.findings()
-    assert finding.kind is Kind.WRONG_FRAME and finding.ipa == IPA
+    assert finding.kind is Verdict.WRONG_FRAME and finding.ipa == IPA
     assert f"{world.frame:#x}" in finding.expected and f"{world.frame + PAGE:#x}" in finding.found
 
 
 def test_frame_where_the_host_has_none(world):
     world.maps(1, world.frame)
     (finding,) = world.findings()
-    assert finding.kind is Kind.WRONG_FRAME and "the host has no page" in finding.expected
+    assert finding.kind is Verdict.WRONG_FRAME and "the host has no page" in finding.expected
 
 
 def test_writable_where_the_host_is_read_only(world):
     world.host_maps(0, world.frame, writable=False)
     world.maps(0, world.frame)
     (finding,) = world.findings()
-    assert finding.kind is Kind.EXCESS_PERMISSION and " ro at HVA" in finding.expected
+    assert finding.kind is Verdict.EXCESS_PERMISSION and " ro at HVA" in finding.expected
 
 
 def test_writable_in_a_read_only_memslot():
@@ -94,7 +95,7 @@ def test_writable_in_a_read_only_memslot():
     w.host_maps(0, w.frame)
     w.maps(0, w.frame)
     (finding,) = w.findings()
-    assert finding.kind is Kind.EXCESS_PERMISSION and "read-only" in finding.expected
+    assert finding.kind is Verdict.EXCESS_PERMISSION and "read-only" in finding.expected
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -103,18 +104,18 @@ def test_writable_while_clean_in_the_dirty_log(written):
     w.written = written
     w.host_maps(0, w.frame)
     w.maps(0, w.frame)
-    assert w.kinds() == ([] if written else [Kind.EXCESS_PERMISSION])
+    assert w.kinds() == ([] if written else [Verdict.EXCESS_PERMISSION])
 
 
 def test_outside_every_memslot(world):
-    world.stage2.put(IPA - PAGE, 3, d.encode(d.Leaf(world.frame), 3))
-    assert world.kinds() == [Kind.OUTSIDE_MEMSLOTS]
+    world.stage2.put(IPA - PAGE, 3, d.encode(d.LeafFields(world.frame), 3))
+    assert world.kinds() == [Verdict.OUTSIDE_MEMSLOTS]
 
 
 @pytest.mark.parametrize("how", [{"memattr": d.MemAttr.DEVICE_nGnRE}, {"sh": d.Shareability.NON}])
 def test_ram_of_the_wrong_memory_type(world, how):
     world.maps(0, world.frame, **how)
-    assert world.kinds() == [Kind.WRONG_MEMORY_TYPE]
+    assert world.kinds() == [Verdict.WRONG_MEMORY_TYPE]
 
 
 def test_device_is_device_memory_and_never_executable(world):
@@ -122,25 +123,25 @@ def test_device_is_device_memory_and_never_executable(world):
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
     assert world.findings() == []
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NOBODY)
-    assert world.kinds() == [Kind.EXCESS_PERMISSION]
+    assert world.kinds() == [Verdict.EXCESS_PERMISSION]
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
-    assert world.kinds() == [Kind.WRONG_MEMORY_TYPE]
+    assert world.kinds() == [Verdict.WRONG_MEMORY_TYPE]
 
 
 def test_malformed_entry(world):
     world.ram.store(world.maps(0, world.frame), world.frame | 1)
-    assert world.kinds() == [Kind.MALFORMED_ENTRY]
+    assert world.kinds() == [Verdict.MALFORMED_ENTRY]
 
 
 def test_block_is_judged_page_by_page(world):
     """A block over 512 host pages, one of which is another frame: exactly that page is named."""
     for page in range(512):
         world.host_maps(page, world.frame + page * PAGE)
-    world.stage2.put(IPA, 2, d.encode(d.Leaf(world.frame), 2))
+    world.stage2.put(IPA, 2, d.encode(d.LeafFields(world.frame), 2))
     assert world.findings() == []
     world.host_maps(77, world.frame + 78 * PAGE)
     (finding,) = world.findings()
-    assert (finding.kind, finding.ipa, finding.size) == (Kind.WRONG_FRAME, IPA + 77 * PAGE, PAGE)
+    assert (finding.kind, finding.ipa, finding.size) == (Verdict.WRONG_FRAME, IPA + 77 * PAGE, PAGE)
 
 
 def test_neighbouring_bad_pages_are_one_finding(world):
@@ -158,7 +159,7 @@ def test_table_page_with_two_users():
     one.ram.store(two.stage2.regime.root + 2 * 8, shared)
     tables = {name: sweep.sweep(w.stage2.regime, one.ram) for name, w in (("VM 1", one), ("VM 2", two))}
     found = judge.shared_tables(tables)
-    assert {f.kind for f in found["VM 1"] + found["VM 2"]} == {Kind.SHARED_TABLE}
+    assert {f.kind for f in found["VM 1"] + found["VM 2"]} == {Verdict.SHARED_TABLE}
     assert "VM 1, VM 2" in found["VM 1"][0].found
 
 
@@ -167,7 +168,7 @@ def test_table_page_a_guest_can_reach(world):
     table = d.decode(world.ram.load(world.stage2.regime.root + 2 * 8), 1).address
     world.maps(1, table)
     found = judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)})["VM 1"]
-    assert [(f.kind, f.ipa) for f in found] == [(Kind.SHARED_TABLE, IPA + PAGE)]
+    assert [(f.kind, f.ipa) for f in found] == [(Verdict.SHARED_TABLE, IPA + PAGE)]
 
 
 def test_no_table_is_shared_in_a_good_world(world):
@@ -215,10 +216,10 @@ def test_a_window_over_a_memslot_is_no_wrong_frame(world):
 @pytest.mark.parametrize(
     ("page", "pa", "kind", "verdict"),
     [
-        (-1, DEVICE_PA, DEVICE, Kind.OUTSIDE_MEMSLOTS),  # the other page of the device
-        (-3, DEVICE_PA - PAGE, DEVICE, Kind.OUTSIDE_MEMSLOTS),  # beside the window
-        (-2, DEVICE_PA, {}, Kind.WRONG_MEMORY_TYPE),
-        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NOBODY}, Kind.EXCESS_PERMISSION),
+        (-1, DEVICE_PA, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # the other page of the device
+        (-3, DEVICE_PA - PAGE, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # beside the window
+        (-2, DEVICE_PA, {}, Verdict.WRONG_MEMORY_TYPE),
+        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NOBODY}, Verdict.EXCESS_PERMISSION),
     ],
 )
 def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):
@@ -230,7 +231,7 @@ def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):
 
 
 def test_every_breach_of_the_notifier_model_is_a_verdict():
-    assert {breach.name for breach in notifier.Breach} <= {kind.name for kind in Kind}
+    assert {breach.name for breach in notifier.BreachKind} <= {kind.name for kind in Verdict}
 
 
 def test_notifier_calls_are_read_from_the_trace():
@@ -257,5 +258,5 @@ def test_notifier_calls_are_read_from_the_trace():
     ],
 )
 def test_a_complaint_of_the_kernel(text):
-    assert [f.kind for f in splats.find(f"4,1,2,-;{text}\n6,2,3,-;all is well\n".encode())] == [Kind.KERNEL_SPLAT]
+    assert [f.kind for f in splats.find(f"4,1,2,-;{text}\n6,2,3,-;all is well\n".encode())] == [Verdict.KERNEL_SPLAT]
     assert splats.find(b"6,2,3,-;all is well\n") == []

@@ -15,12 +15,11 @@ import tarfile
 import time
 
 import pytest
-
-from framework import config
-from framework.errors import BuildFailed, DiskFull, KernelError, NoKvm, Offline, SetupError, WrongChecksum
-from framework.host.kernel import kernel, obtain, tree
-from framework.host.kernel.sources import from_argument
-from framework.lab import CONFIGS
+from arm_kvm.host import config
+from arm_kvm.host.kernel import kernel, obtain, tree
+from arm_kvm.host.kernel.sources import from_argument
+from arm_kvm.support.errors import BuildFailed, DiskFull, KernelError, NoKvm, Offline, SetupError, WrongChecksum
+from arm_kvm.support.paths import CONFIGS
 
 ZIMAGE = bytes(0x24) + b"\x18\x28\x6f\x01" + bytes(64)
 IMAGE = bytes(0x38) + b"ARM\x64" + bytes(64)
@@ -244,7 +243,7 @@ def test_no_compiler(source, own_cache, monkeypatch):
         from_argument(A15, str(source))
 
 
-BUILDER = "import sys; from framework import config; from framework.host.kernel.sources import from_argument\n"
+BUILDER = "import sys; from arm_kvm.host import config; from arm_kvm.host.kernel.sources import from_argument\n"
 BUILDER += "print(from_argument(config.find('a15'), sys.argv[1]).image)"
 
 

@@ -10,17 +10,16 @@ import sys
 import time
 
 import pytest
-
-from framework import programs
-from framework.errors import CacheUnusable, ConfigError, DiskFull, LimitReached, SetupError
-from framework.lab import ROOT, cache_root
-from framework.limits import told
-from framework.machine.console import Console
+from arm_kvm.machine.console import Console
+from arm_kvm.support import programs
+from arm_kvm.support.errors import CacheUnusable, ConfigError, DiskFull, LimitReached, SetupError
+from arm_kvm.support.limits import told
+from arm_kvm.support.paths import ROOT, cache_root
 
 from .conftest import HEARS_CTRL_C
 from .test_plugin import PASSING, Run
 
-ARM_KVM = (sys.executable, "-m", "framework")
+ARM_KVM = (sys.executable, "-m", "arm_kvm")
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_what_is_full_is_named():
 NAMES_THE_FULL_DISK = """
 import errno, os, sys
 from pathlib import Path
-from framework.limits import told
+from arm_kvm.support.limits import told
 os.environ["XDG_RUNTIME_DIR"] = sys.argv[1]
 print(told(OSError(errno.ENOSPC, "no space"), Path("/usr")))
 """

@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from framework import config
-from framework.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
-from framework.machine.board import Boot
-from framework.machine.emulator import Emulator
-from framework.machine.machine import Logs, Machine, refusal
+from arm_kvm.host import config
+from arm_kvm.machine.board import Boot
+from arm_kvm.machine.emulator import Emulator
+from arm_kvm.machine.machine import Logs, Machine, refusal
+from arm_kvm.support.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
 
 from .conftest import HEARS_CTRL_C
 
@@ -97,10 +96,10 @@ def test_a_qemu_that_crashes_while_it_starts(start, tmp_path):
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from framework import config
-from framework.errors import LabError
-from framework.machine.board import Boot
-from framework.machine.machine import Logs, Machine
+from arm_kvm.host import config
+from arm_kvm.support.errors import LabError
+from arm_kvm.machine.board import Boot
+from arm_kvm.machine.machine import Logs, Machine
 try:
     Machine.start(config.find("arm64").board, Boot(Path("/dev/null"), Path("/dev/null"), ""), Logs(Path(sys.argv[1])))
     print("started")
@@ -194,9 +193,9 @@ def test_stop_and_go_many_times(start):
 LAB = """
 import sys, time
 from pathlib import Path
-from framework import config
-from framework.machine.board import Boot
-from framework.machine.machine import Logs, Machine
+from arm_kvm.host import config
+from arm_kvm.machine.board import Boot
+from arm_kvm.machine.machine import Logs, Machine
 kernel = Path(sys.argv[1])
 machine = Machine.start(config.find("arm64").board, Boot(kernel, kernel, ""), Logs(kernel.parent / "logs"))
 print(machine.process.pid, machine.folder, flush=True)
@@ -235,7 +234,7 @@ def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
         folder.mkdir(parents=True)
     locked = os.open(held.parent, os.O_RDONLY)
     fcntl.flock(locked, fcntl.LOCK_EX)
-    program = "from framework.machine.rundir import run_directory; print(run_directory())"
+    program = "from arm_kvm.machine.rundir import run_directory; print(run_directory())"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     os.close(locked)
     assert said.startswith(str(home)) and not left.parent.exists() and held.exists()
@@ -244,6 +243,6 @@ def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
 def test_a_run_folder_that_is_somebody_elses(own_run_folder, tmp_path):
     """Also where it only leads to one: nothing is put there, and nothing swept."""
     (Path(own_run_folder) / f"arm-kvm-{os.getuid()}").symlink_to(tmp_path)
-    program = "from framework.machine.rundir import run_directory; run_directory()"
+    program = "from arm_kvm.machine.rundir import run_directory; run_directory()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "is not a folder of this user" in done.stderr and list(tmp_path.iterdir()) == []

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
-from framework.errors import ConfigError, KernelError, SetupError, TraceError
-from framework.lab import CONFIGS, ROOT
+from arm_kvm.support.errors import ConfigError, KernelError, SetupError, TraceError
+from arm_kvm.support.paths import CONFIGS, ROOT
 
 ARM64 = (CONFIGS / "hosts/arm64.yaml").read_text()
 A15 = (CONFIGS / "hosts/a15.yaml").read_text()
@@ -53,7 +52,7 @@ def test_host_files(tmp_path, what):
     good, old, new, words = HOST_FILES[what]
     assert old in good
     (tmp_path / "mine.yaml").write_bytes(good.replace(old, new, 1).encode(errors="surrogateescape"))
-    code, said = run(["framework", "kernel", "fetch", "mine.yaml"], tmp_path)
+    code, said = run(["arm_kvm", "kernel", "fetch", "mine.yaml"], tmp_path)
     assert code == ConfigError.exit_code and words in said
 
 
@@ -78,7 +77,7 @@ def test_commands(tmp_path, what):
     line, code, words = COMMANDS[what]
     for name in ("fifo", "fifo.yaml"):
         os.mkfifo(tmp_path / name)
-    got, said = run(["framework", *line.split()], tmp_path)
+    got, said = run(["arm_kvm", *line.split()], tmp_path)
     assert got == code and words in said
 
 
@@ -102,18 +101,18 @@ def test_options(tmp_path, what):
 
 
 def test_no_shell_in_path(tmp_path):
-    code, said = run(["framework", "conform", "--host", "arm64", "--cases", "1"], tmp_path, PATH="/none")
+    code, said = run(["arm_kvm", "conform", "--host", "arm64", "--cases", "1"], tmp_path, PATH="/none")
     assert code == SetupError.exit_code and "there is no sh, or not in PATH" in said
 
 
 def test_no_folder_for_machines(tmp_path):
-    code, said = run(["framework", "conform", "--host", "arm64", "--cases", "1"], tmp_path, XDG_RUNTIME_DIR="/proc")
+    code, said = run(["arm_kvm", "conform", "--host", "arm64", "--cases", "1"], tmp_path, XDG_RUNTIME_DIR="/proc")
     assert code == SetupError.exit_code and "set XDG_RUNTIME_DIR" in said
 
 
 def test_a_folder_that_is_gone(tmp_path):
     (tmp_path / "gone").mkdir()
-    line = f'cd gone && rmdir ../gone && "{sys.executable}" -m framework hosts'
+    line = f'cd gone && rmdir ../gone && "{sys.executable}" -m arm_kvm hosts'
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == USAGE and "is gone" in done.stderr and "Traceback" not in done.stderr

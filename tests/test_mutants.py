@@ -7,18 +7,16 @@ import sys
 from dataclasses import replace
 
 import pytest
-
-from framework import config
-from framework.errors import ConfigError, KernelError
-from framework.host import snapshots
-from framework.host.kernel import obtain
-from framework.lab import ROOT
-from framework.mutants import catalogue, score, source
-from framework.mutants.catalogue import Edit, Mutant, NotApplicable, Word
-from framework.mutants.fingerprint import fingerprint
-from framework.mutants.patching import put_in
-from framework.mutants.score import Fate, Result
-from framework.recorder.facts import kernel_map
+from arm_kvm.host import config, snapshots
+from arm_kvm.host.kernel import obtain
+from arm_kvm.mutants import catalogue, score, source
+from arm_kvm.mutants.catalogue import Edit, Mutant, NotApplicable, Word
+from arm_kvm.mutants.fingerprint import fingerprint
+from arm_kvm.mutants.patching import put_in
+from arm_kvm.mutants.score import Fate, MutantResult
+from arm_kvm.recorder.facts import kernel_map
+from arm_kvm.support.errors import ConfigError, KernelError
+from arm_kvm.support.paths import ROOT
 
 from .test_plugin import Run
 
@@ -300,7 +298,7 @@ def test_a_kernel_that_has_no_tree(tmp_path):
 # -- fates -------------------------------------------------------------------------------------------------------
 
 SUITE = """
-from framework.host.memory import Advice
+from arm_kvm.vmm.memory import Advice
 
 def test_dontneed(vm, stage2):
     memory = vm.add_memory(0x80000000, 0x1000)
@@ -434,8 +432,8 @@ def test_a_mutant_is_not_kept(tmp_path):
 
 
 LOSES_ITS_COMPILER = """
-from framework.errors import SetupError
-from framework.plugin import ahead
+from arm_kvm.support.errors import SetupError
+from arm_kvm.pytest_plugin import ahead
 
 def missing(qemu):
     raise SetupError("gcc is not installed")
@@ -498,7 +496,7 @@ def test_a_catalogue_that_is_not_there(tmp_path):
 
 def test_the_table_closes_with_the_share():
     def result(name, fate):
-        return Result("a15", "unmap", name, fate, seconds=1.0)
+        return MutantResult("a15", "unmap", name, fate, seconds=1.0)
 
     lines = list(score.table([result("b", Fate.SURVIVED), result("a", Fate.KILLED), result("c", Fate.NOT_APPLICABLE)]))
     assert [line.split()[2] for line in lines[:3]] == ["a", "b", "c"]

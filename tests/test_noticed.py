@@ -7,15 +7,14 @@ own trace shows (testcases/lifecycle).
 import errno
 
 import pytest
-
-from framework.errors import HostOsError
-from framework.host.memory import Advice
-from framework.model.notifier import Operation
-from framework.oracle.verdicts import Kind as Verdict
-from framework.oracle.verdicts import Violation
-from framework.sequences.player import Broken, Player
-from framework.sequences.search import search
-from framework.sequences.steps import Kind, Step
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.oracle.verdicts import Verdict as Verdict
+from arm_kvm.oracle.verdicts import Violation
+from arm_kvm.sequences.player import Player, SequenceBroken
+from arm_kvm.sequences.search import search
+from arm_kvm.sequences.steps import Step, StepKind
+from arm_kvm.support.errors import HostOsError
+from arm_kvm.vmm.memory import Advice
 
 SHORT = 6  #: steps that a failure is shrunk to, at most
 ENOUGH = 400  #: sequences within which it is found
@@ -35,7 +34,7 @@ def shortest(host, oracle, isa):
     """``shortest()``: the shortest sequence that fails, as (steps, complaints)."""
 
     def look():
-        with pytest.raises(Broken) as found:
+        with pytest.raises(SequenceBroken) as found:
             search(lambda: Player(host, oracle, isa), sequences=ENOUGH)
         return found.value.steps, "\n".join(found.value.complaints)
 
@@ -51,7 +50,7 @@ def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
     player = Player(host, oracle, isa)
     player.end()
     tally = search(lambda: Player(host, oracle, isa), sequences=240)
-    assert len({kind for kind in Kind if player.world.can(kind)} - tally.kinds) <= 2
+    assert len({kind for kind in StepKind if player.world.can(kind)} - tally.kinds) <= 2
 
 
 def test_unmapping(without, shortest):
@@ -75,7 +74,7 @@ def test_ageing(without, shortest):
     with without(*AGE, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
-    assert steps[-1].kind is Kind.AGE and "still young" in complaints
+    assert steps[-1].kind is StepKind.AGE and "still young" in complaints
 
 
 def test_write_protection(without, shortest):
@@ -83,7 +82,7 @@ def test_write_protection(without, shortest):
     with without(*WRITE_PROTECT, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
-    assert Kind.LOG_ON in kinds(steps) and "excess-permission" in complaints
+    assert StepKind.LOG_ON in kinds(steps) and "excess-permission" in complaints
 
 
 def test_flushing_of_memslots(without, shortest):
@@ -91,7 +90,7 @@ def test_flushing_of_memslots(without, shortest):
     with without(*FLUSH, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
-    assert steps[-1].kind in (Kind.SLOT_DELETE, Kind.SLOT_MOVE) and "outside-memslots" in complaints
+    assert steps[-1].kind in (StepKind.SLOT_DELETE, StepKind.SLOT_MOVE) and "outside-memslots" in complaints
 
 
 def test_a_witness_names_it(without, vm, witness):
@@ -120,29 +119,29 @@ def test_freeing_of_tables(without, make_vm, stage2, trace):
         assert own <= freed if healthy else not own & freed
 
 
-@pytest.mark.parametrize("judge", [Player.settle, lambda player: player.do(Step(Kind.HOST_READS))])
+@pytest.mark.parametrize("judge", [Player.settle, lambda player: player.do(Step(StepKind.HOST_READS))])
 def test_a_step_is_judged_with_the_next_one_or_at_the_end(without, host, oracle, isa, judge):
     """What is told are the steps up to the one that went wrong, whatever came after."""
     player = Player(host, oracle, isa)
-    player.do(Step(Kind.GUEST_WRITES, page=3))
+    player.do(Step(StepKind.GUEST_WRITES, page=3))
     with without(*UNMAP, value=0):
-        player.do(Step(Kind.DONTNEED, page=3, last=3))
-        with pytest.raises(Broken) as found:
+        player.do(Step(StepKind.DONTNEED, page=3, last=3))
+        with pytest.raises(SequenceBroken) as found:
             judge(player)
-    assert [step.kind for step in found.value.steps] == [Kind.GUEST_WRITES, Kind.DONTNEED] and player.broken
+    assert [step.kind for step in found.value.steps] == [StepKind.GUEST_WRITES, StepKind.DONTNEED] and player.broken
     player.end()
 
 
 def test_a_complaint_of_the_kernel_is_shrunk(host, oracle, isa):
     class Complaining(Player):
         def _carry_out(self, step):
-            if step.kind is Kind.FORK:
+            if step.kind is StepKind.FORK:
                 self._host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at mm/made_up.c:1' > /dev/kmsg")
             return super()._carry_out(step)
 
-    with pytest.raises(Broken, match="made_up") as found:
+    with pytest.raises(SequenceBroken, match="made_up") as found:
         search(lambda: Complaining(host, oracle, isa), sequences=ENOUGH)
-    assert [step.kind for step in found.value.steps] == [Kind.FORK]
+    assert [step.kind for step in found.value.steps] == [StepKind.FORK]
 
 
 def test_what_does_not_repeat_is_told_all_the_same(host, oracle, isa):
@@ -150,11 +149,11 @@ def test_what_does_not_repeat_is_told_all_the_same(host, oracle, isa):
         done = False
 
         def _carry_out(self, step):
-            if step.kind is Kind.FORK and not Once.done:
+            if step.kind is StepKind.FORK and not Once.done:
                 Once.done = True
                 raise HostOsError("fork", errno.ENOMEM)
             return super()._carry_out(step)
 
-    with pytest.raises(Broken, match="fork: ENOMEM") as found:
+    with pytest.raises(SequenceBroken, match="fork: ENOMEM") as found:
         search(lambda: Once(host, oracle, isa), sequences=ENOUGH)
-    assert found.value.steps[-1].kind is Kind.FORK and "(this did not repeat)" in found.value.complaints
+    assert found.value.steps[-1].kind is StepKind.FORK and "(this did not repeat)" in found.value.complaints

@@ -14,9 +14,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-
-from framework.lab import CONFIGS, ROOT
-from framework.machine.rundir import live_machines
+from arm_kvm.machine.rundir import live_machines
+from arm_kvm.support.paths import CONFIGS, ROOT
 
 from .conftest import HEARS_CTRL_C, outside_pytest
 
@@ -37,7 +36,7 @@ class Run:
     def argv(self, suite, *options):
         (self.folder / "test_suite.py").write_text(suite)
         (self.folder / "pytest.ini").write_text("[pytest]\naddopts = -ra --tb=short -p no:logging\n")
-        plain = ["-p", "framework.plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
+        plain = ["-p", "arm_kvm.pytest_plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
         return [*HEARS_CTRL_C, sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
 
     def start(self, suite, *options, **environment):
@@ -354,7 +353,7 @@ def test_keep_leaves_the_machine_until_ctrl_c(run, tmp_path):
 
 FEATURES = """
 import pytest
-from framework.host.features import FEATURES, Feature
+from arm_kvm.host.features import FEATURES, Feature
 FEATURES["MADV_NONE"] = Feature("9.9", lambda host: host.agent("memory_takes", advice=200))
 
 @pytest.mark.feature("MADV_COLD")
@@ -406,7 +405,7 @@ def test_nothing_is_left_when_pytest_is_ended(run, tmp_path, end):
 
 
 DIES_LATE = """
-from framework.recorder.facts import kernel_map
+from arm_kvm.recorder.facts import kernel_map
 
 def test_passes(vm, host):
     vm.guest.ping()

@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-
-from framework.events.trace import root_of
-from framework.events.violations import Kind
-from framework.guest.isa import GuestException
-from framework.host.fleet import Fleet
-from framework.host.memory import Advice
-from framework.model.memslots import SlotFlags
-from framework.recorder.points import What
+from arm_kvm.events.trace import root_of
+from arm_kvm.events.violations import TraceRule
+from arm_kvm.guest.isa import GuestException
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.recorder.points import What
+from arm_kvm.vmm.fleet import Fleet
+from arm_kvm.vmm.memory import Advice
 
 IPA = 0x8000_0000
 VMID_SHIFT = 48
@@ -115,7 +114,7 @@ def test_unmap_without_invalidation(make_vms, record, without):
             vm.memories[-1].read(0x1000, 4)
             vm.guest.ping()
             vm.guest.ping()
-    assert kinds(run) == {Kind.NOT_INVALIDATED}
+    assert kinds(run) == {TraceRule.NOT_INVALIDATED}
 
 
 def test_remap_without_invalidation(make_vms, record, without):
@@ -126,7 +125,7 @@ def test_remap_without_invalidation(make_vms, record, without):
         with without(*FLUSHES):
             vm.memories[-1].advise(Advice.DONTNEED)
             vm.guest.write(IPA, 2)
-    assert Kind.BREAK_BEFORE_MAKE in kinds(run)
+    assert TraceRule.BREAK_BEFORE_MAKE in kinds(run)
 
 
 def test_write_protection_without_invalidation(make_vms, record, without):
@@ -138,7 +137,7 @@ def test_write_protection_without_invalidation(make_vms, record, without):
             vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
             vm.guest.ping()
             vm.guest.ping()
-    assert kinds(run) == {Kind.NOT_INVALIDATED}
+    assert kinds(run) == {TraceRule.NOT_INVALIDATED}
 
 
 # -- VMIDs -----------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def test_entered_with_vmid_0(make_vms, record, enter_under):
     with record(judge=False) as run:
         (vm,) = running(make_vms, 1)
         enter_under(vm, number(0))
-    assert Kind.VMID_ZERO in kinds(run)
+    assert TraceRule.VMID_ZERO in kinds(run)
 
 
 def test_two_vms_with_one_vmid(make_vms, record, vmid, enter_under):
@@ -159,7 +158,7 @@ def test_two_vms_with_one_vmid(make_vms, record, vmid, enter_under):
         two.add_memory(IPA, 0x1000)
         one.guest.ping()
         enter_under(two, number(vmid(one)))
-    assert Kind.VMID_SHARED in kinds(run)
+    assert TraceRule.VMID_SHARED in kinds(run)
 
 
 def test_number_of_a_destroyed_vm_given_again(make_vms, record, vmid, enter_under):
@@ -171,7 +170,7 @@ def test_number_of_a_destroyed_vm_given_again(make_vms, record, vmid, enter_unde
         old = vmid(one)
         one.destroy()
         enter_under(two, number(old))
-    assert Kind.VMID_REUSED in kinds(run)
+    assert TraceRule.VMID_REUSED in kinds(run)
 
 
 @pytest.mark.needs("a15")
@@ -189,7 +188,7 @@ def test_counter_held_still(host, recorder, make_vms, record, destroyed):
         with host.machine.gdb.pause() as gdb:
             gdb.write_memory(counter, before)
         three.guest.ping()
-    assert (Kind.VMID_REUSED if destroyed else Kind.VMID_SHARED) in kinds(run)
+    assert (TraceRule.VMID_REUSED if destroyed else TraceRule.VMID_SHARED) in kinds(run)
 
 
 def test_two_vcpus_with_different_vmids(make_vm, record, vmid, enter_under):
@@ -202,7 +201,7 @@ def test_two_vcpus_with_different_vmids(make_vm, record, vmid, enter_under):
             vm.guests[index].ping()
         with vm.guest.spinning():
             enter_under(vm, number(vmid(vm) + 1), index=1, on=0)
-    assert Kind.VMID_SPLIT in kinds(run)
+    assert TraceRule.VMID_SPLIT in kinds(run)
 
 
 @pytest.mark.needs("vmid8")
@@ -215,7 +214,7 @@ def test_rollover_without_invalidation(make_vms, record, without):
     """
     with record(judge=False) as run, without("__kvm_flush_vm_context"):
         running(make_vms, 300)
-    assert Kind.ROLLOVER_NOT_INVALIDATED in kinds(run)
+    assert TraceRule.ROLLOVER_NOT_INVALIDATED in kinds(run)
 
 
 @pytest.mark.needs("vmid8")
@@ -228,7 +227,7 @@ def test_number_of_an_old_generation(make_vms, record, enter_under):
         last = {run.vmids(vm)[-1]: vm for vm in vms}  # a number's last owner; an earlier one slept
         sleeper = next(vm for vm in vms if run.entered_last(vm) < run.entered_last(last[run.vmids(vm)[-1]]))
         enter_under(sleeper, number(run.vmids(sleeper)[-1]))
-    assert Kind.OLD_GENERATION in kinds(run)
+    assert TraceRule.OLD_GENERATION in kinds(run)
 
 
 @pytest.mark.needs("vmid8")
@@ -241,7 +240,7 @@ def test_not_the_next_number(make_vms, record, enter_under):
         (late,) = make_vms(1)
         late.add_memory(IPA, 0x1000)
         enter_under(late, number(250))
-    assert Kind.WRONG_VMID in kinds(run)
+    assert TraceRule.WRONG_VMID in kinds(run)
 
 
 # -- roots and CPUs ----------------------------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def test_root_of_a_destroyed_vm(make_vms, record, enter_under):
         root = run.root(one)
         one.destroy()
         enter_under(two, lambda vttbr: vttbr >> VMID_SHIFT << VMID_SHIFT | root)
-    assert Kind.STALE_VTTBR in kinds(run)
+    assert TraceRule.STALE_VTTBR in kinds(run)
 
 
 def test_vcpus_share_a_cpu_without_local_flush(make_vm, record, without):
@@ -266,4 +265,4 @@ def test_vcpus_share_a_cpu_without_local_flush(make_vm, record, without):
             for index, vcpu in enumerate(vm.vcpus):
                 vcpu.pin(0)
                 vm.guests[index].ping()
-    assert kinds(run) == {Kind.NO_LOCAL_FLUSH}
+    assert kinds(run) == {TraceRule.NO_LOCAL_FLUSH}

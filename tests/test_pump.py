@@ -3,8 +3,8 @@
 import socket
 import time
 
-from framework.machine.console import Console
-from framework.machine.pump import Pump
+from arm_kvm.machine.console import Console
+from arm_kvm.machine.pump import Pump
 
 
 def test_many_single_bytes_do_not_block_the_writer(tmp_path):

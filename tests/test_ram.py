@@ -4,10 +4,9 @@ import os
 
 import numpy as np
 import pytest
+from arm_kvm.machine.ram import Ram
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.machine.ram import Ram
 
 BASE, PAGES, BEFORE = 0x4000_0000, 16, 3  #: pages of RAM, and of the file before it
 SIZE = PAGES * 0x1000

@@ -3,16 +3,15 @@
 from itertools import groupby
 
 import pytest
-
-from framework import config
-from framework.errors import MachineError
-from framework.events.trace import Created, Destroyed, Enter, Entry, Exit, Invalidate, Mark, Vttbr, root_of
-from framework.host.memory import Advice
-from framework.recorder.breakpoints import Breakpoints
-from framework.recorder.points import INSN, KernelMap, What
-from framework.recorder.probe import Probe
-from framework.recorder.recorder import Recorder
-from framework.recorder.recording import Recording
+from arm_kvm.events.trace import Created, Destroyed, Enter, EntryChange, Exit, Invalidate, Mark, Vttbr, root_of
+from arm_kvm.host import config
+from arm_kvm.recorder.breakpoints import Breakpoints
+from arm_kvm.recorder.points import INSN, KernelMap, What
+from arm_kvm.recorder.probe import Probe
+from arm_kvm.recorder.recorder import Recorder
+from arm_kvm.recorder.recording import Recording
+from arm_kvm.support.errors import MachineError
+from arm_kvm.vmm.memory import Advice
 
 IPA = 0x8000_0000
 
@@ -54,7 +53,7 @@ def essence(trace):
                 continue
             case Invalidate(op=op, operand=operand):
                 out.append((op, operand))
-            case Entry(root=root, ipa=ipa, level=level, old=old, new=new):
+            case EntryChange(root=root, ipa=ipa, level=level, old=old, new=new):
                 out.append(("entry", name(root), ipa, level, old & 0xFFF, new & 0xFFF))
             case Created(root=root) | Destroyed(root=root):
                 out.append((event.word, name(root)))
@@ -76,7 +75,15 @@ def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
         exercise(make_vm)
     assert run.violations == []
     assert "\n".join(map(str, essence(run.trace))) == "\n".join(map(str, essence(by_probe.trace)))
-    assert {type(event) for event in run.trace.events} >= {Vttbr, Enter, Exit, Invalidate, Entry, Created, Destroyed}
+    assert {type(event) for event in run.trace.events} >= {
+        Vttbr,
+        Enter,
+        Exit,
+        Invalidate,
+        EntryChange,
+        Created,
+        Destroyed,
+    }
 
 
 @pytest.mark.native
@@ -103,7 +110,7 @@ def test_every_point_is_an_instruction_of_the_hypervisor(host, recorder):
 
 @pytest.mark.native
 def test_trace_survives_saving(make_vm, record, tmp_path):
-    from framework.events.trace import Trace
+    from arm_kvm.events.trace import Trace
 
     with record() as run:
         exercise(make_vm)

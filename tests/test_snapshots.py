@@ -7,17 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from framework import cache, config
-from framework.errors import QemuDied
-from framework.host import snapshots
-from framework.host.kernel import obtain
-from framework.host.memory import PAGE
-from framework.lab import cache_root
-from framework.machine.saved import Saved, copy
-from framework.oracle import Oracle
-from framework.pool import Pool
-from framework.recorder.probe import Probe
+from arm_kvm.host import config, snapshots
+from arm_kvm.host.kernel import obtain
+from arm_kvm.hosts.pool import Pool
+from arm_kvm.machine.saved import Saved, copy
+from arm_kvm.oracle import Oracle
+from arm_kvm.recorder.probe import Probe
+from arm_kvm.support import cache
+from arm_kvm.support.errors import QemuDied
+from arm_kvm.support.paths import cache_root
+from arm_kvm.vmm.memory import PAGE
 
 ARM64, VHE = config.find("arm64"), config.find("arm64-vhe")
 IPA = 0x8000_0000

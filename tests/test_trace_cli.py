@@ -3,8 +3,7 @@
 from xml.etree import ElementTree
 
 import pytest
-
-from framework.errors import ProtocolViolation, SetupError, TraceError
+from arm_kvm.support.errors import ProtocolViolation, SetupError, TraceError
 
 HEAD = """arm-kvm-trace 1
 host=a15 kernel=5.4.302 cpus=2 vmid-bits=8 allocator=consecutive

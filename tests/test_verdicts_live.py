@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from framework.errors import TraceError
-from framework.host.memory import Advice, Prot
-from framework.model import descriptors as d
-from framework.model.memslots import SlotFlags
-from framework.model.notifier import Operation
-from framework.oracle import Kind, Violation
-from framework.oracle.trace import traced
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.oracle import Verdict, Violation
+from arm_kvm.oracle.ftrace import traced
+from arm_kvm.support.errors import TraceError
+from arm_kvm.vmm.memory import Advice, Prot
 
 IPA = 0x8000_0000
 PAGE = 0x1000
@@ -74,13 +73,13 @@ def test_what_goes_while_guests_run(vm, memory, host, witness, entry_of, stored)
             memory.advise(Advice.DONTNEED, 4 * PAGE, PAGE)
             with host.machine.gdb.pause() as gdb:
                 gdb.write_memory(pa, bytes(8))
-    assert [(f.kind, f.ipa) for f in caught.value.findings] == [(Kind.LOST, IPA + 3 * PAGE)]
+    assert [(f.kind, f.ipa) for f in caught.value.findings] == [(Verdict.LOST, IPA + 3 * PAGE)]
 
 
 CORRUPTIONS = {
-    Kind.WRONG_FRAME: lambda desc: desc ^ (1 << 13),
-    Kind.WRONG_MEMORY_TYPE: lambda desc: desc & ~d.MEMATTR.mask | d.MEMATTR.put(d.MemAttr.DEVICE_nGnRE),
-    Kind.MALFORMED_ENTRY: lambda desc: desc & ~2,
+    Verdict.WRONG_FRAME: lambda desc: desc ^ (1 << 13),
+    Verdict.WRONG_MEMORY_TYPE: lambda desc: desc & ~d.MEMATTR.mask | d.MEMATTR.put(d.MemAttr.DEVICE_nGnRE),
+    Verdict.MALFORMED_ENTRY: lambda desc: desc & ~2,
 }
 
 
@@ -107,14 +106,14 @@ def test_write_permission_in_a_read_only_memslot(vm, oracle, entry_of, stored):
     vm.add_memory(IPA, PAGE, flags=SlotFlags.READONLY).write(0, b"x")
     vm.guest.read(IPA)
     found = made_writable(vm, oracle, entry_of, stored, IPA)
-    assert found == [(Kind.EXCESS_PERMISSION, IPA, "not writable: the memslot is read-only")]
+    assert found == [(Verdict.EXCESS_PERMISSION, IPA, "not writable: the memslot is read-only")]
 
 
 def test_write_permission_the_host_does_not_have(vm, memory, oracle, entry_of, stored):
     memory.protect(Prot.READ)
     vm.guest.read(IPA)
     ((kind, ipa, expected),) = made_writable(vm, oracle, entry_of, stored, IPA)
-    assert (kind, ipa) == (Kind.EXCESS_PERMISSION, IPA) and ", ro at HVA" in expected
+    assert (kind, ipa) == (Verdict.EXCESS_PERMISSION, IPA) and ", ro at HVA" in expected
 
 
 def test_write_permission_on_a_clean_page(vm, memory, oracle, entry_of, stored):
@@ -122,7 +121,7 @@ def test_write_permission_on_a_clean_page(vm, memory, oracle, entry_of, stored):
     vm.dirty_pages(IPA)
     vm.guest.read(IPA)
     found = made_writable(vm, oracle, entry_of, stored, IPA)
-    assert found == [(Kind.EXCESS_PERMISSION, IPA, "not writable: clean in the dirty log")]
+    assert found == [(Verdict.EXCESS_PERMISSION, IPA, "not writable: clean in the dirty log")]
 
 
 def test_a_memslot_that_is_denied(vm, memory, oracle):
@@ -131,7 +130,7 @@ def test_a_memslot_that_is_denied(vm, memory, oracle):
     del vm.slots[vm.slot_at(IPA).slot]
     _, findings = oracle.examine(vm)[0]
     vm.slots = truth
-    assert [(f.kind, f.ipa, f.size) for f in findings] == [(Kind.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
+    assert [(f.kind, f.ipa, f.size) for f in findings] == [(Verdict.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
 
 
 def test_a_memslot_that_is_lied_about(vm, memory, oracle):
@@ -141,7 +140,7 @@ def test_a_memslot_that_is_lied_about(vm, memory, oracle):
     vm.slots[slot.slot] = replace(slot, hva=slot.hva + PAGE)
     _, findings = oracle.examine(vm)[0]
     vm.slots = truth
-    assert {f.kind for f in findings} == {Kind.WRONG_FRAME}
+    assert {f.kind for f in findings} == {Verdict.WRONG_FRAME}
     assert sum(f.size for f in findings) == 8 * PAGE
 
 
@@ -150,7 +149,7 @@ def test_a_leaf_that_reaches_a_table(vm, memory, oracle, entry_of, stored):
     table = pa & ~(PAGE - 1)
     with stored(pa, desc & ~d.Format().address_field() | table, then=desc):
         _, findings = oracle.examine(vm)[0]
-    assert {f.kind for f in findings} == {Kind.SHARED_TABLE, Kind.WRONG_FRAME}
+    assert {f.kind for f in findings} == {Verdict.SHARED_TABLE, Verdict.WRONG_FRAME}
 
 
 def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
@@ -162,7 +161,7 @@ def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
     slots = [vm.regime.root + (IPA >> 30) * 8 for vm in (one, two)]
     entries = [int(host.machine.ram.fetch(np.array([slot], dtype=np.uint64))[0]) for slot in slots]
     with stored(slots[1], entries[0], then=entries[1]):
-        assert Kind.SHARED_TABLE in {f.kind for f in oracle.examine(two)[0][1]}
+        assert Verdict.SHARED_TABLE in {f.kind for f in oracle.examine(two)[0][1]}
     assert oracle.examine(two)[0][1] == []
 
 
@@ -170,7 +169,7 @@ def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
     """A record as WARN_ON writes it, put into the real log of the real host."""
     host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at arch/arm/kvm/mmu.c:1 made_up+0x0/0x4' > /dev/kmsg")
     (finding,) = oracle.splats()
-    assert finding.kind is Kind.KERNEL_SPLAT and "made_up" in finding.found
+    assert finding.kind is Verdict.KERNEL_SPLAT and "made_up" in finding.found
     assert oracle.splats() == []
 
 

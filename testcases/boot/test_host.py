@@ -5,8 +5,7 @@ registers read from outside the machine.
 """
 
 import pytest
-
-from framework.oracle.sight import guests_on_cpus
+from arm_kvm.oracle.sight import guests_on_cpus
 
 pytestmark = pytest.mark.usefixtures("host")
 

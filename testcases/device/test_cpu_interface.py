@@ -6,10 +6,11 @@ GICV_DIR register"): the second holds GICC_DIR, and what is not mapped of the in
 """
 
 import pytest
-
-from framework.guest.isa import GuestException
-from framework.host.memory import BLOCK, PAGE, Advice, Child
-from framework.host.vgic import (
+from arm_kvm.guest.isa import GuestException
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.oracle import Verdict, Violation
+from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Child
+from arm_kvm.vmm.vgic import (
     CPU_INTERFACE_SIZE,
     GICC_CTLR,
     GICC_EOIR,
@@ -24,9 +25,7 @@ from framework.host.vgic import (
     Frame,
     gicv_of,
 )
-from framework.host.vm import Mmio
-from framework.model.memslots import SlotFlags
-from framework.oracle import Kind, Violation
+from arm_kvm.vmm.vm import Mmio
 
 GICD, GICC = 0x2C00_1000, 0x2C00_2000
 SPI = 40
@@ -235,7 +234,7 @@ def test_dirty_logging_of_the_memslot(vm, covered, stage2, host, known_fault):
     try:
         stage2(vm)
     except Violation as e:
-        executable = e.kinds == {Kind.EXCESS_PERMISSION} and [finding.ipa for finding in e.findings] == [GICC]
+        executable = e.kinds == {Verdict.EXCESS_PERMISSION} and [finding.ipa for finding in e.findings] == [GICC]
         if not executable or not host.needs_no_icache_maintenance:
             raise
         vm.destroy()

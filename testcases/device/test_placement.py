@@ -8,12 +8,11 @@ vgic-v2.c vgic_v2_check_base.
 import errno
 
 import pytest
-
-from framework.errors import HostOops, HostOsError
-from framework.guest.driver import RunFailed
-from framework.host.memory import PAGE
-from framework.host.vgic import GICC_IIDR, Frame
-from framework.oracle import Kind
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.oracle import Verdict
+from arm_kvm.support.errors import HostOops, HostOsError
+from arm_kvm.vmm.memory import PAGE
+from arm_kvm.vmm.vgic import GICC_IIDR, Frame
 
 GICD, GICC = 0x2C00_1000, 0x2C00_2000
 UNSET = (1 << 64) - 1
@@ -84,7 +83,7 @@ def test_running_what_reaches_beyond_the_ipa_space(vm, vgic, host, oracle, known
     assert stage2.leaf(last).pa == vgic.windows[0].pa
     if findings == [] and "a15" in host.config.can:
         known_fault(BEHIND_THE_ROOT, fatal=True)  # the second page is mapped, and nowhere in this VM's tables
-    assert [(finding.kind, finding.ipa) for finding in findings] == [(Kind.OUTSIDE_MEMSLOTS, 0)]
+    assert [(finding.kind, finding.ipa) for finding in findings] == [(Verdict.OUTSIDE_MEMSLOTS, 0)]
     vm.destroy()
     known_fault("5.4 arm64: the second page of the CPU interface is mapped at IPA 0")
 

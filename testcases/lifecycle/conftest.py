@@ -4,8 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-
-from framework.host.memory import PAGE
+from arm_kvm.vmm.memory import PAGE
 
 
 class Pages:

@@ -7,11 +7,10 @@ mmu_notifier release, kvm_flush_shadow_all; mm/oom_kill.c, whose reaper may not 
 import time
 
 import pytest
-
-from framework.host import facilities
-from framework.host.memory import PAGE, Advice
-from framework.host.vm import Mmio
-from framework.model.memslots import Memslot
+from arm_kvm.host import facilities
+from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vmm.vm import Mmio
 
 IPA = 0x8000_0000
 MIB = 1 << 20

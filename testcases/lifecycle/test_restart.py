@@ -5,8 +5,7 @@ The new guest starts with its caches off, so what KVM has mapped is unmapped, to
 """
 
 import pytest
-
-from framework.host.memory import PAGE
+from arm_kvm.vmm.memory import PAGE
 
 IPA = 0x8000_0000
 PAGES = 8

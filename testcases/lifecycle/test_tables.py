@@ -9,11 +9,10 @@ import itertools
 
 import numpy as np
 import pytest
-
-from framework.host.facilities import free_memory
-from framework.host.fleet import Fleet
-from framework.host.memory import PAGE, Advice, Child
-from framework.host.vgic import Frame
+from arm_kvm.host.facilities import free_memory
+from arm_kvm.vmm.fleet import Fleet
+from arm_kvm.vmm.memory import PAGE, Advice, Child
+from arm_kvm.vmm.vgic import Frame
 
 IPA = 0x8000_0000
 GICD, GICC = 0x2C00_1000, 0x2C00_2000

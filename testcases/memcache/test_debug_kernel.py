@@ -1,6 +1,6 @@
 """A kernel that checks itself: that its checks are on. The proof is the whole suite passing on it without a splat.
 
-``arm-kvm`` fails every test during which the kernel complains (framework/oracle/splats.py); with these options it
+``arm-kvm`` fails every test during which the kernel complains (arm_kvm.oracle.splats); with these options it
 complains of a sleeping allocation under kvm->mmu_lock, of lock order, of a freed page that is written.
 """
 

@@ -5,9 +5,8 @@ space a page far from all others needs a table of level 2 and one of level 3.
 """
 
 import pytest
-
-from framework.host.memory import BLOCK, PAGE
-from framework.model.memcache import CAPACITY, pages_needed
+from arm_kvm.model.kvm.memcache import CAPACITY, pages_needed
+from arm_kvm.vmm.memory import BLOCK, PAGE
 
 IPA = 0x8000_0000
 GIB = 1 << 30

@@ -7,12 +7,11 @@ mapped half; the next run succeeds (virt/kvm/arm/mmu.c user_mem_abort, kvm_mmu_t
 import errno
 
 import pytest
-
-from framework.guest.driver import Order
-from framework.guest.payload import MAILBOX_SIZE
-from framework.host.facilities import free_memory
-from framework.host.memory import BLOCK, PAGE
-from framework.model.memcache import pages_needed
+from arm_kvm.guest.driver import Order
+from arm_kvm.guest.payload import MAILBOX_SIZE
+from arm_kvm.host.facilities import free_memory
+from arm_kvm.model.kvm.memcache import pages_needed
+from arm_kvm.vmm.memory import BLOCK, PAGE
 
 IPA = 0x8000_0000
 MOST = 200  #: allocations of one call that are tried

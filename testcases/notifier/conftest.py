@@ -8,12 +8,11 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
-
-from framework.host import facilities
-from framework.host.memory import BLOCK, PAGE, Child
-from framework.model.notifier import Call
-from framework.oracle.trace import traced
-from framework.oracle.witness import calls_in
+from arm_kvm.host import facilities
+from arm_kvm.model.kvm.notifier import Call
+from arm_kvm.oracle.ftrace import traced
+from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.memory import BLOCK, PAGE, Child
 
 IPA = 0x8000_0000
 PAGES = 64

@@ -5,10 +5,9 @@ be unmapped or lose a right; a guest's access must set the flag again, and the h
 """
 
 import pytest
-
-from framework.host.memory import PAGE, Advice
-from framework.model import descriptors as d
-from framework.model.notifier import Call, Operation
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.kvm.notifier import Call, Operation
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]

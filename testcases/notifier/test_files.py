@@ -5,10 +5,9 @@ try_to_unmap_one. Beyond the end of a file there is no memory: KVM_RUN answers E
 """
 
 import pytest
-
-from framework.guest.driver import RunFailed
-from framework.host.memory import BLOCK, PAGE, File
-from framework.model.notifier import Operation
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import BLOCK, PAGE, File
 
 IPA = 0x8000_0000
 SIZE = 64 * PAGE

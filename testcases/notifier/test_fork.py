@@ -5,9 +5,8 @@ maps the copy read-only at once where a level 3 table is left.
 """
 
 import pytest
-
-from framework.host.memory import PAGE
-from framework.model.notifier import Operation
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import PAGE
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]

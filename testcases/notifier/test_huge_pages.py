@@ -6,10 +6,9 @@ collapse_huge_page moves 512 pages into one. A block must never map what is no l
 
 import numpy as np
 import pytest
-
-from framework.host.memory import BLOCK, PAGE, Advice, Prot
-from framework.model.notifier import Call, Operation
-from framework.oracle.witness import calls_in
+from arm_kvm.model.kvm.notifier import Call, Operation
+from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
 
 IPA = 0x8000_0000
 IN_A_BLOCK = BLOCK // PAGE

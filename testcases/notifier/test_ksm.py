@@ -6,10 +6,9 @@ now shared (kvm_set_spte_hva): stage 2 may map it, read-only.
 
 import numpy as np
 import pytest
-
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Call, Operation
-from framework.oracle.witness import calls_in
+from arm_kvm.model.kvm.notifier import Call, Operation
+from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 SAME = range(8, 24)

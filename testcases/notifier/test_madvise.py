@@ -4,9 +4,8 @@ mm/madvise.c: madvise_dontneed_single_vma, madvise_free_single_vma. virt/kvm/arm
 """
 
 import pytest
-
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Operation
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import PAGE, Advice
 
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 

@@ -7,10 +7,9 @@ or not the right, KVM_RUN answers EFAULT; the guest can be run again when it has
 import errno
 
 import pytest
-
-from framework.guest.driver import RunFailed
-from framework.host.memory import PAGE, Prot
-from framework.model.notifier import Operation
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import PAGE, Prot
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]

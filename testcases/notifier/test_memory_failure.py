@@ -5,10 +5,9 @@ mm/memory-failure.c (CONFIG_MEMORY_FAILURE: not on 32-bit Arm), arch/arm64/kvm/m
 
 import numpy as np
 import pytest
-
-from framework.guest.driver import RunFailed
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Operation
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True), pytest.mark.needs("memory-failure")]

@@ -5,10 +5,9 @@ mm/migrate.c unmap_and_move, mm/compaction.c, mm/memory-failure.c soft_offline_p
 
 import numpy as np
 import pytest
-
-from framework.host.memory import BLOCK, PAGE, Advice
-from framework.model.notifier import Call, Operation
-from framework.oracle.witness import calls_in
+from arm_kvm.model.kvm.notifier import Call, Operation
+from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.memory import BLOCK, PAGE, Advice
 
 IPA = 0x8000_0000
 PAGES = 2048

@@ -4,9 +4,8 @@ mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only w
 """
 
 import pytest
-
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Operation
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 #: With a host of their own: a page that was used after it was freed shows when it is given out again.

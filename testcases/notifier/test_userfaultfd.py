@@ -7,11 +7,10 @@ import errno
 from contextlib import ExitStack
 
 import pytest
-
-from framework.agent.uffd import content_of
-from framework.errors import HostOsError
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import Operation
+from arm_kvm.agent.uffd import content_of
+from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.support.errors import HostOsError
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]

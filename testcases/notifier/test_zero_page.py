@@ -5,10 +5,9 @@ table is left.
 """
 
 import pytest
-
-from framework.host.memory import PAGE, Advice
-from framework.model.notifier import CHANGE_PTE_GONE, Operation
-from framework.oracle import Kind, Violation
+from arm_kvm.model.kvm.notifier import CHANGE_PTE_GONE, Operation
+from arm_kvm.oracle import Verdict, Violation
+from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
@@ -21,7 +20,7 @@ def stale(host, scene, known_fault):
     def judge(violation):
         known = "arm64" in host.config.can and host.kernel_version < CHANGE_PTE_GONE
         dropped = all(IPA + 8 * PAGE <= finding.ipa < IPA + 24 * PAGE for finding in violation.findings)
-        if not known or not dropped or violation.kinds != {Kind.WRONG_FRAME}:
+        if not known or not dropped or violation.kinds != {Verdict.WRONG_FRAME}:
             raise violation
         scene.vm.destroy()
         known_fault(

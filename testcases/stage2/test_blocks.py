@@ -4,9 +4,9 @@ virt/kvm/arm/mmu.c (5.4) fault_supports_stage2_huge_mapping, transparent_hugepag
 IPA and HVA congruent modulo 2 MiB and a memslot that contains all of it (6794ad5443a2, a80868f39837).
 """
 
-from framework.host.memory import BLOCK, PAGE, Advice, Prot
-from framework.model.memslots import SlotFlags
-from framework.oracle import Kind, Violation
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.oracle import Verdict, Violation
+from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
 
 IPA = 0x8000_0000
 
@@ -67,7 +67,7 @@ def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, host, stage2, known
         leaf = stage2(vm).leaf
     except Violation as violation:
         beyond = [(finding.kind, finding.ipa, finding.size) for finding in violation.findings]
-        if host.kernel_version >= (5, 0) or beyond != [(Kind.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
+        if host.kernel_version >= (5, 0) or beyond != [(Verdict.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
             raise
         vm.destroy()
         known_fault(

@@ -5,8 +5,7 @@ not be writable in stage 2, or the next write would go unseen.
 """
 
 import pytest
-
-from framework.model.memslots import SlotFlags
+from arm_kvm.model.kvm.memslots import SlotFlags
 
 IPA = 0x8000_0000
 PAGE = 0x1000

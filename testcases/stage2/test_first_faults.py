@@ -5,8 +5,7 @@ writable, a read fault maps it as the host does, an execute fault clears XN.
 """
 
 import pytest
-
-from framework.guest.isa import GuestException
+from arm_kvm.guest.isa import GuestException
 
 IPA = 0x8000_0000
 PAGE = 0x1000

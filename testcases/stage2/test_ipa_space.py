@@ -7,13 +7,12 @@ The size comes from the CPU (VTCR), not from a constant; a memslot beyond it mus
 import errno
 
 import pytest
-
-from framework.errors import HostOsError
-from framework.guest.driver import RunFailed
-from framework.guest.isa import GuestException
-from framework.guest.payload import CODE, MAILBOX
-from framework.guest.stage1 import GIB, Stage1
-from framework.host.vm import Mmio
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.guest.isa import GuestException
+from arm_kvm.guest.payload import CODE, MAILBOX
+from arm_kvm.guest.stage1 import GIB, GuestStage1
+from arm_kvm.support.errors import HostOsError
+from arm_kvm.vmm.vm import Mmio
 
 PAGE = 0x1000
 TABLES = 0x2000_0000
@@ -39,7 +38,7 @@ def test_last_page(vm, host, stage2, known_fault):
     """The guest reaches the top of the IPA space through its own stage 1: A32 has no other way."""
     vm.guest.ping()
     size = stage2(vm).regime.input_size
-    stage1 = Stage1(vm.isa, root=TABLES)
+    stage1 = GuestStage1(vm.isa, root=TABLES)
     stage1.map_block(WINDOW, size - GIB)
     vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
     try:

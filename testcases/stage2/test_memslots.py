@@ -5,10 +5,9 @@ writable only where the memslot is, and must be gone when its memslot is (df6ce2
 """
 
 import pytest
-
-from framework.errors import HostOsError
-from framework.host.vm import Mmio
-from framework.model.memslots import SlotFlags
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.support.errors import HostOsError
+from arm_kvm.vmm.vm import Mmio
 
 IPA = 0x8000_0000
 PAGE = 0x1000

@@ -5,10 +5,9 @@ extension; KVM_EXIT_MMIO carries address, size and data. Nothing may be mapped f
 """
 
 import pytest
-
-from framework.guest.driver import RunFailed
-from framework.guest.isa import ISAS
-from framework.host.vm import Mmio
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.guest.isa import ISAS
+from arm_kvm.vmm.vm import Mmio
 
 DEVICE = 0x1000_0000
 ENOSYS = 38

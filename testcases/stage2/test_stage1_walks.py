@@ -5,11 +5,10 @@ memslot (on arm64 since 406504c7b040); a walk into a hole is the guest's own mis
 """
 
 import pytest
-
-from framework.guest.driver import RunFailed
-from framework.guest.isa import GuestException
-from framework.guest.stage1 import Stage1
-from framework.model.memslots import SlotFlags
+from arm_kvm.guest.driver import RunFailed
+from arm_kvm.guest.isa import GuestException
+from arm_kvm.guest.stage1 import GuestStage1
+from arm_kvm.model.kvm.memslots import SlotFlags
 
 TABLES = 0x2000_0000
 DATA = 0x8000_0000
@@ -21,7 +20,7 @@ ENOSYS = 38
 @pytest.fixture
 def stage1(vm):
     """Identity tables for the guest, their root in a page of its own, not yet written."""
-    return Stage1(vm.isa, root=TABLES)
+    return GuestStage1(vm.isa, root=TABLES)
 
 
 def test_walk_of_a_root_that_is_not_mapped_yet(vm, stage1, stage2, trace):
@@ -40,7 +39,7 @@ def test_walk_of_a_second_level_that_is_not_mapped_yet(vm, stage1, stage2):
     level2 = TABLES + 0x10_0000
     stage1.link(DATA, level2)
     vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
-    vm.add_memory(level2, PAGE).write(0, Stage1.level2(DATA))
+    vm.add_memory(level2, PAGE).write(0, GuestStage1.level2(DATA))
     vm.add_memory(DATA, PAGE)
     vm.guest.enable_mmu(stage1)
     assert stage2(vm).leaf(level2) is None
@@ -54,7 +53,7 @@ def test_tables_in_a_read_only_memslot(vm, stage1, stage2, known_fault):
     level2 = TABLES + 0x10_0000
     stage1.link(DATA, level2)
     vm.add_memory(TABLES, PAGE).write(0, stage1.encode())
-    vm.add_memory(level2, PAGE, flags=SlotFlags.READONLY).write(0, Stage1.level2(DATA))
+    vm.add_memory(level2, PAGE, flags=SlotFlags.READONLY).write(0, GuestStage1.level2(DATA))
     vm.add_memory(DATA, PAGE)
     vm.guest.enable_mmu(stage1)
     try:

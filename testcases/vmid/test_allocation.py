@@ -6,8 +6,7 @@ Every recording is also held against the model's allocator and the rules of TLB 
 from itertools import pairwise
 
 import pytest
-
-from framework.host.fleet import Fleet
+from arm_kvm.vmm.fleet import Fleet
 
 DATA = 0x8000_0000
 #: A host on which no VMs before these may bring about a rollover.

@@ -5,9 +5,8 @@ against the rules instead, entry by entry (not-invalidated, break-before-make).
 """
 
 import pytest
-
-from framework.host.memory import BLOCK, PAGE, Advice, Child, Prot
-from framework.model.memslots import SlotFlags
+from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Child, Prot
 
 IPA = 0x8000_0000
 PAGES = 16

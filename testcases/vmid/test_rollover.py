@@ -4,8 +4,7 @@
 """
 
 import pytest
-
-from framework.host.fleet import Fleet
+from arm_kvm.vmm.fleet import Fleet
 
 DATA = 0x8000_0000
 pytestmark = [pytest.mark.needs("vmid8"), pytest.mark.native]

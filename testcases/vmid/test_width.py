@@ -1,8 +1,7 @@
 """16-bit VMIDs (FEAT_VMID16): VTCR.VS is set, and a 256th VM needs no new generation."""
 
 import pytest
-
-from framework.host.fleet import Fleet
+from arm_kvm.vmm.fleet import Fleet
 
 DATA = 0x8000_0000
 pytestmark = [pytest.mark.needs("vmid16"), pytest.mark.native]

@@ -6,10 +6,9 @@ before the guest is entered with it.
 
 from __future__ import annotations
 
+from arm_kvm.events.trace import VMID_SHIFT, Created, Destroyed, Enter, Event, Exit, Invalidate, Trace, Vttbr
+from arm_kvm.model.kvm.vmid import Bitmap, Consecutive
 from hypothesis import strategies as st
-
-from framework.events.trace import VMID_SHIFT, Created, Destroyed, Enter, Event, Exit, Invalidate, Trace, Vttbr
-from framework.model.vmid import Bitmap, Consecutive
 
 BITS = 3  # seven numbers: histories of a few dozen steps roll over several times
 SLOTS = 12  # stage-2 roots; a destroyed VM's root is the next VM's

@@ -9,26 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from arm_kvm.events.allocation import Allocation, begin_of
+from arm_kvm.events.checker import violations
+from arm_kvm.events.trace import VMID_SHIFT, Created, Destroyed, Enter, Exit, Invalidate, Trace, Vttbr, root_of, vmid_of
+from arm_kvm.events.violations import TraceRule
+from arm_kvm.events.world import full
+from arm_kvm.model.kvm.vmid import Bitmap, Consecutive
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-from framework.events.allocation import Allocation, begin_of
-from framework.events.checker import violations
-from framework.events.trace import (
-    VMID_SHIFT,
-    Created,
-    Destroyed,
-    Enter,
-    Exit,
-    Invalidate,
-    Trace,
-    Vttbr,
-    root_of,
-    vmid_of,
-)
-from framework.events.violations import Kind
-from framework.events.world import full
-from framework.model.vmid import Bitmap, Consecutive
 
 from .hosts import BITS, FLUSH, Host, steps
 
@@ -51,7 +39,7 @@ def story(allocator: str, text: str, cpus: int = 2) -> Trace:
     return Trace(facts, [event for word in text.split() for event in _events(word, allocator)])
 
 
-def found(allocator: str, text: str, cpus: int = 2) -> list[Kind]:
+def found(allocator: str, text: str, cpus: int = 2) -> list[TraceRule]:
     """What equality with the model alone finds."""
     trace = story(allocator, text, cpus)
     return [v.kind for v in violations(trace, [Allocation(begin_of(trace), trace.cpus)])]
@@ -86,12 +74,12 @@ def test_both_allow(allocator, text):
 
 
 BOTH_REFUSE = {
-    "the number below": ("A0:5 B0:4", Kind.WRONG_VMID),
-    "another's number": ("A0:5 B0:5", Kind.WRONG_VMID),
-    "another number in the same generation": ("A0:5 B0:6 A0:7", Kind.WRONG_VMID),
-    "the destroyed VM's": ("A0:5 -A A0:5", Kind.WRONG_VMID),
-    "a new generation, and nothing invalidated": ("A0:255 B0:1", Kind.ROLLOVER_NOT_INVALIDATED),
-    "two generations, and one invalidation": ("A0:255 full B0:1 C0:2 D0:1", Kind.WRONG_VMID),
+    "the number below": ("A0:5 B0:4", TraceRule.WRONG_VMID),
+    "another's number": ("A0:5 B0:5", TraceRule.WRONG_VMID),
+    "another number in the same generation": ("A0:5 B0:6 A0:7", TraceRule.WRONG_VMID),
+    "the destroyed VM's": ("A0:5 -A A0:5", TraceRule.WRONG_VMID),
+    "a new generation, and nothing invalidated": ("A0:255 B0:1", TraceRule.ROLLOVER_NOT_INVALIDATED),
+    "two generations, and one invalidation": ("A0:255 full B0:1 C0:2 D0:1", TraceRule.WRONG_VMID),
 }
 
 
@@ -104,7 +92,7 @@ def test_both_refuse(allocator, text, kind):
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_after_a_wrong_number_the_model_begins_anew(allocator):
     """One fault is reported once, and does not hide the next."""
-    assert found(allocator, "A0:5 B0:4 C0:5 D0:6 E0:2") == [Kind.WRONG_VMID, Kind.WRONG_VMID]
+    assert found(allocator, "A0:5 B0:4 C0:5 D0:6 E0:2") == [TraceRule.WRONG_VMID, TraceRule.WRONG_VMID]
 
 
 # -- consecutive ------------------------------------------------------------------------------------------
@@ -145,11 +133,11 @@ def test_late_entries_are_followed(allocator, text, cpus):
 
 
 CONSECUTIVE_REFUSES = {
-    "a number too far": ("A0:1 B0:4", Kind.WRONG_VMID),
-    "two late CPUs of two": ("A0:1 C0:3 D0:5", Kind.WRONG_VMID),
-    "the late number twice": ("A0:1 C0:3 B1:2 D1:2", Kind.WRONG_VMID),
-    "the old number after the rollover": ("A0:254 B1:255 full C0:1 B1:255", Kind.OLD_GENERATION),
-    "a skipped number on one CPU": ("A0:1 B0:3", Kind.WRONG_VMID, 1),
+    "a number too far": ("A0:1 B0:4", TraceRule.WRONG_VMID),
+    "two late CPUs of two": ("A0:1 C0:3 D0:5", TraceRule.WRONG_VMID),
+    "the late number twice": ("A0:1 C0:3 B1:2 D1:2", TraceRule.WRONG_VMID),
+    "the old number after the rollover": ("A0:254 B1:255 full C0:1 B1:255", TraceRule.OLD_GENERATION),
+    "a skipped number on one CPU": ("A0:1 B0:3", TraceRule.WRONG_VMID, 1),
 }
 
 
@@ -205,7 +193,7 @@ def test_who_asks_first_gets_the_old_number(then):
 
 @pytest.mark.parametrize("then", ["A0:2 Q1:40", "A0:4", "A0:2 X1:4"])
 def test_nobody_else_gets_it(then):
-    assert found("bitmap", f"{TWO_ASK} {then}") == [Kind.WRONG_VMID]
+    assert found("bitmap", f"{TWO_ASK} {then}") == [TraceRule.WRONG_VMID]
 
 
 # -- hosts that keep the rules, and hosts that do not ------------------------------------------------------
@@ -252,7 +240,7 @@ histories = steps("out", "destroy", slots=5)
 mutations = pytest.mark.parametrize(("name", "cpus"), [host for host in HOSTS if host[1] > 1])
 
 
-def kinds(trace: Trace) -> set[Kind]:
+def kinds(trace: Trace) -> set[TraceRule]:
     return {violation.kind for violation in violations(trace)}
 
 
@@ -264,7 +252,7 @@ def test_another_vms_number_is_noticed(name, cpus, history, data):
         (index, number) for index, root, _, held in enters(trace) for other, number in held.items() if other != root
     ]
     assume(choices)
-    clash = {Kind.VMID_SHARED, Kind.VMID_REUSED, Kind.ROLLOVER_NOT_INVALIDATED}
+    clash = {TraceRule.VMID_SHARED, TraceRule.VMID_REUSED, TraceRule.ROLLOVER_NOT_INVALIDATED}
     assert kinds(with_vmid(trace, *data.draw(st.sampled_from(choices)))) & clash
 
 
@@ -276,7 +264,7 @@ def test_a_new_number_within_a_generation_is_noticed(name, cpus, history, data):
     assume(choices)
     index, vmid = data.draw(st.sampled_from(choices))
     other = data.draw(st.integers(1, (1 << BITS) - 1).filter(lambda n: n != vmid))
-    assert Kind.VMID_SPLIT in kinds(with_vmid(trace, index, other))
+    assert TraceRule.VMID_SPLIT in kinds(with_vmid(trace, index, other))
 
 
 @mutations
@@ -284,7 +272,7 @@ def test_a_new_number_within_a_generation_is_noticed(name, cpus, history, data):
 def test_the_hosts_number_is_noticed(name, cpus, history, data):
     trace = Host(name, cpus).play([("run", 0, 0), *history])
     index, *_ = data.draw(st.sampled_from(enters(trace)))
-    assert Kind.VMID_ZERO in kinds(with_vmid(trace, index, 0))
+    assert TraceRule.VMID_ZERO in kinds(with_vmid(trace, index, 0))
 
 
 def flushes_that_matter(trace: Trace) -> list[int]:

@@ -8,14 +8,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
-
-from framework.events import automata
-from framework.events.allocation import Allocation
-from framework.events.checker import automata_for, violations
-from framework.events.operations import OPERATIONS, Reach, Span, span
-from framework.events.trace import Created, Destroyed, Enter, Exit, Invalidate, Trace, Vttbr, format_event
-from framework.events.violations import Kind, ProtocolBroken
-from framework.events.world import World
+from arm_kvm.events import automata
+from arm_kvm.events.allocation import Allocation
+from arm_kvm.events.checker import automata_for, violations
+from arm_kvm.events.operations import OPERATIONS, Reach, Span, span
+from arm_kvm.events.trace import Created, Destroyed, Enter, Exit, Invalidate, Trace, Vttbr, format_event
+from arm_kvm.events.violations import ProtocolBroken, TraceRule
+from arm_kvm.events.world import TraceState
 
 TRACES = Path(__file__).parent / "traces"
 GOOD = sorted(path.name.removesuffix(".good.trace") for path in TRACES.glob("*.good.trace"))
@@ -23,15 +22,15 @@ BAD = sorted(path.name.removesuffix(".bad.trace") for path in TRACES.glob("*.bad
 
 #: The automaton that looks after a rule.
 KEEPER = {
-    Kind.BREAK_BEFORE_MAKE: automata.Invalidations,
-    Kind.NOT_INVALIDATED: automata.Invalidations,
-    Kind.VMID_REUSED: automata.Owners,
-    Kind.VMID_SHARED: automata.Owners,
-    Kind.VMID_SPLIT: automata.OneVmidPerVm,
-    Kind.VMID_ZERO: automata.Zero,
-    Kind.STALE_VTTBR: automata.Stale,
-    Kind.NO_LOCAL_FLUSH: automata.LocalFlush,
-    Kind.WRONG_VMID: Allocation,
+    TraceRule.BREAK_BEFORE_MAKE: automata.Invalidations,
+    TraceRule.NOT_INVALIDATED: automata.Invalidations,
+    TraceRule.VMID_REUSED: automata.Owners,
+    TraceRule.VMID_SHARED: automata.Owners,
+    TraceRule.VMID_SPLIT: automata.OneVmidPerVm,
+    TraceRule.VMID_ZERO: automata.Zero,
+    TraceRule.STALE_VTTBR: automata.Stale,
+    TraceRule.NO_LOCAL_FLUSH: automata.LocalFlush,
+    TraceRule.WRONG_VMID: Allocation,
 }
 
 
@@ -39,15 +38,15 @@ def load(name: str, which: str) -> Trace:
     return Trace.load(TRACES / f"{name}.{which}.trace")
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> TraceRule:
     """The rule a trace is about: its name, or the beginning of it."""
-    return max((kind for kind in Kind if name.startswith(kind.value)), key=lambda kind: len(kind.value))
+    return max((kind for kind in TraceRule if name.startswith(kind.value)), key=lambda kind: len(kind.value))
 
 
 def keeper_of(name: str) -> type:
     """Where the model is asked (the facts name an allocator), it is the only one to know of these in these traces."""
     kind = kind_of(name)
-    if kind in (Kind.OLD_GENERATION, Kind.ROLLOVER_NOT_INVALIDATED):
+    if kind in (TraceRule.OLD_GENERATION, TraceRule.ROLLOVER_NOT_INVALIDATED):
         return Allocation if "allocator" in load(name, "bad").facts else automata.Owners
     return KEEPER[kind]
 
@@ -78,7 +77,7 @@ def test_good_and_bad_differ_in_one_place(name):
     assert len([edit for edit in edits if edit[0] != "equal"]) == 1
 
 
-@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.value)
+@pytest.mark.parametrize("kind", TraceRule, ids=lambda kind: kind.value)
 def test_every_rule_has_its_pair(kind):
     assert kind.value in BAD and kind.value in GOOD
 
@@ -179,8 +178,8 @@ def under(vmid: int, root: int = VM) -> int:
     return vmid << 48 | root
 
 
-def world_after(*events) -> World:
-    world = World()
+def world_after(*events) -> TraceState:
+    world = TraceState()
     for event in events:
         world.after(event)
     return world
@@ -233,7 +232,7 @@ def test_a_root_used_again_is_another_vm():
 
 
 def test_a_vm_that_the_lab_did_not_create_has_a_root_at_least():
-    assert World().name(OTHER) == "a VM (root 0x484d0000)"
+    assert TraceState().name(OTHER) == "a VM (root 0x484d0000)"
 
 
 def test_others_inside_are_the_vms_own_vcpus_elsewhere():
@@ -318,23 +317,23 @@ DONE = "0 inv vmalle1is\n- mark memory_unmap\n- mark vcpu_pin\n"
 SUBTLE = {
     "the local invalidation is under VMID 0, the vCPU before ran under 1": (
         RUN + "0 vttbr 0x484ce000\n0 inv vmalle1\n0 vttbr 0x10000484ce000\n0 enter vcpu=0x2\n",
-        [Kind.NO_LOCAL_FLUSH],
+        [TraceRule.NO_LOCAL_FLUSH],
     ),
     "TG of the range is 16 KiB, the entry is of 4 KiB tables: no entry is required to go": (
         f"{RUN}{PAGE_GONE}0 inv ripas2e1is 0x0000800000002000\n{DONE}",
-        [Kind.NOT_INVALIDATED],
+        [TraceRule.NOT_INVALIDATED],
     ),
     "TTL of the range is 2, and BaseADDR not aligned to 2 MiB: no entry is required to go": (
         f"{RUN}{BLOCK_GONE}0 inv ripas2e1is {TG_4K | 1 << 44 | 2 << 37 | 0x8001:#x}\n{DONE}",
-        [Kind.NOT_INVALIDATED],
+        [TraceRule.NOT_INVALIDATED],
     ),
     "a destroyed VM's number is used again, and it was not the newest: no rollover": (
         f"{RUN}{ANOTHER}- destroyed root=0x484ce000\n0 vttbr 0x10000484d2000\n0 enter vcpu=0x3\n",
-        [Kind.VMID_REUSED],
+        [TraceRule.VMID_REUSED],
     ),
     "a VM has another's number, and not the newest: no rollover": (
         f"{RUN}{ANOTHER}0 vttbr 0x10000484d2000\n0 enter vcpu=0x3\n",
-        [Kind.VMID_SHARED],
+        [TraceRule.VMID_SHARED],
     ),
     "FEAT_XNX, XN 2 (nobody) to 3 (EL1 alone): a right is granted": (
         f"{RUN}- entry root=0x484ce000 ipa=0x8000000 level=3 old=0x400000475507ff new=0x600000475507ff\n"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from framework.errors import TraceError
-from framework.events.operations import OPERATIONS
-from framework.events.trace import (
+from arm_kvm.events.operations import OPERATIONS
+from arm_kvm.events.trace import (
     MAGIC,
     Created,
     Destroyed,
     Enter,
-    Entry,
+    EntryChange,
     Event,
     Exit,
     Invalidate,
@@ -25,6 +21,9 @@ from framework.events.trace import (
     root_of,
     vmid_of,
 )
+from arm_kvm.support.errors import TraceError
+from hypothesis import given
+from hypothesis import strategies as st
 
 FACTS = "host=a15 kernel=5.4.302 cpus=2 vmid-bits=8 allocator=consecutive"
 
@@ -47,7 +46,7 @@ KINDS: dict[type[Event], st.SearchStrategy[Event]] = {
     Enter: st.builds(Enter, times, cpus, words),
     Exit: st.builds(Exit, times, cpus),
     Invalidate: _invalidations(),
-    Entry: st.builds(Entry, times, cpus, words, words, st.integers(0, 3), words, words),
+    EntryChange: st.builds(EntryChange, times, cpus, words, words, st.integers(0, 3), words, words),
     Created: st.builds(Created, times, cpus, words, st.integers(0, 10**6)),
     Destroyed: st.builds(Destroyed, times, cpus, words),
     Mark: st.builds(Mark, times, cpus, texts | st.just("memory_advise of 2 pages")),
@@ -86,7 +85,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 
 def test_the_example_of_the_modules_docstring_is_a_trace():
     """The format is described by an example; it must be one."""
-    import framework.events.trace as module
+    import arm_kvm.events.trace as module
 
     example = module.__doc__.partition("::\n")[2].partition("\n\nTime is")[0]
     trace = Trace.parse(example.splitlines())

@@ -1,11 +1,10 @@
 """Memory attributes: the tables of the manual (DDI 0487 D8.6), line by line, and what must hold of all of them."""
 
 import pytest
+from arm_kvm.model.arch.attributes import STAGE1_OFF, Attributes, combine, is_device
+from arm_kvm.model.arch.descriptors import RESERVED_MEMATTR, Shareability
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model.attributes import STAGE1_OFF, Attributes, combine, is_device
-from framework.model.descriptors import RESERVED_MEMATTR, Shareability
 
 NON, OUTER, INNER = Shareability.NON, Shareability.OUTER, Shareability.INNER
 DEVICES = (0x00, 0x04, 0x08, 0x0C)

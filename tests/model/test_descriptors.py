@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch.descriptors import EntryKind, Format
+from arm_kvm.model.arch.granule import KIB4, KIB16, KIB64
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model import descriptors as d
-from framework.model.descriptors import Format, Kind
-from framework.model.granule import KIB4, KIB16, KIB64
 
 FEATURES = [
     {},
@@ -31,7 +30,7 @@ def test_every_word_round_trips(word, level, fmt):
 
 
 leaves = st.builds(
-    d.Leaf,
+    d.LeafFields,
     address=st.integers(0, 255).map(lambda n: n << 29),
     memattr=st.integers(0, 15),
     s2ap=st.sampled_from(d.Grant),
@@ -74,7 +73,7 @@ def test_an_entry_is_encoded_to_what_decodes_to_it_or_refused(entry, level, fmt)
 
 @pytest.mark.parametrize(("fmt", "memattr"), [(Format(), 0b1111), (Format(fwb=True), 0b0110)])
 def test_a_leaf_is_ordinary_memory_unless_it_says_otherwise(fmt, memattr):
-    assert d.decode(d.encode(d.Leaf(0x1000), 3, fmt), 3, fmt).memattr == memattr
+    assert d.decode(d.encode(d.LeafFields(0x1000), 3, fmt), 3, fmt).memattr == memattr
 
 
 @pytest.mark.parametrize("fwb", [False, True])
@@ -106,7 +105,7 @@ def test_memory_types(fwb):
     ],
 )
 def test_fields_are_where_the_manual_puts_them(change, bits):
-    assert d.encode(d.Leaf(0x4000_0000, **change), 3, FULL) == bits
+    assert d.encode(d.LeafFields(0x4000_0000, **change), 3, FULL) == bits
 
 
 def test_what_linux_writes():
@@ -119,24 +118,24 @@ def test_what_linux_writes():
 def test_a_word_is_one_of_five_kinds(word, level, granule):
     kind = d.kind(word, level, granule)
     low = word & 3
-    assert (kind is Kind.INVALID) == (low in (0, 2))
-    assert (kind is Kind.PAGE) == (low == 3 and level == 3)
-    assert (kind is Kind.TABLE) == (low == 3 and level < 3)
-    assert (kind is Kind.BLOCK) == (low == 1 and level in ((1, 2) if granule is KIB4 else (2,)))
+    assert (kind is EntryKind.INVALID) == (low in (0, 2))
+    assert (kind is EntryKind.PAGE) == (low == 3 and level == 3)
+    assert (kind is EntryKind.TABLE) == (low == 3 and level < 3)
+    assert (kind is EntryKind.BLOCK) == (low == 1 and level in ((1, 2) if granule is KIB4 else (2,)))
 
 
 @pytest.mark.parametrize(
     ("entry", "level"),
     [
-        (d.Leaf(0x1000), 2),
-        (d.Leaf(1 << 40), 3),
-        (d.Leaf(0), 0),
-        (d.Leaf(0, xn=d.Never.EL1), 3),
-        (d.Leaf(0, res0=0x2000), 3),
+        (d.LeafFields(0x1000), 2),
+        (d.LeafFields(1 << 40), 3),
+        (d.LeafFields(0), 0),
+        (d.LeafFields(0, xn=d.Never.EL1), 3),
+        (d.LeafFields(0, res0=0x2000), 3),
         (d.Table(0x1000), 3),
         (d.Table(0x100), 1),
         (d.Table(0x1000, ignored=0x2000), 1),
-        (d.Leaf(0, memattr=16), 3),
+        (d.LeafFields(0, memattr=16), 3),
         (d.Invalid(1 << 63), 3),
         (d.Reserved(3), 3),
     ],
@@ -178,20 +177,20 @@ def test_good_entries_have_nothing_reserved(word):
 @pytest.mark.parametrize(("xn", "el1", "el0"), [(0, True, True), (1, False, True), (2, False, False), (3, True, False)])
 def test_execute_never_in_two_bits(xn, el1, el0):
     fmt = Format(xnx=True)
-    desc = d.encode(d.Leaf(0, xn=xn), 3, fmt)
+    desc = d.encode(d.LeafFields(0, xn=xn), 3, fmt)
     assert (d.s2_executable(desc, fmt=fmt), d.s2_executable(desc, el0=True, fmt=fmt)) == (el1, el0)
 
 
 @pytest.mark.parametrize("xn", range(4))
 def test_execute_never_in_one_bit(xn):
     """Bit 53 says nothing without FEAT_XNX."""
-    desc = d.encode(d.Leaf(0, xn=xn), 3, FULL)
+    desc = d.encode(d.LeafFields(0, xn=xn), 3, FULL)
     assert d.s2_executable(desc) == d.s2_executable(desc, el0=True) == (xn < 2)
 
 
 @pytest.mark.parametrize("s2ap", d.Grant)
 def test_data_permissions(s2ap):
-    desc = d.encode(d.Leaf(0, s2ap=s2ap), 3)
+    desc = d.encode(d.LeafFields(0, s2ap=s2ap), 3)
     assert d.s2_readable(desc) == (s2ap in (1, 3)) and d.s2_writable(desc) == (s2ap in (2, 3))
 
 

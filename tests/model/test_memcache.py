@@ -1,13 +1,13 @@
 """The page-table memory cache: filled before the lock, never empty under it, honest when memory is short."""
 
 import pytest
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime
+from arm_kvm.model.kvm import memcache
+from arm_kvm.model.kvm.memcache import AllocatedUnderLock, CacheEmpty, MemoryCache, MmuLock, OutOfMemory
+from arm_kvm.model.kvm.tables import Stage2Tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from framework.model import descriptors as d
-from framework.model import memcache, regime
-from framework.model.memcache import AllocatedUnderLock, CacheEmpty, MemoryCache, MmuLock, OutOfMemory
-from framework.model.tables import Stage2Tables
 
 ROOT = 0x4000_0000
 REGIMES = [
@@ -31,7 +31,7 @@ def test_never_empty_under_the_lock(r, ipas):
     for ipa in ipas:
         cache.top_up(memcache.pages_needed(r))
         with cache.lock.hold():
-            tables.map(ipa & -0x1000, 3, d.Leaf(0))
+            tables.map(ipa & -0x1000, 3, d.LeafFields(0))
 
 
 @pytest.mark.parametrize(("r", "pages"), [(REGIMES[0], 2), (REGIMES[1], 3), (REGIMES[2], 1)])
@@ -40,7 +40,7 @@ def test_pages_needed_is_the_depth_below_the_root(r, pages):
     cache = make()
     cache.top_up(pages)
     before = len(cache.pages)
-    Stage2Tables(r, cache.take).map(0, 3, d.Leaf(0))
+    Stage2Tables(r, cache.take).map(0, 3, d.LeafFields(0))
     assert before - len(cache.pages) == pages
 
 
@@ -48,7 +48,7 @@ def test_one_page_less_is_caught():
     cache = make(capacity=1)
     cache.top_up(1)
     with pytest.raises(CacheEmpty, match="not topped up"):
-        Stage2Tables(REGIMES[0], cache.take).map(0, 3, d.Leaf(0))
+        Stage2Tables(REGIMES[0], cache.take).map(0, 3, d.LeafFields(0))
 
 
 def test_an_allocation_under_the_lock_is_caught():

@@ -4,11 +4,10 @@ import errno
 
 import numpy as np
 import pytest
+from arm_kvm.model.kvm import memslots
+from arm_kvm.model.kvm.memslots import Change, Memslot, Memslots, Refused, SlotFlags
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model import memslots
-from framework.model.memslots import Change, Memslot, Memslots, Refused, SlotFlags
 
 PAGE = 0x1000
 LOG, RO, NONE = SlotFlags.LOG_DIRTY_PAGES, SlotFlags.READONLY, SlotFlags.NONE

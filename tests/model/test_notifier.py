@@ -3,27 +3,26 @@
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from framework.lab import ROOT
-from framework.model import descriptors as d
-from framework.model.memslots import Memslot
-from framework.model.notifier import (
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.model.kvm.notifier import (
     RULES,
     Breach,
+    BreachKind,
     Call,
     Duty,
     Notice,
     Operation,
     Told,
-    Violation,
     document,
     table,
     unasked,
     unheard,
     violations,
 )
+from arm_kvm.support.paths import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 DOCS = ROOT / "docs"
 PAGE, HUGE = 0x1000, 2 << 20
@@ -38,7 +37,7 @@ def notice(operation, start=PAGE_5[0], end=PAGE_5[1], **more):
 
 
 def leaf(n, level=3, **kind):
-    return {IPA + n * PAGE: (level, d.encode(d.Leaf(PA + n * PAGE, **kind), level))}
+    return {IPA + n * PAGE: (level, d.encode(d.LeafFields(PA + n * PAGE, **kind), level))}
 
 
 def breaches(operation, before, after, **more):
@@ -102,27 +101,27 @@ def test_change_pte_follows_where_a_page_is_replaced_in_place():
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].duty is Duty.GO])
 def test_a_stale_leaf_is_caught(operation):
-    assert breaches(operation, leaf(5), leaf(5)) == [Breach.STALE]
-    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.STALE]
+    assert breaches(operation, leaf(5), leaf(5)) == [BreachKind.STALE]
+    assert breaches(operation, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [BreachKind.STALE]
     assert breaches(operation, leaf(5), {}) == []
 
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].duty is Duty.READ_ONLY])
 def test_a_leaf_that_stays_writable_is_caught(operation):
-    assert breaches(operation, leaf(5), leaf(5)) == [Breach.WRITABLE]
+    assert breaches(operation, leaf(5), leaf(5)) == [BreachKind.WRITABLE]
     assert breaches(operation, leaf(5), leaf(5, s2ap=d.Grant.READ)) == []
     assert breaches(operation, leaf(5, s2ap=d.Grant.READ), leaf(5, s2ap=d.Grant.READ)) == []
 
 
 @pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].told is Told.NOTHING])
 def test_a_leaf_lost_without_a_word_is_caught(operation):
-    assert breaches(operation, leaf(5), {}) == [Breach.LOST]
+    assert breaches(operation, leaf(5), {}) == [BreachKind.LOST]
     assert breaches(operation, leaf(5), leaf(5)) == []
 
 
 def test_neighbours_within_the_huge_page_may_go_others_not():
     before = leaf(5) | leaf(6) | leaf(600)
-    assert breaches(Operation.DONTNEED, before, {}) == [Breach.LOST]
+    assert breaches(Operation.DONTNEED, before, {}) == [BreachKind.LOST]
     assert breaches(Operation.DONTNEED, before, leaf(600)) == []
 
 
@@ -130,60 +129,60 @@ def test_a_block_goes_whole_or_is_split_around_the_range():
     block = leaf(0, level=2)
     pages = {ipa: word for n in range(512) for ipa, word in leaf(n).items()}
     assert breaches(Operation.DONTNEED, block, {}) == []
-    assert breaches(Operation.DONTNEED, block, block) == [Breach.STALE]
-    assert breaches(Operation.DONTNEED, block, leaf(5)) == [Breach.STALE]
+    assert breaches(Operation.DONTNEED, block, block) == [BreachKind.STALE]
+    assert breaches(Operation.DONTNEED, block, leaf(5)) == [BreachKind.STALE]
     pages.pop(IPA + 5 * PAGE)
     assert breaches(Operation.DONTNEED, block, pages) == []
-    assert Breach.STALE in breaches(Operation.DONTNEED, leaf(5), block)
+    assert BreachKind.STALE in breaches(Operation.DONTNEED, leaf(5), block)
 
 
 def test_a_giant_block_reaches_beyond_what_was_said():
     vma = (0x4000_0000, 0x8000_0000)
     slot = Memslot(0, 0x4000_0000, 1 << 30, 0x4000_0000)
     said = Notice(Operation.DONTNEED, 0x4000_5000, 0x4000_6000, vma)
-    assert violations([said], [slot], {0x4000_0000: (1, d.encode(d.Leaf(0x4000_0000), 1))}, {}) == []
+    assert violations([said], [slot], {0x4000_0000: (1, d.encode(d.LeafFields(0x4000_0000), 1))}, {}) == []
 
 
 def test_a_leaf_nobody_spoke_of_must_not_change():
-    assert breaches(Operation.DONTNEED, leaf(600), {IPA + 600 * PAGE: leaf(7)[IPA + 7 * PAGE]}) == [Breach.ALTERED]
-    assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Grant.READ)) == [Breach.ALTERED]
-    assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.ALTERED]
-    assert breaches(Operation.FORK_SHARED, leaf(5, s2ap=d.Grant.READ), leaf(5)) == [Breach.ALTERED]
+    assert breaches(Operation.DONTNEED, leaf(600), {IPA + 600 * PAGE: leaf(7)[IPA + 7 * PAGE]}) == [BreachKind.ALTERED]
+    assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
+    assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
+    assert breaches(Operation.FORK_SHARED, leaf(5, s2ap=d.Grant.READ), leaf(5)) == [BreachKind.ALTERED]
     assert breaches(Operation.MPROTECT_WIDER, leaf(5), leaf(5, s2ap=d.Grant.READ)) == []
 
 
 def test_nothing_appears_without_a_guest():
-    assert breaches(Operation.DONTNEED, {}, leaf(5)) == [Breach.WRITABLE]
-    assert breaches(Operation.DONTNEED, {}, leaf(5, s2ap=d.Grant.READ)) == [Breach.APPEARED]
-    assert breaches(Operation.AGE, {}, leaf(5)) == [Breach.APPEARED]
+    assert breaches(Operation.DONTNEED, {}, leaf(5)) == [BreachKind.WRITABLE]
+    assert breaches(Operation.DONTNEED, {}, leaf(5, s2ap=d.Grant.READ)) == [BreachKind.APPEARED]
+    assert breaches(Operation.AGE, {}, leaf(5)) == [BreachKind.APPEARED]
     assert breaches(Operation.KSM_MERGE, {}, leaf(5, s2ap=d.Grant.READ)) == []
 
 
 def test_ageing_takes_the_access_flag_alone():
     assert breaches(Operation.AGE, leaf(5), leaf(5, af=False)) == []
-    assert breaches(Operation.AGE, leaf(5), {}) == [Breach.LOST]
-    assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [Breach.ALTERED]
-    assert breaches(Operation.AGE, leaf(5), leaf(5, xn=d.Never.EL0_EL1)) == [Breach.ALTERED]
+    assert breaches(Operation.AGE, leaf(5), {}) == [BreachKind.LOST]
+    assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
+    assert breaches(Operation.AGE, leaf(5), leaf(5, xn=d.Never.EL0_EL1)) == [BreachKind.ALTERED]
 
 
 def test_change_pte_maps_the_new_frame_read_only_up_to_6_9():
-    new = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 3))}
+    new = {IPA + 5 * PAGE: (3, d.encode(d.LeafFields(PA, s2ap=d.Grant.READ), 3))}
     assert breaches(Operation.KSM_MERGE, leaf(5), new, kernel=(6, 9)) == []
-    assert breaches(Operation.KSM_MERGE, leaf(5), new, kernel=(6, 10)) == [Breach.ALTERED]
-    writable = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA), 3))}
-    assert breaches(Operation.KSM_MERGE, leaf(5), writable, kernel=(5, 4)) == [Breach.WRITABLE]
+    assert breaches(Operation.KSM_MERGE, leaf(5), new, kernel=(6, 10)) == [BreachKind.ALTERED]
+    writable = {IPA + 5 * PAGE: (3, d.encode(d.LeafFields(PA), 3))}
+    assert breaches(Operation.KSM_MERGE, leaf(5), writable, kernel=(5, 4)) == [BreachKind.WRITABLE]
 
 
 def test_change_pte_must_map_where_a_table_is_left():
-    new = {IPA + 5 * PAGE: (3, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 3))}
+    new = {IPA + 5 * PAGE: (3, d.encode(d.LeafFields(PA, s2ap=d.Grant.READ), 3))}
     before = leaf(5) | leaf(6)
-    assert breaches(Operation.COW_COPY, before, leaf(6)) == [Breach.NOT_MAPPED]
+    assert breaches(Operation.COW_COPY, before, leaf(6)) == [BreachKind.NOT_MAPPED]
     assert breaches(Operation.COW_COPY, before, leaf(6) | new) == []
     assert breaches(Operation.COW_COPY, before, leaf(6), kernel=(6, 10)) == []
-    assert breaches(Operation.COW_COPY, leaf(6), leaf(6)) == [Breach.NOT_MAPPED]  # also where nothing was mapped
+    assert breaches(Operation.COW_COPY, leaf(6), leaf(6)) == [BreachKind.NOT_MAPPED]  # also where nothing was mapped
     assert breaches(Operation.COW_COPY, before, {}) == []
     assert breaches(Operation.COW_COPY, leaf(5) | leaf(600), leaf(600)) == []  # another table
-    assert breaches(Operation.COW_COPY, leaf(5), leaf(6)) == [Breach.APPEARED]  # a new table is no old one
+    assert breaches(Operation.COW_COPY, leaf(5), leaf(6)) == [BreachKind.APPEARED]  # a new table is no old one
     assert breaches(Operation.COW_COPY, leaf(5) | leaf(512, level=2), leaf(512, level=2)) == []
 
 
@@ -192,7 +191,7 @@ def test_several_operations_between_two_looks():
     said = [notice(Operation.MPROTECT_READ), notice(Operation.DONTNEED, HVA + 600 * PAGE, HVA + 601 * PAGE)]
     both = leaf(5) | leaf(600)
     found = violations(said, [SLOT], both, both)
-    assert [v.breach for v in found] == [Breach.WRITABLE, Breach.STALE]
+    assert [v.breach for v in found] == [BreachKind.WRITABLE, BreachKind.STALE]
     assert violations(said, [SLOT], both, leaf(5, s2ap=d.Grant.READ)) == violations(said, [SLOT], both, {}) == []
 
 
@@ -204,11 +203,11 @@ def heard(operation, before, *calls):
 
 
 def test_a_mapped_page_must_be_named():
-    assert heard(Operation.DONTNEED, leaf(5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
-    assert heard(Operation.DONTNEED, leaf(5), (Call.AGE, PAGE_5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
+    assert heard(Operation.DONTNEED, leaf(5)) == [(BreachKind.NOT_TOLD, IPA + 5 * PAGE)]
+    assert heard(Operation.DONTNEED, leaf(5), (Call.AGE, PAGE_5)) == [(BreachKind.NOT_TOLD, IPA + 5 * PAGE)]
     assert heard(Operation.DONTNEED, leaf(5), (Call.UNMAP, PAGE_5)) == heard(Operation.DONTNEED, leaf(6)) == []
     assert heard(Operation.AGE, leaf(5), (Call.AGE, PAGE_5)) == []
-    assert heard(Operation.AGE, leaf(5), (Call.UNMAP, PAGE_5)) == [(Breach.NOT_TOLD, IPA + 5 * PAGE)]
+    assert heard(Operation.AGE, leaf(5), (Call.UNMAP, PAGE_5)) == [(BreachKind.NOT_TOLD, IPA + 5 * PAGE)]
 
 
 def test_calls_may_come_in_pieces_and_overlap():
@@ -221,7 +220,7 @@ def test_calls_may_come_in_pieces_and_overlap():
 
 def test_where_nobody_is_to_be_told_nobody_may_be():
     for call in (Call.UNMAP, Call.SET):
-        assert heard(Operation.COW_REUSE, leaf(5), (call, PAGE_5)) == [(Breach.TOLD, IPA + 5 * PAGE)]
+        assert heard(Operation.COW_REUSE, leaf(5), (call, PAGE_5)) == [(BreachKind.TOLD, IPA + 5 * PAGE)]
     elsewhere = (VMA[1], VMA[1] + PAGE)
     assert heard(Operation.COW_REUSE, leaf(5), (Call.TEST, PAGE_5), (Call.UNMAP, elsewhere)) == []
 
@@ -232,7 +231,7 @@ def test_what_one_operation_tells_of_is_not_held_against_the_other():
     said = [notice(Operation.MPROTECT_READ, *PAGE_5), notice(Operation.FORK_SHARED, *page_6)]
     both = [(Call.UNMAP, PAGE_5), (Call.UNMAP, page_6)]
     assert unheard(said, [SLOT], leaf(5) | leaf(6), both[:1]) == []
-    told = [Violation(Breach.TOLD, IPA + 6 * PAGE)]
+    told = [Breach(BreachKind.TOLD, IPA + 6 * PAGE)]
     assert unheard(said, [SLOT], leaf(5) | leaf(6), both) == told
     assert unheard(said, [SLOT], leaf(5) | leaf(6), [(Call.UNMAP, (PAGE_5[0], page_6[1]))]) == told
 
@@ -316,13 +315,13 @@ def test_what_goes_must_have_been_named():
     calls = [(Call.UNMAP, PAGE_5), (Call.AGE, (HVA, HVA + 8 * PAGE))]
     assert unasked([SLOT], before, leaf(4) | leaf(6), calls) == unasked([SLOT], before, before, []) == []
     found = unasked([SLOT], before, {}, calls)
-    assert [(v.breach, v.ipa) for v in found] == [(Breach.LOST, IPA + 4 * PAGE), (Breach.LOST, IPA + 6 * PAGE)]
+    assert [(v.breach, v.ipa) for v in found] == [(BreachKind.LOST, IPA + 4 * PAGE), (BreachKind.LOST, IPA + 6 * PAGE)]
 
 
 def test_a_block_goes_whole_when_any_of_it_is_named():
     block = leaf(512, level=2)
     inside = (HVA + 700 * PAGE, HVA + 701 * PAGE)
     assert unasked([SLOT], block, {}, [(Call.SET, inside)]) == []
-    assert [v.breach for v in unasked([SLOT], block, {}, [(Call.UNMAP, PAGE_5)])] == [Breach.LOST]
+    assert [v.breach for v in unasked([SLOT], block, {}, [(Call.UNMAP, PAGE_5)])] == [BreachKind.LOST]
     pages = {ipa: word for n in range(512, 1024) for ipa, word in leaf(n).items()}
     assert unasked([SLOT], block, pages, []) == [], "broken up, and all there"

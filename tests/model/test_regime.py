@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from arm_kvm.model.arch import regime
+from arm_kvm.model.arch.granule import KIB4, KIB16, KIB64
+from arm_kvm.model.arch.regime import Features, ImpossibleRegime
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model import regime
-from framework.model.granule import KIB4, KIB16, KIB64
-from framework.model.regime import Features, ImpossibleRegime
 
 BASE = 0x4000_0000
 PAGE = 0x1000

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime, sweep
+from arm_kvm.model.arch.granule import KIB4, KIB64
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model import descriptors as d
-from framework.model import regime, sweep
-from framework.model.granule import KIB4, KIB64
 
 from ..memory import BASE, Pages, Table
 
@@ -33,7 +32,7 @@ def tables(draw):
         if any(a < ia + (1 << shift) and ia < a + size for a, (_, size) in expected.items()):
             continue
         pa = draw(st.integers(0, 255)) << shift
-        table.put(ia, level, d.encode(d.Leaf(pa), level, d.LPAE))
+        table.put(ia, level, d.encode(d.LeafFields(pa), level, d.LPAE))
         expected[ia] = (pa, 1 << shift)
     return memory, table.regime, expected
 
@@ -64,14 +63,14 @@ def test_translate_agrees_with_the_sweep(made, elsewhere):
     assert pas.tolist() == [by_hand(a) for a in inside + elsewhere]
 
 
-GOOD = d.encode(d.Leaf(BASE), 3)
+GOOD = d.encode(d.LeafFields(BASE), 3)
 #: Why -> level, entry, and whether a walk goes through it all the same.
 MALFORMED = {
     "reserved encoding": (3, GOOD & ~2, False),
-    "beyond the 40-bit": (3, d.encode(d.Leaf(1 << 41), 3), True),
-    "not aligned": (2, d.encode(d.Leaf(BASE), 2) | PAGE, True),
-    "reserved shareability": (3, d.encode(d.Leaf(BASE, sh=1), 3), True),
-    "reserved MemAttr": (3, d.encode(d.Leaf(BASE, memattr=0b0100), 3), True),
+    "beyond the 40-bit": (3, d.encode(d.LeafFields(1 << 41), 3), True),
+    "not aligned": (2, d.encode(d.LeafFields(BASE), 2) | PAGE, True),
+    "reserved shareability": (3, d.encode(d.LeafFields(BASE, sh=1), 3), True),
+    "reserved MemAttr": (3, d.encode(d.LeafFields(BASE, memattr=0b0100), 3), True),
     "no RAM backs": (2, d.encode(d.Table(0x1000), 2), False),
 }
 
@@ -108,7 +107,7 @@ def test_stage_1_entries_are_judged_by_their_type_alone():
     """SH and MemAttr of stage 2 are other fields in stage 1."""
     memory = Pages()
     table = Table(memory, regime.stage1_armv7(memory.page(), 1 << 31))
-    table.put(0, 3, d.encode(d.Leaf(BASE, memattr=0b0100, sh=1), 3))
+    table.put(0, 3, d.encode(d.LeafFields(BASE, memattr=0b0100, sh=1), 3))
     table.put(PAGE, 3, GOOD & ~2)
     found = sweep.sweep(table.regime, memory)
     assert len(found.leaves) == 1 and [m.why for m in found.malformed] == ["reserved encoding (0b01) at the last level"]
@@ -118,7 +117,7 @@ def test_leaves_of_several_levels_come_in_order():
     memory = Pages()
     table = Table(memory, a15(memory.page(2)))
     for ia, level in ((4 << 20, 2), (0, 3), (1 << 30, 1)):
-        table.put(ia, level, d.encode(d.Leaf(0), level))
+        table.put(ia, level, d.encode(d.LeafFields(0), level))
     leaves = sweep.sweep(table.regime, memory).leaves
     assert leaves.ia.tolist() == [0, 4 << 20, 1 << 30] and leaves.level.tolist() == [3, 2, 1]
     assert leaves[leaves.level == 2].size.tolist() == [2 << 20]
@@ -129,6 +128,6 @@ def test_a_large_granule():
     r = regime.stage2_armv8(memory.page(16), 5 << 16 | 1 << 14 | 1 << 6 | 64 - 36)
     table_page = memory.page(16)
     memory.store(r.root, d.encode(d.Table(table_page), 2, r.format))
-    memory.store(table_page + 8, d.encode(d.Leaf(BASE), 3, r.format))
+    memory.store(table_page + 8, d.encode(d.LeafFields(BASE), 3, r.format))
     leaves = sweep.sweep(r, memory).leaves
     assert (leaves.ia.tolist(), leaves.size.tolist(), r.granule) == ([1 << 16], [1 << 16], KIB64)

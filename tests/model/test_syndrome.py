@@ -1,12 +1,11 @@
 """Syndromes: PAR, ESR, FAR and HPFAR as KVM reads them (arch/arm64/include/asm/{esr,kvm_arm}.h)."""
 
 import pytest
-
-from framework.model import syndrome
-from framework.model.attributes import Attributes
-from framework.model.faults import Access, Direction, Fault, FaultType
-from framework.model.syndrome import Instruction
-from framework.model.walk import Translation
+from arm_kvm.model.arch import syndrome
+from arm_kvm.model.arch.attributes import Attributes
+from arm_kvm.model.arch.faults import Access, Direction, Fault, FaultType
+from arm_kvm.model.arch.syndrome import Instruction
+from arm_kvm.model.arch.walk import Translation
 
 READ, WRITE, FETCH = (Access(direction) for direction in Direction)
 VA, IPA = 0x1234_5678, 0x8000_5008

@@ -3,15 +3,14 @@
 from contextlib import suppress
 
 import pytest
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime, walk
+from arm_kvm.model.arch.faults import Access, Direction, Fault, FaultType
+from arm_kvm.model.arch.granule import KIB4
+from arm_kvm.model.kvm.tables import Freed, Invalidated, Stage2Tables, Written
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from framework.model import descriptors as d
-from framework.model import regime, walk
-from framework.model.faults import Access, Direction, Fault, FaultType
-from framework.model.granule import KIB4
-from framework.model.tables import Freed, Invalidated, Stage2Tables, Written
 
 PAGE, BLOCK, GIB = 1 << 12, 1 << 21, 1 << 30
 ROOT = 0x4000_0000
@@ -38,26 +37,26 @@ def pa_of(tables, ipa, access=READ):
 
 
 def test_mapping_a_page_makes_the_tables_above_it(tables):
-    events = tables.map(IPA, 3, d.Leaf(PA))
+    events = tables.map(IPA, 3, d.LeafFields(PA))
     assert [e.level for e in events] == [1, 2, 3] and pa_of(tables, IPA + 5) == PA + 5
     assert sorted(tables.pages.values()) == [1, 2, 2, 2]  # the second page of the root is empty
 
 
 def test_mapping_the_same_again_changes_nothing(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
-    assert tables.map(IPA, 3, d.Leaf(PA)) == []
+    tables.map(IPA, 3, d.LeafFields(PA))
+    assert tables.map(IPA, 3, d.LeafFields(PA)) == []
 
 
 def test_a_changed_page_is_broken_before_it_is_made(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
-    broken, invalidated, made = tables.map(IPA, 3, d.Leaf(PA + PAGE))
+    tables.map(IPA, 3, d.LeafFields(PA))
+    broken, invalidated, made = tables.map(IPA, 3, d.LeafFields(PA + PAGE))
     assert (broken.new, made.old, invalidated) == (0, 0, Invalidated(IPA, PAGE))
     assert pa_of(tables, IPA) == PA + PAGE
 
 
 def test_the_last_page_takes_its_tables_along(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
-    tables.map(IPA + PAGE, 3, d.Leaf(PA))
+    tables.map(IPA, 3, d.LeafFields(PA))
+    tables.map(IPA + PAGE, 3, d.LeafFields(PA))
     assert not any(isinstance(e, Freed) for e in tables.unmap(IPA, PAGE))
     events = tables.unmap(IPA + PAGE, PAGE)
     assert [type(e) for e in events] == [Written, Invalidated] + [Written, Invalidated, Freed] * 2
@@ -65,36 +64,36 @@ def test_the_last_page_takes_its_tables_along(tables):
 
 
 def test_a_block_replaces_its_pages(tables):
-    tables.map(IPA + PAGE, 3, d.Leaf(PA))
-    tables.map(IPA, 2, d.Leaf(PA))
-    assert tables.leaves() == {IPA: (2, d.encode(d.Leaf(PA), 2))} and len(tables.pages) == 3
+    tables.map(IPA + PAGE, 3, d.LeafFields(PA))
+    tables.map(IPA, 2, d.LeafFields(PA))
+    assert tables.leaves() == {IPA: (2, d.encode(d.LeafFields(PA), 2))} and len(tables.pages) == 3
 
 
 def test_a_page_breaks_the_block_over_it(tables):
     """The rest of the block is unmapped, and faults back (stage2_map_walk_leaf)."""
-    tables.map(IPA, 2, d.Leaf(PA))
-    tables.map(IPA + PAGE, 3, d.Leaf(PA + PAGE))
+    tables.map(IPA, 2, d.LeafFields(PA))
+    tables.map(IPA + PAGE, 3, d.LeafFields(PA + PAGE))
     assert list(tables.leaves()) == [IPA + PAGE] and pa_of(tables, IPA) is None
 
 
 def test_unmapping_a_page_of_a_block_takes_all_of_it(tables):
-    tables.map(IPA, 2, d.Leaf(PA))
+    tables.map(IPA, 2, d.LeafFields(PA))
     tables.unmap(IPA + 5 * PAGE, PAGE)
     assert tables.leaves() == {}
 
 
 def test_splitting_keeps_every_translation(tables):
-    tables.map(IPA, 2, d.Leaf(PA, s2ap=d.Grant.READ))
+    tables.map(IPA, 2, d.LeafFields(PA, s2ap=d.Grant.READ))
     before = [pa_of(tables, IPA + offset) for offset in range(0, BLOCK, PAGE)]
     tables.split(IPA + 7 * PAGE)
     assert [pa_of(tables, IPA + offset) for offset in range(0, BLOCK, PAGE)] == before
     assert len(tables.leaves()) == 512 and max(tables.pages.values()) == 513
     tables.coalesce(IPA)
-    assert tables.leaves() == {IPA: (2, d.encode(d.Leaf(PA, s2ap=d.Grant.READ), 2))}
+    assert tables.leaves() == {IPA: (2, d.encode(d.LeafFields(PA, s2ap=d.Grant.READ), 2))}
 
 
 def test_what_cannot_be_split_or_coalesced(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
+    tables.map(IPA, 3, d.LeafFields(PA))
     with pytest.raises(ValueError, match="no block maps IPA"):
         tables.split(IPA)
     with pytest.raises(ValueError, match=r"IPA 0x80001000 does not continue"):
@@ -108,13 +107,13 @@ def test_what_cannot_be_split_or_coalesced(tables):
 )
 def test_impossible_mappings_are_refused(tables, ipa, level, why):
     with pytest.raises(ValueError, match=why):
-        tables.map(ipa, level, d.Leaf(0))
+        tables.map(ipa, level, d.LeafFields(0))
     assert tables.leaves() == {}
 
 
 def test_write_protection_takes_one_permission_and_one_invalidation(tables):
     for i in range(3):
-        tables.map(IPA + i * PAGE, 3, d.Leaf(PA + i * PAGE))
+        tables.map(IPA + i * PAGE, 3, d.LeafFields(PA + i * PAGE))
     *written, invalidated = tables.write_protect(IPA, 2 * PAGE)
     assert [type(e) for e in written] == [Written, Written] and invalidated == Invalidated(0, 1 << 40)
     assert tables.write_protect(IPA, 2 * PAGE) == []
@@ -123,13 +122,13 @@ def test_write_protection_takes_one_permission_and_one_invalidation(tables):
 
 
 def test_write_protecting_a_page_of_a_block_protects_and_invalidates_all_of_it(tables):
-    tables.map(IPA, 2, d.Leaf(PA))
+    tables.map(IPA, 2, d.LeafFields(PA))
     tables.write_protect(IPA + 5 * PAGE, PAGE)
     assert pa_of(tables, IPA, Access(Direction.WRITE)) is None and pa_of(tables, IPA) == PA
 
 
 def test_permissions_are_relaxed_in_place(tables):
-    tables.map(IPA, 3, d.Leaf(PA, s2ap=d.Grant.READ, xn=d.Never.EL0_EL1))
+    tables.map(IPA, 3, d.LeafFields(PA, s2ap=d.Grant.READ, xn=d.Never.EL0_EL1))
     assert [type(e) for e in tables.relax(IPA + 5, d.Grant.WRITE)] == [Written, Invalidated]
     assert pa_of(tables, IPA, Access(Direction.WRITE)) and not pa_of(tables, IPA, Access(Direction.FETCH))
     tables.relax(IPA, d.Grant.READ, execute=True)
@@ -140,7 +139,7 @@ def test_permissions_are_relaxed_in_place(tables):
 
 def test_old_kernels_age_one_leaf_of_a_range(tables):
     for i in range(3):
-        tables.map(IPA + i * PAGE, 3, d.Leaf(PA))
+        tables.map(IPA + i * PAGE, 3, d.LeafFields(PA))
     assert len(tables.make_old(IPA, 3 * PAGE, first_only=True)) == 1
     assert len(tables.make_old(IPA, 3 * PAGE)) == 2
 
@@ -148,13 +147,13 @@ def test_old_kernels_age_one_leaf_of_a_range(tables):
 def test_tables_go_as_soon_as_they_are_empty(tables):
     """unmap_stage2_ptes() frees the first table before the second leaf is touched."""
     for ipa in (IPA, IPA + BLOCK):
-        tables.map(ipa, 3, d.Leaf(PA))
+        tables.map(ipa, 3, d.LeafFields(PA))
     events = [e for e in tables.unmap(IPA, 2 * BLOCK) if not isinstance(e, Invalidated)]
     assert [getattr(e, "level", "freed") for e in events] == [3, 2, "freed", 3, 2, "freed", 1, "freed"]
 
 
 def test_ageing_is_seen_by_the_next_access(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
+    tables.map(IPA, 3, d.LeafFields(PA))
     assert len(tables.make_old(IPA, PAGE)) == 1
     assert walk.stage2(tables.regime, tables, IPA, Access(Direction.READ)).type is FaultType.ACCESS_FLAG
     tables.make_young(IPA)
@@ -162,8 +161,8 @@ def test_ageing_is_seen_by_the_next_access(tables):
 
 
 def test_destruction_gives_every_page_back(tables):
-    tables.map(IPA, 3, d.Leaf(PA))
-    tables.map(0, 1, d.Leaf(0))
+    tables.map(IPA, 3, d.LeafFields(PA))
+    tables.map(0, 1, d.LeafFields(0))
     pages = set(tables.pages)
     assert {e.page for e in tables.destroy() if isinstance(e, Freed)} == pages
     assert tables.pages == {} and tables.load(ROOT) is None
@@ -180,19 +179,19 @@ def test_failed_allocation_changes_nothing(stock):
         return page
 
     tables = Stage2Tables(regime.stage2_armv8(ROOT, KVM), allocate)
-    tables.map(0, 1, d.Leaf(0))
+    tables.map(0, 1, d.LeafFields(0))
     if stock < 2:
         with pytest.raises(MemoryError):
-            tables.map(PAGE, 3, d.Leaf(PA))
-        assert tables.leaves() == {0: (1, d.encode(d.Leaf(0), 1))} and set(tables.pages) == {ROOT, ROOT + PAGE}
+            tables.map(PAGE, 3, d.LeafFields(PA))
+        assert tables.leaves() == {0: (1, d.encode(d.LeafFields(0), 1))} and set(tables.pages) == {ROOT, ROOT + PAGE}
     else:
-        tables.map(PAGE, 3, d.Leaf(PA))
+        tables.map(PAGE, 3, d.LeafFields(PA))
         assert list(tables.leaves()) == [PAGE]
 
 
 def test_one_level_is_enough_for_a_small_space():
     tables = make(5 << 16 | 3 << 6 | 64 - 24)  # level 3, eight concatenated tables
-    tables.map(0xFF_F000, 3, d.Leaf(PA))
+    tables.map(0xFF_F000, 3, d.LeafFields(PA))
     assert pa_of(tables, 0xFF_F000) == PA
     tables.unmap(0, 1 << 24)
     assert tables.leaves() == {} and len(tables.pages) == 8
@@ -232,7 +231,7 @@ class Algebra(RuleBasedStateMachine):
     @rule(spot=spots, frame=st.integers(0, 7))
     def map_page(self, spot, frame):
         covered = self.tables.leaves().get(IPA + spot // 512 * BLOCK, (3, 0))[0] == 2
-        self.apply(self.tables.map(IPA + spot * PAGE, 3, d.Leaf(PA + frame * PAGE)))
+        self.apply(self.tables.map(IPA + spot * PAGE, 3, d.LeafFields(PA + frame * PAGE)))
         if covered:
             for page in range(spot // 512 * 512, spot // 512 * 512 + 512):
                 self.pages.pop(page, None)
@@ -240,7 +239,7 @@ class Algebra(RuleBasedStateMachine):
 
     @rule(half=st.integers(0, 1))
     def map_block(self, half):
-        self.apply(self.tables.map(IPA + half * BLOCK, 2, d.Leaf(PA)))
+        self.apply(self.tables.map(IPA + half * BLOCK, 2, d.LeafFields(PA)))
         self.pages |= {half * 512 + i: i for i in range(512)}
 
     @rule(spot=spots, count=st.integers(1, 40))

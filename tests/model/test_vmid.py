@@ -1,10 +1,9 @@
 """VMIDs: both allocators against what must always hold, and against the histories that the kernel's source gives."""
 
 import pytest
+from arm_kvm.model.kvm.vmid import Bitmap, Consecutive, Invalidation, VcpuLoads
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.model.vmid import Bitmap, Consecutive, Invalidation, VcpuLoads
 
 ALL = (Invalidation.ALL_VMS_ALL_CPUS,)
 CPUS = 3

@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch import regime, stage1, sweep, walk
+from arm_kvm.model.arch.attributes import STAGE1_OFF, STAGE1_OFF_FETCH
+from arm_kvm.model.arch.faults import Access, Direction, Fault, FaultType
+from arm_kvm.model.arch.granule import KIB4, KIB64
+from arm_kvm.model.arch.regime import SCTLR_M, SCTLR_UWXN, SCTLR_WXN, Features
+from arm_kvm.model.arch.stage1 import Stage1Regime
+from arm_kvm.model.arch.walk import El10
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from framework.model import descriptors as d
-from framework.model import regime, stage1, sweep, walk
-from framework.model.attributes import STAGE1_OFF, STAGE1_OFF_FETCH
-from framework.model.faults import Access, Direction, Fault, FaultType
-from framework.model.granule import KIB4, KIB64
-from framework.model.regime import SCTLR_M, SCTLR_UWXN, SCTLR_WXN, Features
-from framework.model.stage1 import Stage1
-from framework.model.walk import El10
 
 from ..memory import BASE, Pages, Table
 
@@ -37,7 +36,7 @@ class World:
             self.maps(IPA, self.frame, **kind)
 
     def maps(self, ipa, pa, level=3, **kind):
-        return self.table.put(ipa, level, d.encode(d.Leaf(pa, **kind), level, self.regime.format))
+        return self.table.put(ipa, level, d.encode(d.LeafFields(pa, **kind), level, self.regime.format))
 
     def stage2(self, access, ipa=IPA):
         return walk.stage2(self.regime, self.ram, ipa, access)
@@ -45,7 +44,7 @@ class World:
     def with_stage1(self):
         """A guest table in the page at IPA: one block of 1 GiB from VA 0 to IPA 0x8000_0000."""
         self.ram.store(self.frame, stage1.leaf(IPA, 1, ap=1))
-        control = Stage1(regime.stage1_armv8(IPA, 64 - 39 | 2 << 32), 0xFF, SCTLR_M)
+        control = Stage1Regime(regime.stage1_armv8(IPA, 64 - 39 | 2 << 32), 0xFF, SCTLR_M)
         return El10(control, self.regime, 40)
 
 
@@ -210,7 +209,7 @@ def rights(control, desc, inherited, el0):
 
 def control(armv7, sctlr=0):
     r = regime.stage1_armv7(0, 1 << 31) if armv7 else regime.stage1_armv8(0, 25)
-    return Stage1(r, 0, sctlr)
+    return Stage1Regime(r, 0, sctlr)
 
 
 @pytest.mark.parametrize(("armv7", "row"), [(False, row) for row in V8] + [(True, row) for row in V7])
@@ -242,7 +241,7 @@ def test_writable_means_never_executable():
 
 
 def test_a_guests_tables():
-    assert d.kind(stage1.table(0x1000), 1, d.Format().granule) is d.Kind.TABLE
+    assert d.kind(stage1.table(0x1000), 1, d.Format().granule) is d.EntryKind.TABLE
     assert stage1.leaf(0x1000, 3, attrindx=2, ap=3) == 0x17CB
 
 
@@ -291,7 +290,7 @@ def noisy_tables(draw):
             if (word := memory.load(at)) == 0:
                 word = draw(noise(memory, r, level))
                 memory.store(at, word)
-            if d.kind(word, level, r.granule) is not d.Kind.TABLE:
+            if d.kind(word, level, r.granule) is not d.EntryKind.TABLE:
                 break
             table = word & r.format.address_field()
             if memory.load(table) is None:

@@ -1,11 +1,10 @@
 """The vocabulary as text: every step comes back as it was written, and what is wrong is named with its line."""
 
 import pytest
+from arm_kvm.sequences.steps import PAGES, SLOTS, VCPUS, Step, StepKind, every, load, parse
+from arm_kvm.support.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
-
-from framework.errors import ConfigError
-from framework.sequences.steps import PAGES, SLOTS, VCPUS, Kind, Step, every, load, parse
 
 
 @st.composite
@@ -18,7 +17,7 @@ def steps(draw):
         "vcpu": draw(st.integers(0, VCPUS - 1)),
         "slot": draw(st.sampled_from(SLOTS)),
     }
-    kind = draw(st.sampled_from(Kind))
+    kind = draw(st.sampled_from(StepKind))
     return Step(kind, **{name: value for name, value in arguments.items() if f"{{{name}}}" in kind.value})
 
 
@@ -30,7 +29,7 @@ def test_a_step_reads_as_it_was_written(step):
 def test_comments_and_empty_lines_are_no_steps(tmp_path):
     file = tmp_path / "sequence.txt"
     file.write_text("# found on a15\n\nfork\nhost writes page 3 # then\n")
-    assert load(file) == [Step(Kind.FORK), Step(Kind.HOST_WRITES, page=3)]
+    assert load(file) == [Step(StepKind.FORK), Step(StepKind.HOST_WRITES, page=3)]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_a_file_that_is_not_there(tmp_path):
         load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", StepKind)
 def test_every_step_of_a_kind_is_listed_once_the_simplest_first(kind):
     listed = every(kind)
     assert len(set(listed)) == len(listed) and listed[0] == Step(kind)

@@ -1,10 +1,9 @@
 """What a world complains of: each complaint by a table that deserves it, and none of what a healthy host does."""
 
 import pytest
-
-from framework.model import descriptors as d
-from framework.sequences.steps import PAGES, Kind, Step
-from framework.sequences.world import PAGE, PLACES, Answer, Look, Rights, World, spare_tables
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.sequences.steps import PAGES, Step, StepKind
+from arm_kvm.sequences.world import PAGE, PLACES, Answer, Look, Rights, VmModel, spare_tables
 
 HVA, PA = 0xB600_0000 - PAGES // 2 * PAGE, 0x5000_0000
 IPAS = {slot: places[0] for slot, places in PLACES.items()}
@@ -12,12 +11,12 @@ FRAMES = tuple(PA + n * PAGE for n in range(PAGES))
 
 
 def world(kernel=(5, 4), **more):
-    return World(HVA, kernel, **more)
+    return VmModel(HVA, kernel, **more)
 
 
 def leaf(page, slot=1, frame=None, **kind):
     pa = PA + page * PAGE if frame is None else frame
-    return {IPAS[slot] + page * PAGE: (3, d.encode(d.Leaf(pa, **kind), 3))}
+    return {IPAS[slot] + page * PAGE: (3, d.encode(d.LeafFields(pa, **kind), 3))}
 
 
 def look(leaves=None, spare=0, frames=FRAMES):
@@ -32,7 +31,7 @@ def only(found, words):
     return len(found) == 1 and words in found[0]
 
 
-READ, WRITE = Step(Kind.GUEST_READS, page=3), Step(Kind.GUEST_WRITES, page=3)
+READ, WRITE = Step(StepKind.GUEST_READS, page=3), Step(StepKind.GUEST_WRITES, page=3)
 
 
 def test_an_access_maps_its_page_and_nothing_else():
@@ -62,17 +61,17 @@ def test_an_access_that_copies_takes_the_old_frame_from_the_alias():
 
 
 def test_what_the_host_takes_must_be_gone():
-    drop = Step(Kind.DONTNEED, page=2, last=4)
+    drop = Step(StepKind.DONTNEED, page=2, last=4)
     assert complaints(drop, look(leaf(3)), look()) == []
     assert only(complaints(drop, look(leaf(3)), look(leaf(3))), "old frame is still mapped")
     assert only(complaints(drop, look(leaf(3, slot=2)), look(leaf(3, slot=2))), "old frame")
-    protect = Step(Kind.PROTECT_READ, page=3, last=3)
+    protect = Step(StepKind.PROTECT_READ, page=3, last=3)
     assert only(complaints(protect, look(leaf(3)), look(leaf(3))), "still writable")
-    assert only(complaints(Step(Kind.FORK), look(leaf(3)), look(leaf(3))), "still writable")
+    assert only(complaints(Step(StepKind.FORK), look(leaf(3)), look(leaf(3))), "still writable")
 
 
 def test_change_pte_is_expected_up_to_6_9():
-    touch = Step(Kind.HOST_WRITES, page=3)
+    touch = Step(StepKind.HOST_WRITES, page=3)
     copied = (*FRAMES[:3], PA + (1 << 20), *FRAMES[4:])
     before, after = look(leaf(3) | leaf(4)), look(leaf(4), frames=copied)
     assert only(complaints(touch, before, after), "level 3 table was left")
@@ -81,14 +80,14 @@ def test_change_pte_is_expected_up_to_6_9():
 
 def test_a_memslot_that_goes_takes_its_leaves():
     w = world()
-    gone = w.set(w.wanted(Step(Kind.SLOT_DELETE, slot=1)))
-    delete = Step(Kind.SLOT_DELETE, slot=1)
+    gone = w.set(w.wanted(Step(StepKind.SLOT_DELETE, slot=1)))
+    delete = Step(StepKind.SLOT_DELETE, slot=1)
     assert complaints(delete, look(leaf(3)), look(), w, gone) == []
     assert only(complaints(delete, look(leaf(3)), look(leaf(3)), w, gone), "still mapped")
 
 
 def test_a_memslot_that_moves_leaves_nothing_where_it_was():
-    w, move, elsewhere = world(), Step(Kind.SLOT_MOVE, slot=1), PLACES[1][1] + 3 * PAGE
+    w, move, elsewhere = world(), Step(StepKind.SLOT_MOVE, slot=1), PLACES[1][1] + 3 * PAGE
     gone = w.set(w.wanted(move))
     assert w.ipa(READ) == elsewhere and w.answer(READ) is Answer.DONE
     assert complaints(move, look(leaf(3)), look(), w, gone) == []
@@ -101,18 +100,22 @@ def test_a_memslot_that_moves_leaves_nothing_where_it_was():
 
 def test_stores_to_a_memslot_that_is_read_only_are_mmio():
     w = world(rights=[Rights.READ] * PAGES)
-    w.set(w.wanted(Step(Kind.SLOT_DELETE)))
-    assert w.allows(Step(Kind.SLOT_READONLY)) and not w.allows(Step(Kind.SLOT_CREATE))
-    w.set(w.wanted(Step(Kind.SLOT_READONLY)))
+    w.set(w.wanted(Step(StepKind.SLOT_DELETE)))
+    assert w.allows(Step(StepKind.SLOT_READONLY)) and not w.allows(Step(StepKind.SLOT_CREATE))
+    w.set(w.wanted(Step(StepKind.SLOT_READONLY)))
     assert (w.answer(READ), w.answer(WRITE)) == (Answer.DONE, Answer.MMIO)
-    assert w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.LOG_ON, slot=2)) and not w.allows(Step(Kind.NEW_VM))
-    w.set(w.wanted(Step(Kind.LOG_ON)))
-    w.set(w.wanted(Step(Kind.SLOT_MOVE)))
-    assert w.answer(WRITE) is Answer.MMIO and w.allows(Step(Kind.DIRTY_LOG))
+    assert (
+        w.allows(Step(StepKind.LOG_ON))
+        and not w.allows(Step(StepKind.LOG_ON, slot=2))
+        and not w.allows(Step(StepKind.NEW_VM))
+    )
+    w.set(w.wanted(Step(StepKind.LOG_ON)))
+    w.set(w.wanted(Step(StepKind.SLOT_MOVE)))
+    assert w.answer(WRITE) is Answer.MMIO and w.allows(Step(StepKind.DIRTY_LOG))
 
 
 def test_a_page_that_moves_takes_its_content_and_leaves_a_hole():
-    w, move = world(), Step(Kind.MREMAP, page=3, to=9)
+    w, move = world(), Step(StepKind.MREMAP, page=3, to=9)
     w.stored(WRITE, 7)
     before = look(leaf(3) | leaf(9) | leaf(3, slot=2))
     assert complaints(move, before, look(), w) == []
@@ -120,20 +123,24 @@ def test_a_page_that_moves_takes_its_content_and_leaves_a_hole():
     assert only(complaints(move, before, look(leaf(9)), w), "old frame is still mapped")
     w.host_did(move)
     assert w.content[9] == {7} and (w.rights[3], w.rights[9]) == (Rights.HOLE, Rights.WRITE)
-    assert not w.allows(move) and not w.allows(Step(Kind.MREMAP, page=4, to=4))
-    assert w.allows(Step(Kind.MREMAP, page=9, to=3)) and w.allows(Step(Kind.SLOT_MOVE)) and w.allows(Step(Kind.MUNMAP))
+    assert not w.allows(move) and not w.allows(Step(StepKind.MREMAP, page=4, to=4))
+    assert (
+        w.allows(Step(StepKind.MREMAP, page=9, to=3))
+        and w.allows(Step(StepKind.SLOT_MOVE))
+        and w.allows(Step(StepKind.MUNMAP))
+    )
 
 
 def test_a_hole_takes_what_is_not_half_done():
     w = world()
-    assert only(complaints(Step(Kind.MUNMAP, page=3, last=3), look(leaf(3)), look(leaf(3))), "old frame")
-    w.host_did(Step(Kind.MUNMAP, page=3, last=3))
-    assert not w.allows(Step(Kind.DONTNEED, page=2, last=4)) and w.allows(Step(Kind.DONTNEED, page=4, last=5))
-    assert not w.allows(Step(Kind.HOST_READS, page=3)) and w.allows(Step(Kind.REPLACE, page=2, last=4))
+    assert only(complaints(Step(StepKind.MUNMAP, page=3, last=3), look(leaf(3)), look(leaf(3))), "old frame")
+    w.host_did(Step(StepKind.MUNMAP, page=3, last=3))
+    assert not w.allows(Step(StepKind.DONTNEED, page=2, last=4)) and w.allows(Step(StepKind.DONTNEED, page=4, last=5))
+    assert not w.allows(Step(StepKind.HOST_READS, page=3)) and w.allows(Step(StepKind.REPLACE, page=2, last=4))
 
 
 def test_what_is_paged_out_must_be_gone_and_nothing_else():
-    out, without = Step(Kind.PAGE_OUT, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
+    out, without = Step(StepKind.PAGE_OUT, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
     both = leaf(3) | leaf(4)
     aged = leaf(4, af=False)
     assert complaints(out, look(both), look(aged, frames=without)) == complaints(out, look(both), look(both)) == []
@@ -145,16 +152,16 @@ def test_what_is_paged_out_must_be_gone_and_nothing_else():
 def test_what_was_given_up_may_be_unmapped_and_kept_or_taken():
     """Written since, or not: reclaim tries."""
     w = world()
-    w.host_did(Step(Kind.FREE, page=3, last=3))
-    for kind in (Kind.PAGE_OUT, Kind.AGE):
+    w.host_did(Step(StepKind.FREE, page=3, last=3))
+    for kind in (StepKind.PAGE_OUT, StepKind.AGE):
         tried, taken = Step(kind, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
         assert complaints(tried, look(leaf(3)), look(), w) == complaints(tried, look(leaf(3)), look(leaf(3)), w) == []
         assert complaints(tried, look(leaf(3)), look(frames=taken), w) == []
         assert only(complaints(tried, look(leaf(3)), look(leaf(3), frames=taken), w), "old frame is still mapped")
-    assert only(complaints(Step(Kind.AGE, page=4, last=4), look(leaf(4)), look(), w), "outside what may go")
-    w.host_did(Step(Kind.MREMAP, page=3, to=9))
+    assert only(complaints(Step(StepKind.AGE, page=4, last=4), look(leaf(4)), look(), w), "outside what may go")
+    w.host_did(Step(StepKind.MREMAP, page=3, to=9))
     assert w.freed == {9}
-    w.host_did(Step(Kind.REPLACE, page=9, last=9))
+    w.host_did(Step(StepKind.REPLACE, page=9, last=9))
     assert w.freed == set()
 
 
@@ -162,35 +169,35 @@ def test_what_comes_back_from_swap_may_be_copied_at_once():
     """A child has it, too; then change_pte maps the copy where a level 3 table is left."""
     out, w = (*FRAMES[:3], 0, *FRAMES[4:]), world()
     before, now = look(leaf(4), frames=out), leaf(4) | leaf(3, s2ap=d.Grant.READ)
-    touch = Step(Kind.HOST_WRITES, page=3)
+    touch = Step(StepKind.HOST_WRITES, page=3)
     assert complaints(touch, before, before, w) == []
     assert only(complaints(touch, before, look(now), w), "no guest had asked")
-    w.host_did(Step(Kind.FORK))
+    w.host_did(Step(StepKind.FORK))
     assert complaints(touch, before, look(now), w) == complaints(touch, before, look(leaf(4)), w) == []
     assert complaints(touch, before, look(leaf(4) | leaf(3)), w) != []
 
 
 def test_what_lies_in_other_tables_stays():
     """The memory is half in one 2 MiB block and half in the next: what is announced in one goes in that one only."""
-    drop = Step(Kind.DONTNEED, page=2, last=4)
+    drop = Step(StepKind.DONTNEED, page=2, last=4)
     assert complaints(drop, look(leaf(3) | leaf(5)), look()) == []
     assert only(complaints(drop, look(leaf(3) | leaf(9)), look()), "outside what may go")
 
 
 def test_the_dirty_log_makes_pages_read_only():
-    log = Step(Kind.LOG_ON, slot=1)
+    log = Step(StepKind.LOG_ON, slot=1)
     both = leaf(3) | leaf(3, slot=2)
     assert complaints(log, look(both), look(leaf(3, s2ap=d.Grant.READ) | leaf(3, slot=2))) == []
     assert only(complaints(log, look(both), look(both)), "changed")
 
 
 def test_ageing_reaches_what_was_written():
-    w, age = world(), Step(Kind.AGE, page=3, last=3)
+    w, age = world(), Step(StepKind.AGE, page=3, last=3)
     w.stored(WRITE, 7)
     assert complaints(age, look(leaf(3)), look(leaf(3, af=False)), w) == []
     assert only(complaints(age, look(leaf(3)), look(leaf(3)), w), "still young")
     assert complaints(age, look(leaf(3)), look(leaf(3))) == []  # the zero page, for all the world knows
-    w.host_did(Step(Kind.FORK))
+    w.host_did(Step(StepKind.FORK))
     assert complaints(age, look(leaf(3)), look(leaf(3)), w) == []
 
 
@@ -213,31 +220,35 @@ def test_how_an_access_must_end(rights, read, write):
     w = world()
     w.rights[3] = rights
     assert (w.answer(READ), w.answer(WRITE)) == (read, write)
-    w.set(w.wanted(Step(Kind.SLOT_DELETE, slot=1)))
+    w.set(w.wanted(Step(StepKind.SLOT_DELETE, slot=1)))
     assert w.answer(READ) is w.answer(WRITE) is Answer.MMIO
 
 
 def test_which_steps_make_sense():
     w = world()
-    assert w.allows(Step(Kind.FORK)) and not w.allows(Step(Kind.CHILD_EXITS)) and not w.allows(Step(Kind.SLOT_CREATE))
-    w.host_did(Step(Kind.PROTECT_READ, page=3, last=3))
-    assert w.allows(Step(Kind.HOST_READS, page=3)) and not w.allows(Step(Kind.HOST_WRITES, page=3))
-    assert not w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.NEW_VM))
-    w.host_did(Step(Kind.REPLACE, page=3, last=3))
-    assert w.allows(Step(Kind.LOG_ON)) and not w.allows(Step(Kind.DIRTY_LOG))
-    w.host_did(Step(Kind.PROTECT_READ, page=3, last=3))
-    w.host_did(Step(Kind.FORK))
-    w.host_did(Step(Kind.PROTECT_WRITE, page=3, last=3))  # of the VMM, not of its child
-    assert w.allows(Step(Kind.CHILD_WRITES, page=4)) and not w.allows(Step(Kind.CHILD_WRITES, page=3))
-    assert not world(ages=False).allows(Step(Kind.AGE)) and world().allows(Step(Kind.AGE))
+    assert (
+        w.allows(Step(StepKind.FORK))
+        and not w.allows(Step(StepKind.CHILD_EXITS))
+        and not w.allows(Step(StepKind.SLOT_CREATE))
+    )
+    w.host_did(Step(StepKind.PROTECT_READ, page=3, last=3))
+    assert w.allows(Step(StepKind.HOST_READS, page=3)) and not w.allows(Step(StepKind.HOST_WRITES, page=3))
+    assert not w.allows(Step(StepKind.LOG_ON)) and not w.allows(Step(StepKind.NEW_VM))
+    w.host_did(Step(StepKind.REPLACE, page=3, last=3))
+    assert w.allows(Step(StepKind.LOG_ON)) and not w.allows(Step(StepKind.DIRTY_LOG))
+    w.host_did(Step(StepKind.PROTECT_READ, page=3, last=3))
+    w.host_did(Step(StepKind.FORK))
+    w.host_did(Step(StepKind.PROTECT_WRITE, page=3, last=3))  # of the VMM, not of its child
+    assert w.allows(Step(StepKind.CHILD_WRITES, page=4)) and not w.allows(Step(StepKind.CHILD_WRITES, page=3))
+    assert not world(ages=False).allows(Step(StepKind.AGE)) and world().allows(Step(StepKind.AGE))
 
 
 def test_content_after_each_operation():
     w = world()
     w.stored(WRITE, 7)
-    w.host_did(Step(Kind.FREE, page=3, last=3))
+    w.host_did(Step(StepKind.FREE, page=3, last=3))
     assert w.content[3] == {7, 0}
     w.stored(WRITE, 8)
     assert w.content[3] == {8}
-    w.host_did(Step(Kind.DONTNEED, page=0, last=15))
+    w.host_did(Step(StepKind.DONTNEED, page=0, last=15))
     assert w.content[3] == {0}

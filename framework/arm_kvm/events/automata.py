@@ -1,0 +1,305 @@
+"""The rules, one small automaton each. They see the events in order, and the world before each event.
+
+Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance; B3.10.1: changing an entry); ARM DDI 0487, D8.17 (break-before-make);
+Linux 5.4 virt/kvm/arm/{arm,mmu}.c, 6.1 and 6.12 arch/arm64/kvm/{arm,mmu,vmid}.c, hyp/pgtable.c.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from arm_kvm.events.operations import OPERATIONS, Operation, Reach, span
+from arm_kvm.events.trace import (
+    Created,
+    Destroyed,
+    Enter,
+    EntryChange,
+    Event,
+    Invalidate,
+    Mark,
+    Vttbr,
+    root_of,
+    vmid_of,
+)
+from arm_kvm.events.violations import TraceRule
+from arm_kvm.events.world import TraceState, full
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch.granule import KIB4
+
+Finding = tuple[TraceRule, str]
+
+
+class Automaton(Protocol):
+    """``see`` yields what is wrong with the event."""
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]: ...
+
+
+# -- the tables ---------------------------------------------------------------------------------------------
+
+#: What may change in a valid entry in place: access rights, access flag, dirty state, what is left to software.
+_LOOSE = sum(field.mask for field in (d.S2AP, d.AF, d.DBM, d.XN, d.SOFTWARE))
+
+#: XN[1:0] with FEAT_XNX -> who may execute, EL0 in bit 0, EL1 in bit 1. Without it bit 0 is 0.
+_EXECUTE = (0b11, 0b01, 0b00, 0b10)
+
+
+def _makes_without_break(entry: EntryChange) -> bool:
+    return bool(entry.old & entry.new & 1) and bool((entry.old ^ entry.new) & ~_LOOSE)
+
+
+def _takes_away(entry: EntryChange) -> str:
+    """What the change takes from the guest: words, or "" for nothing.
+
+    An entry whose access flag is clear is in no TLB (DDI 0487, D8.5.2), unless hardware sets the flag.
+    """
+    old, new = entry.old, entry.new
+    if not old & 1 or (not d.is_table(old, entry.level) and not d.AF.of(old)):
+        return ""
+    if not new & 1:
+        return "unmapped"
+    if d.is_table(old, entry.level):
+        return ""
+    if d.S2AP.of(old) & ~d.S2AP.of(new):
+        return "made less accessible"
+    return "made less executable" if _EXECUTE[d.XN.of(old)] & ~_EXECUTE[d.XN.of(new)] else ""
+
+
+@dataclass
+class _Debt:
+    """One entry that TLBs may still hold: what the kernel owes for it."""
+
+    entry: EntryChange
+    words: str
+    stage1_only: bool = False  #: stage 2 is done, what combines it with stage 1 is not
+    complete: int = 0  #: operations of the lab that were completed since
+
+    @property
+    def size(self) -> int:
+        return 1 << KIB4.level_shift(self.entry.level)
+
+    def pay(self, op: Operation, event: Invalidate) -> bool:
+        """Whether this operation, under the right VMID, is the last that was owed."""
+        if op.reach in (Reach.ALL_VMS, Reach.VM):
+            return True
+        if op.reach is Reach.STAGE1:
+            return self.stage1_only
+        if op.has_operand and not (op.last_level and self._table):
+            self.stage1_only |= span(event.op, event.operand).reaches(
+                self.entry.ipa, self.size, self.entry.level, self._table
+            )
+        return False
+
+    @property
+    def _table(self) -> bool:
+        return d.is_table(self.entry.old, self.entry.level)
+
+    def __str__(self) -> str:
+        still = "stage 1 still combines it: no VMALLE1IS" if self.stage1_only else "no operation that reaches it"
+        where = f"IPA {self.entry.ipa:#x} (level {self.entry.level}, was {self.entry.old:#x})"
+        return f"{where} was {self.words}; {still}, on all CPUs and under the VM's VMID, since"
+
+
+class Invalidations:
+    """What is taken from a guest is invalidated: under its VMID, for its IPA or all, on all CPUs, before the kernel's
+    operation returns and the page can be used for something else.
+
+    The first Mark after the change may be of an operation that ran beside it; the second may not.
+    """
+
+    _GRACE = 2
+
+    def __init__(self) -> None:
+        self._debts: dict[int, list[_Debt]] = defaultdict(list)
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        match event:
+            case EntryChange(root=root):
+                yield from self._change(event, world.cached[root] != set())
+            case Invalidate(op=op, cpu=cpu) if OPERATIONS[op].broadcast:
+                self._invalidated(event, world.vttbr[cpu], world)
+            case Mark():
+                yield from self._due()
+            case Destroyed(root=root) | Created(root=root):
+                self._debts.pop(root, None)
+
+    def _change(self, entry: EntryChange, cached: bool) -> Iterator[Finding]:
+        if _makes_without_break(entry):
+            yield TraceRule.BREAK_BEFORE_MAKE, f"valid {entry.old:#x} became valid {entry.new:#x} in one step"
+        elif not entry.old & 1 and (debt := self._debt_at(entry)):
+            yield TraceRule.BREAK_BEFORE_MAKE, f"valid again, but {debt}"
+        elif cached and (words := _takes_away(entry)):
+            self._debts[entry.root].append(_Debt(entry, words))
+
+    def _debt_at(self, entry: EntryChange) -> _Debt | None:
+        """A debt for memory that the new entry maps."""
+        end = entry.ipa + (1 << KIB4.level_shift(entry.level))
+        for debt in self._debts[entry.root]:
+            if debt.entry.ipa < end and entry.ipa < debt.entry.ipa + debt.size and debt.words == "unmapped":
+                return debt
+        return None
+
+    def _invalidated(self, event: Invalidate, vttbr: int, world: TraceState) -> None:
+        operation = OPERATIONS[event.op]
+        roots = list(self._debts) if operation.reach is Reach.ALL_VMS else [root_of(vttbr)]
+        for root in roots:
+            if operation.reach is Reach.ALL_VMS or world.cached[root] <= {vmid_of(vttbr)}:
+                self._debts[root] = [debt for debt in self._debts[root] if not debt.pay(operation, event)]
+
+    def _due(self) -> Iterator[Finding]:
+        for root, debts in self._debts.items():
+            for debt in debts:
+                debt.complete += 1
+            for debt in debts:
+                if debt.complete == self._GRACE:
+                    yield TraceRule.NOT_INVALIDATED, str(debt)
+            self._debts[root] = [debt for debt in debts if debt.complete < self._GRACE]
+
+
+# -- VMIDs ---------------------------------------------------------------------------------------------------
+
+
+class Zero:
+    """VMID 0 is the host's: no guest is entered with it. (Maintenance for a VM that never ran may use it.)"""
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        if isinstance(event, Enter) and vmid_of(value := world.vttbr[event.cpu]) == 0:
+            yield TraceRule.VMID_ZERO, f"{world.name(root_of(value))} is entered under VTTBR {value:#x}"
+
+
+#: The last numbers of a generation may be held by VMs that ran through the rollover before.
+_RESERVED = 4
+
+
+#: One VM: its root, and how many VMs had that root before. Roots are used again.
+_Life = tuple[int, int]
+
+
+class Owners:
+    """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
+
+    def __init__(self, bits: int) -> None:
+        self._last = (1 << bits) - 1  #: number of a generation
+        self._owner: dict[int, _Life] = {}  #: VMID -> who has it
+        self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
+        self._before: dict[int, int] = {}  #: root -> its number in any generation
+        self._largest = 0
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        if isinstance(event, Invalidate) and full(event.op):
+            self._owner = {vmid_of(v): self._life(root_of(v)) for v in world.inside.values()}
+            self._largest = 0
+        elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
+            self._lives[event.root] += 1
+            self._before.pop(event.root, None)
+        elif isinstance(event, Enter):
+            value = world.vttbr[event.cpu]
+            yield from self._enter(vmid_of(value), root_of(value), world)
+
+    def _life(self, root: int) -> _Life:
+        return root, self._lives[root]
+
+    def _enter(self, vmid: int, root: int, world: TraceState) -> Iterator[Finding]:
+        owner = self._owner.get(vmid)
+        if owner != self._life(root):
+            if owner is not None and vmid:
+                kind, why = self._clash(vmid, owner, root, world)
+                yield kind, why
+                if kind is TraceRule.ROLLOVER_NOT_INVALIDATED:  # said once
+                    self._owner, self._largest = {}, 0
+            self._owner[vmid] = self._life(root)
+            self._largest = max(self._largest, vmid)
+        self._before[root] = vmid
+
+    def _clash(self, vmid: int, owner: _Life, root: int, world: TraceState) -> Finding:
+        name = world.name(owner[0])
+        if self._before.get(root) == vmid:
+            words = f"{world.name(root)} is entered under VMID {vmid}, which it had before the rollover"
+            return TraceRule.OLD_GENERATION, f"{words}, and which is {name}'s now"
+        words = f"VMID {vmid} of {name} is given to {world.name(root)}"
+        if self._largest >= self._last - _RESERVED:
+            return (
+                TraceRule.ROLLOVER_NOT_INVALIDATED,
+                f"{words} after {self._largest}, and nothing was invalidated between",
+            )
+        gone = owner != self._life(owner[0]) or owner[0] in world.destroyed
+        return (TraceRule.VMID_REUSED if gone else TraceRule.VMID_SHARED), f"{words} in the same generation"
+
+
+class OneVmidPerVm:
+    """All vCPUs of a VM run under one number; it changes with a full invalidation only, and for all of them."""
+
+    def __init__(self) -> None:
+        self._number: dict[int, tuple[int, int]] = {}  # root -> (VMID, full invalidations when it was seen)
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        if isinstance(event, Created):
+            self._number.pop(event.root, None)
+        if not isinstance(event, Enter):
+            return
+        value = world.vttbr[event.cpu]
+        root, vmid = root_of(value), vmid_of(value)
+        before, flushes = self._number.get(root, (vmid, world.flushes))
+        for cpu, other in world.others_inside(event.cpu, root):
+            if vmid_of(other) != vmid:
+                yield (
+                    TraceRule.VMID_SPLIT,
+                    f"{world.name(root)} is entered under VMID {vmid}, and runs under {vmid_of(other)} on CPU {cpu}",
+                )
+                break
+        else:
+            if before != vmid and flushes == world.flushes:
+                yield (
+                    TraceRule.VMID_SPLIT,
+                    f"{world.name(root)} is entered under VMID {vmid}, and was under {before} in this generation",
+                )
+        self._number[root] = vmid, world.flushes
+
+
+class Stale:
+    """Once a VM is destroyed its root is free memory: VTTBR is not loaded with it again."""
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        if isinstance(event, Vttbr) and (root := root_of(event.value)) in world.destroyed:
+            yield TraceRule.STALE_VTTBR, f"VTTBR is loaded with the root of {world.name(root)}"
+        if isinstance(event, Enter) and (root := root_of(world.vttbr[event.cpu])) in world.destroyed:
+            yield TraceRule.STALE_VTTBR, f"{world.name(root)} is entered"
+
+
+class LocalFlush:
+    """A CPU's TLB is private to one vCPU of each VM: before another enters there, the CPU forgets the VM.
+
+    vCPUs of one VM may map one virtual address differently under one ASID (Linux commit 94d0e5980d67).
+    """
+
+    def __init__(self) -> None:
+        #: root -> (CPU, VMID) -> vCPU whose translations the CPU's TLB may hold
+        self._last: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+
+    def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
+        match event:
+            case Invalidate(cpu=cpu, op=op):
+                self._forget(cpu, OPERATIONS[op], world.vttbr[cpu])
+            case Created(root=root):
+                self._last.pop(root, None)
+            case Enter(cpu=cpu, vcpu=vcpu):
+                root, vmid = root_of(world.vttbr[cpu]), vmid_of(world.vttbr[cpu])
+                last = self._last[root].get((cpu, vmid), vcpu)
+                if last != vcpu:
+                    name = world.name(root)
+                    yield TraceRule.NO_LOCAL_FLUSH, f"vCPU {vcpu:#x} of {name} is entered where vCPU {last:#x} ran last"
+                self._last[root][cpu, vmid] = vcpu
+
+    def _forget(self, cpu: int, operation: Operation, vttbr: int) -> None:
+        if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
+            return
+        everyone = operation.reach is Reach.ALL_VMS
+        for root in list(self._last) if everyone else [root_of(vttbr)]:
+            self._last[root] = {
+                (where, vmid): vcpu
+                for (where, vmid), vcpu in self._last[root].items()
+                if not ((operation.broadcast or where == cpu) and (everyone or vmid == vmid_of(vttbr)))
+            }

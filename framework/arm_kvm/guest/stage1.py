@@ -1,0 +1,63 @@
+"""The guest's own stage 1: a long-descriptor table that maps memory onto itself, with chosen exceptions.
+
+One root table with 1 GiB entries (level 1): 4 of them for A32, 512 for A64. The author puts the encoded
+tables into guest memory, wherever the test wants them, and turns the MMU on.
+
+Sources: ARM DDI 0406C.d B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487, registers TCR_EL1, SCTLR_EL1. The entries
+themselves are the model's (framework/arm_kvm/model/arch/stage1.py).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from arm_kvm.guest.isa import Isa
+from arm_kvm.model.arch import stage1 as model
+
+GIB = 1 << 30
+MIB2 = 2 << 20
+_MAIR = 0xFF  # attribute 0: normal memory, write-back
+_CACHED_WALKS = 3 << 12 | 1 << 10 | 1 << 8  # SH0, ORGN0, IRGN0
+
+
+@dataclass(frozen=True)
+class Registers:
+    """What the payload's ``mmu`` order loads."""
+
+    ttbr0: int
+    tcr: int
+    mair: int
+    sctlr: int
+
+
+class GuestStage1:
+    """A root table at IPA ``root``: identity, until :meth:`map_block` or :meth:`link` change an entry."""
+
+    def __init__(self, isa: Isa, root: int) -> None:
+        self.root = root
+        self._entries = [model.leaf(i * GIB, 1) for i in range(4 if isa.pointer_bits == 32 else 512)]
+
+    def map_block(self, va: int, ipa: int) -> None:
+        """Map the 1 GiB at ``va`` to the 1 GiB at ``ipa``."""
+        self._entries[va // GIB] = model.leaf(ipa, 1)
+
+    def link(self, va: int, table: int) -> None:
+        """Let the 1 GiB at ``va`` be translated by a level 2 table at IPA ``table``."""
+        self._entries[va // GIB] = model.table(table)
+
+    def encode(self) -> bytes:
+        """The root table as bytes, to be written at IPA ``root``."""
+        return struct.pack(f"<{len(self._entries)}Q", *self._entries)
+
+    @staticmethod
+    def level2(ipa: int) -> bytes:
+        """A level 2 table of 512 blocks of 2 MiB that maps the 1 GiB at ``ipa``."""
+        return struct.pack("<512Q", *(model.leaf(ipa + i * MIB2, 2) for i in range(512)))
+
+    def registers(self, isa: Isa) -> Registers:
+        if isa.pointer_bits == 32:
+            eae = 1 << 31
+            return Registers(self.root, eae | _CACHED_WALKS, _MAIR, 0x00C5_0078 | 0x1005)
+        t0sz, no_upper_half, ips_40 = 64 - 39, 1 << 23, 2 << 32
+        return Registers(self.root, t0sz | _CACHED_WALKS | no_upper_half | ips_40, _MAIR, 0x30D0_0800 | 0x1005)

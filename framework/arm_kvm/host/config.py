@@ -1,0 +1,320 @@
+"""Host files (``configs/hosts/*.yaml``): read, checked, and said precisely where they are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from arm_kvm.guest.isa import ISAS
+from arm_kvm.machine.board import Board
+from arm_kvm.machine.emulator import Emulator
+from arm_kvm.model.arch.regime import ARMV7, ARMV8, Architecture
+from arm_kvm.support.errors import ConfigError
+from arm_kvm.support.paths import CONFIGS, plain_file, written_path
+
+_SIZES = {"K": 10, "M": 20, "G": 30}
+_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts", "emulator", "boot_afresh")
+_BOARD = ("qemu", "machine", "cpu", "cpus", "memory")
+_KERNEL = {
+    "file": ("image",),
+    "deb": ("package", "suite", "modules"),
+    "tarball": ("url", "path", "sha256", "fragments"),
+    "tree": ("path", "patches", "fragments"),
+}
+_REQUIRED = {
+    "file": ("image",),
+    "deb": ("package", "suite"),
+    "tarball": ("sha256", "fragments"),
+    "tree": ("path", "fragments"),
+}
+#: How the text of some keys is spelt.
+_SPELT = {
+    "package": (r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package"),
+    "suite": (r"[a-z0-9][a-z0-9.-]*", "the name of a Debian suite"),
+    "url": (r"https?://[^/]+/.+", "a URL that begins with http:// or https:// and names a file"),
+}
+#: Debian's name of the architecture -> the kernel's name, and how to read its registers.
+_ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
+#: What each QEMU program can carry: the 64-bit one has the 32-bit boards too.
+PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
+#: What a host can, for cases to need: see docs/writing-tests.md.
+CAPABILITIES = (
+    *("kvm", "a15", "arm64", "vmid8", "vmid16", "hotplug", "idle-tracking", "fail-nth", "memory-failure", "debug"),
+)
+_CPUS_32 = ("cortex-a7", "cortex-a15")
+#: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), with the 0 at the end.
+_CMDLINE = {"arm": 1024, "arm64": 2048}
+#: What the lab says of a root file system and its first process; another would never be heard of.
+_LABS_WORDS = ("root", "rdinit", "initrd", "noinitrd", "armkvm")
+_OWN_WORDS = len(" armkvm.shell")
+#: Seconds a boot may stay in each state; see framework/arm_kvm/host/boot.py.
+TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """One host: its board, where its kernel comes from, its root file system, what it can do."""
+
+    name: str
+    path: Path
+    board: Board
+    kernel: dict
+    rootfs: str
+    cmdline: str
+    can: frozenset[str]
+    guests: tuple[str, ...]
+    timeouts: dict[str, float] = field(default_factory=dict)
+    emulator: str = ""  #: where QEMU comes from, as ``--qemu`` takes it; see framework/arm_kvm/host/emulators.py
+    boot_afresh: str = ""  #: why this host is booted every time and never restored; "" when it is
+
+    @property
+    def linux_arch(self) -> str:
+        """The kernel's name of the architecture: arm or arm64."""
+        return _ROOTFS[self.rootfs][0]
+
+    @property
+    def architecture(self) -> Architecture:
+        return _ROOTFS[self.rootfs][1]
+
+    @property
+    def has_kvm(self) -> bool:
+        """Whether the host file promises KVM."""
+        return "kvm" in self.can
+
+
+def hint(word: str, known: Iterable[str], listed: str, cutoff: float = 0.6) -> str:
+    """For a word that is not known: the nearest that is, or all of them after the words ``listed``."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(known)}"
+
+
+class Node:
+    """A YAML mapping that knows the line of each of its keys."""
+
+    def __init__(self, path: Path, node: yaml.MappingNode, what: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: {what} must be a mapping of keys to values")
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {what} has a key that is no text")
+        self._path, self.what = path, what
+        self._lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        self._children = {key.value: value for key, value in node.value}
+        self._here = node.start_mark.line + 1
+        try:
+            self.values = yaml.SafeLoader("").construct_document(node)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as e:
+            raise ConfigError(f"{path}:{self._here}: {what}: {getattr(e, 'problem', e)}") from e
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise self.wrong(name, f"{name!r} is there twice")
+        for key in self.values:
+            if key not in self._children:
+                raise self.wrong(str(key), f"{key!r} is not a text that can be a key: quote it")
+
+    def wrong(self, key: str, message: str) -> ConfigError:
+        return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")
+
+    def check_keys(self, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+        for key in self.values:
+            if key not in known:
+                near = hint(str(key), known, "known keys", cutoff=0.5)
+                raise self.wrong(key, f"unknown key {key!r} in {self.what}; {near}")
+        for key in required:
+            if key not in self.values:
+                raise self.wrong(key, f"{self.what} lacks the key {key!r}")
+
+    def child(self, key: str, what: str) -> Node:
+        return Node(self._path, self._children[key], what)
+
+    def children(self, key: str, what: str) -> list[Node]:
+        """The mappings of a list."""
+        node = self._children[key]
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.wrong(key, f"{key} is not a list")
+        return [Node(self._path, item, what) for item in node.value]
+
+    def one_of(self, key: str, choices) -> str:
+        value = self.values[key]
+        if not isinstance(value, str) or value not in choices:
+            raise self.wrong(key, f"{key}: {self.written(key)} is not known; {hint(str(value), choices, 'one of')}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, unit: str = "") -> int:
+        value = self.values[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            what = f"a number from {low} to {high}{unit and f' ({unit})'}"
+            raise self.wrong(key, f"{key}: {self.written(key)} is not {what}")
+        return value
+
+    def text(self, key: str, pattern: str = ".*", what: str = "") -> str:
+        """The text, which is ``what`` when it matches the pattern."""
+        value = self.values[key]
+        if not isinstance(value, str) or not value:
+            raise self.wrong(key, f"{key}: {self.written(key)} is not a text")
+        if not re.fullmatch(pattern, value, re.S):
+            raise self.wrong(key, f"{key}: {value!r} is not {what}")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        value = self.values.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, f"{key}: {self.written(key)} is not a list of names")
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise self.wrong(key, f"{key}: {twice[0]!r} is there twice")
+        return value
+
+    def written(self, key: str) -> str:
+        """The value as the file has it: ``yes``, where Python has True."""
+        value, node = self.values[key], self._children[key]
+        if isinstance(value, str) or not isinstance(node, yaml.ScalarNode):
+            return repr(value)
+        return node.value or "nothing"
+
+
+def _memory(node: Node) -> int:
+    value = str(node.values["memory"])
+    match = re.fullmatch(r"([0-9]+)([KMG])", value)
+    if not match:
+        raise node.wrong("memory", f"memory: {node.written('memory')} is not a size like 512M or 1G")
+    size = int(match[1]) << _SIZES[match[2]]
+    if not 128 << 20 <= size <= 64 << 30 or size % (2 << 20):
+        raise node.wrong("memory", f"memory: {value} is not between 128M and 64G in steps of 2M")
+    return size
+
+
+def _board(node: Node, can: list[str]) -> Board:
+    node.check_keys(_BOARD, _BOARD)
+    qemu = node.one_of("qemu", PROGRAMS)
+    machine = node.text("machine")
+    size = _memory(node)
+    options = machine.split(",")
+    if "kvm" in can and "virtualization=on" not in options:
+        raise node.wrong("machine", "an impossible board: the host can kvm, but the machine lacks virtualization=on")
+    if qemu == "qemu-system-arm" and size > 3 << 30:
+        raise node.wrong("memory", "an impossible board: a 32-bit board without highmem has room for 3G at most")
+    most = 8 if "gic-version=2" in options else 64
+    cpus = node.integer("cpus", 1, 64)
+    if cpus > most:
+        raise node.wrong("cpus", f"an impossible board: a GICv2 serves {most} CPUs at most, not {cpus}")
+    return Board(Emulator.installed(qemu), machine, node.text("cpu"), cpus, size)
+
+
+def _kernel(node: Node) -> dict:
+    if "source" not in node.values:
+        raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(_KERNEL)})")
+    source = node.one_of("source", _KERNEL)
+    node.check_keys(("source", *_KERNEL[source]), _REQUIRED[source])
+    for key in node.values:
+        if key in ("fragments", "modules", "patches"):
+            node.names(key)
+        else:
+            node.text(key, *_SPELT.get(key, ()))
+    for module in node.names("modules"):
+        if not re.fullmatch(r"[\w-]+\??", module):
+            raise node.wrong("modules", f"modules: {module!r} is not the name of a module")
+    if source == "tarball" and not re.fullmatch(r"[0-9a-f]{64}", node.values["sha256"].lower()):
+        raise node.wrong("sha256", "sha256: not the 64 hexadecimal digits of a checksum")
+    if source == "tarball" and ("url" in node.values) == ("path" in node.values):
+        raise node.wrong("source", "a tarball kernel has either a url or a path")
+    return dict(node.values) | ({"sha256": node.values["sha256"].lower()} if source == "tarball" else {})
+
+
+def document(path: Path, what: str) -> Node:
+    """The mapping that a YAML file is. Raises ConfigError with file and line."""
+    try:
+        node = yaml.compose(plain_file(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{path}: nested too deeply to be read") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not YAML: it is not text in UTF-8") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {getattr(e, 'problem', e)}") from e
+    if node is None:
+        raise ConfigError(f"{path}: {what} is empty")
+    return Node(path, node, what)
+
+
+def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
+    """What is right by itself and does not go with the rest. Raises ConfigError."""
+    linux = _ROOTFS[rootfs][0]
+    if rootfs not in PROGRAMS[board.qemu.program]:
+        raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
+    cpu = board.cpu.partition(",")[0]
+    if rootfs == "arm64" and cpu in _CPUS_32:
+        raise top.wrong("rootfs", f"an impossible board: a {cpu} is a 32-bit CPU, and rootfs is arm64")
+    if rootfs == "armhf" and "A64" in top.names("guests"):
+        raise top.wrong("guests", "guests: a 32-bit host has no A64 guests")
+    for fragment in kernel.get("fragments", []):
+        if fragment.endswith("-virt") and fragment != f"{linux}-virt":
+            raise top.wrong("kernel", f"fragments: {fragment!r} is for another architecture; rootfs is {rootfs}")
+    foreign = {"arm64": "armmp", "armhf": "arm64"}[rootfs]
+    if foreign in kernel.get("package", ""):
+        raise top.wrong("kernel", f"package: {kernel['package']!r} is for another architecture; rootfs is {rootfs}")
+    for word in top.text("cmdline").split() if "cmdline" in top.values else ():
+        if re.split("[=.]", word)[0] in _LABS_WORDS:
+            raise top.wrong("cmdline", f"cmdline: {word!r} is the lab's to say: a host's first process is images/init")
+    if "cmdline" in top.values and len(top.text("cmdline")) >= _CMDLINE[linux] - _OWN_WORDS:
+        kept = _CMDLINE[linux] - _OWN_WORDS - 1
+        raise top.wrong("cmdline", f"cmdline: an {linux} kernel keeps {kept} characters beside what the lab appends")
+
+
+def load(path: Path) -> HostConfig:
+    """Read one host file. Raises ConfigError with file, line and the nearest right word."""
+    top = document(path, "the host file")
+    top.check_keys(_TOP, ("board", "kernel", "rootfs"))
+    can = top.names("can")
+    for capability in can:
+        if capability not in CAPABILITIES:
+            raise top.wrong("can", f"can: {capability!r} is not known; {hint(capability, CAPABILITIES, 'one of')}")
+    if "kvm" in can and not top.names("guests"):
+        raise top.wrong("guests", "guests: a host that can kvm names its guests' instruction sets")
+    for isa in top.names("guests"):
+        if isa not in ISAS:
+            raise top.wrong("guests", f"guests: {isa!r} is not known; one of: {', '.join(ISAS)}")
+    timeouts = TIMEOUTS
+    if "timeouts" in top.values:
+        own = top.child("timeouts", "timeouts")
+        own.check_keys(tuple(TIMEOUTS), ())
+        timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600, "seconds")) for key in own.values}
+    board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
+    kernel = _kernel(top.child("kernel", "kernel"))
+    _check_together(top, board, rootfs, kernel)
+    return HostConfig(
+        name=path.stem,
+        path=path,
+        board=board,
+        kernel=kernel,
+        rootfs=rootfs,
+        cmdline=top.text("cmdline") if "cmdline" in top.values else "",
+        can=frozenset(can),
+        guests=tuple(top.names("guests")),
+        timeouts=timeouts,
+        emulator=top.text("emulator") if "emulator" in top.values else "",
+        boot_afresh=top.text("boot_afresh") if "boot_afresh" in top.values else "",
+    )
+
+
+def host_names() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "hosts").glob("*.yaml"))
+
+
+def find(name: str) -> HostConfig:
+    """The host of this name, or of this path when it ends in .yaml or .yml. Raises ConfigError."""
+    if name.lower().endswith((".yaml", ".yml")):
+        return load(written_path(name))
+    if "/" in name:
+        raise ConfigError(f"{name} is not a host file: those end in .yaml")
+    if name not in host_names():
+        raise ConfigError(f"no host is called {name!r}; {hint(name, host_names(), 'there are')}")
+    return load(CONFIGS / "hosts" / f"{name}.yaml")

@@ -1,0 +1,245 @@
+"""A live host: a machine whose Linux is up and whose agent answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from arm_kvm.guest.isa import ISAS
+from arm_kvm.host import rootfs as rootfs_
+from arm_kvm.host.boot import Progress, bring_up, greet, start_agent
+from arm_kvm.host.config import HostConfig
+from arm_kvm.host.kernel import Kernel
+from arm_kvm.host.ssh import Ssh, command_line
+from arm_kvm.machine.board import Boot
+from arm_kvm.machine.machine import Logs, Machine, Plugin
+from arm_kvm.machine.rundir import Card, run_directory
+from arm_kvm.machine.saved import Saved
+from arm_kvm.support.errors import ConfigError, LabError, NoKvm
+from arm_kvm.support.limits import refusals_told
+from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.vm import Vm, destroy
+
+T = TypeVar("T")
+ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
+
+
+_RUNNING = 40 << 20  #: bytes that a kernel and its first processes take beside what they are made of
+
+
+def _require_room(config: HostConfig, kernel: Kernel, initramfs: Path) -> None:
+    """Raises ConfigError for a board in whose memory this kernel and root file system have no room."""
+    unpacked = kernel.unpacked_size
+    packed = initramfs.stat().st_size
+    needed = unpacked + 2 * packed + _RUNNING  # the archive is there until its files are
+    if config.board.memory < needed:
+        raise ConfigError(
+            f"{config.path}: memory: {config.board.memory >> 20}M is too little for the kernel ({unpacked >> 20} MiB) "
+            f"and its root file system ({packed >> 20} MiB, twice while it is unpacked)",
+            remedy=f"give the board {-(-needed >> 26) * 64}M or more",
+        )
+
+
+class Host:
+    """Made by :meth:`boot` or :meth:`restore`, ended by :meth:`shutdown`.
+
+    ``agent`` takes requests, ``ssh`` commands.
+    """
+
+    def __init__(
+        self, config: HostConfig, kernel: Kernel, machine: Machine, rootfs: rootfs_.Rootfs, come_up: ComeUp
+    ) -> None:
+        self.config = config
+        self.kernel = kernel
+        self.machine = machine
+        self.rootfs = rootfs
+        self.vms: list[Vm] = []
+        self.vm_ahead: Vm | None = None  #: of :attr:`vms`, made for somebody who has not asked for it yet
+        self.boot_states = Progress()
+        self.facts: dict[str, object] = {}  #: see :meth:`fact`
+        self._ssh: Ssh | None = None
+        try:
+            self.agent = come_up(machine, config.timeouts, self.boot_states)
+            self._leave_card()
+        except BaseException:
+            machine.kill()
+            raise
+
+    @classmethod
+    def boot(
+        cls,
+        config: HostConfig,
+        kernel: Kernel,
+        logs: Path,
+        *,
+        extra: str = "",
+        ssh_port: int = 0,
+        plugin: Plugin | None = None,
+    ) -> Host:
+        """Start the board and wait until its agent answers; ``extra`` is appended to the command line,
+        ``plugin`` loaded into QEMU.
+
+        Raises SetupError, QemuRefused, PortBusy, HostPanic, HostSilent, SshUnreachable, ... and leaves
+        no process behind.
+        """
+        rootfs = rootfs_.obtain(config.rootfs)
+        initramfs = run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio"
+        try:
+            with refusals_told(initramfs):
+                rootfs.initramfs(initramfs, kernel.modules)
+            _require_room(config, kernel, initramfs)
+            boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
+            machine = Machine.start(config.board, boot, Logs(logs), ssh_port, plugin)
+        finally:
+            initramfs.unlink(missing_ok=True)
+        host = cls(config, kernel, machine, rootfs, bring_up)
+        if rootfs.bytecode is None:
+            with suppress(LabError):  # it only makes later boots faster
+                rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
+        return host
+
+    @classmethod
+    def restore(
+        cls,
+        config: HostConfig,
+        kernel: Kernel,
+        saved: Saved,
+        logs: Path,
+        *,
+        plugin: Plugin | None = None,
+        entropy: bytes = b"",
+    ) -> Host:
+        """Go on where a host of this kind was saved; its clock is set, and ``entropy`` stirred in.
+
+        Without entropy all hosts restored from one begin with the same entropy pool. Raises what boot raises.
+        """
+        rootfs = rootfs_.obtain(config.rootfs)
+        machine = Machine.restore(config.board, saved, Logs(logs), plugin)
+        host = cls(config, kernel, machine, rootfs, greet)
+        try:
+            host.agent("restored", now=time.time(), blob=entropy)
+        except BaseException:
+            host.shutdown()
+            raise
+        return host
+
+    def _leave_card(self) -> None:
+        machine = self.machine
+        ram, start = machine.ram.place(machine.process.pid)
+        Card(
+            host=self.config.name,
+            qemu_pid=machine.process.pid,
+            lab_pid=os.getpid(),
+            ram=ram,
+            ram_start=start,
+            ram_base=machine.ram.base,
+            ram_size=machine.ram.size,
+            architecture=self.config.architecture.name,
+            gdb=str(machine.folder / "gdb"),
+            ssh=self.ssh_command,
+        ).save(machine.folder)
+
+    @property
+    def ssh(self) -> Ssh:
+        """ssh to the host, connected when it is first wanted. Raises SshUnreachable."""
+        if self._ssh is None:
+            where = (self.machine.ssh_port, self.rootfs.client_key, self.rootfs.host_key)
+            self._ssh = Ssh.connect(*where, self.config.timeouts["ssh"], self.machine.check)
+        return self._ssh
+
+    @property
+    def ssh_command(self) -> str:
+        """What a person types to get a shell on this host."""
+        return command_line(self.machine.ssh_port, self.rootfs.client_key)
+
+    @property
+    def has_kvm(self) -> bool:
+        """Whether /dev/kvm is there, as the agent sees it."""
+        return self.agent.hello["kvm"]
+
+    @property
+    def release(self) -> str:
+        """The running kernel's own version, as uname -r says it."""
+        return self.agent.hello["release"]
+
+    @property
+    def kernel_version(self) -> tuple[int, int]:
+        """(major, minor) of the running kernel."""
+        major, minor = re.match(r"(\d+)\.(\d+)", self.release).groups()
+        return int(major), int(minor)
+
+    def fact(self, name: str, find: Callable[[], T]) -> T:
+        """What ``find()`` finds out of this host, asked once for all that are restored from the same snapshot."""
+        if name not in self.facts:
+            self.facts[name] = find()
+        return self.facts[name]
+
+    @property
+    def needs_no_icache_maintenance(self) -> bool:
+        """CTR_EL0.DIC (ARM DDI 0487, D19.2): the CPU's I-cache sees all stores, and KVM maps RAM executable at once.
+
+        arch/arm64/kvm/mmu.c (6.12), user_mem_abort(): ARM64_HAS_CACHE_DIC. Armv7 has no such bit.
+        """
+
+        def ask() -> bool:
+            with self.machine.gdb.pause() as gdb:
+                return bool(gdb.read(0, "CTR_EL0")[0] >> 29 & 1)
+
+        return self.config.architecture.name == "armv8" and self.fact("DIC", ask)
+
+    def require_kvm(self) -> None:
+        """Raises NoKvm when this kernel came up without KVM."""
+        if not self.has_kvm:
+            raise NoKvm(
+                f"{self.config.name}: the kernel {self.kernel.name} ({self.release}) boots but has no KVM in it",
+                remedy="give one that has with --kernel PATH",
+            )
+
+    def create_vm(self, isa: str, **kind) -> Vm:
+        """A VM with the payload of this guest ISA; see :meth:`arm_kvm.vmm.vm.Vm.create` for ``kind``."""
+        return self.create_vms(isa, 1, **kind)[0]
+
+    def create_vms(self, isa: str, count: int, **kind) -> list[Vm]:
+        """Several at once."""
+        vms = Vm.create(self.agent, ISAS[isa], count, **kind)
+        self.vms += vms
+        return vms
+
+    @contextmanager
+    def offline(self, cpu: int) -> Iterator[None]:
+        """Within the block this CPU is taken out of the host."""
+        switch = f"/sys/devices/system/cpu/cpu{cpu}/online"
+        self.ssh.run(f"echo 0 > {switch}")
+        try:
+            yield
+        finally:
+            self.ssh.run(f"echo 1 > {switch}")
+
+    def reset(self) -> None:
+        """Destroy all VMs. An agent that was given up is replaced, and killed: its death frees everything.
+
+        Raises LabError: the machine is lost, or the kernel does not let a VM go.
+        """
+        try:
+            if self.agent.usable:
+                destroy(self.vms)
+            else:
+                self.machine.check()
+                self.ssh.run(f"kill -9 {self.agent.hello['pid']}", check=False)
+                self.agent.close()
+                self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
+        finally:
+            self.vms.clear()
+
+    def shutdown(self) -> None:
+        """End the machine. Idempotent."""
+        with ExitStack() as stack:
+            stack.callback(self.machine.kill)
+            if self._ssh is not None:
+                stack.callback(self._ssh.close)
+            stack.callback(self.agent.close)

@@ -1,0 +1,14 @@
+"""The host's kernel: four sources behind one interface.
+
+    file      an image on this machine
+    deb       a Debian package of some suite
+    tarball   a release tarball, downloaded and built
+    tree      a source tree, with patches if you like, built
+
+Each source is a function from its keys in the host file to a :class:`Kernel`; :func:`obtain` chooses.
+"""
+
+from arm_kvm.host.kernel.kernel import Kernel
+from arm_kvm.host.kernel.sources import obtain
+
+__all__ = ["Kernel", "obtain"]

@@ -1,0 +1,130 @@
+"""The run directory: where a live machine can be found by another command of the same user.
+
+One private folder a lab process, with a folder a machine in it: the gdbstub's socket and a card that
+says what runs there. A guardian process waits for the lab to end, however it ends, and removes the
+folder: ``kill -9`` takes the same path. Only where the guardian was killed with the lab does the next lab process
+sweep: a folder is locked for as long as its owner lives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from arm_kvm.support.errors import SetupError
+from arm_kvm.support.guardian import Guardian
+from arm_kvm.support.limits import is_limit, told
+
+
+def _home() -> Path:
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
+    return (runtime if runtime.is_dir() else Path(tempfile.gettempdir())) / f"arm-kvm-{os.getuid()}"
+
+
+_CLEAN_UP = 'rm -rf -- "$1"; rmdir -- "${1%/*}"'
+
+
+def _new_folder(tries: int = 10) -> Path:
+    home = _home()
+    for _ in range(tries):
+        try:
+            home.mkdir(mode=0o700, exist_ok=True)
+        except OSError as e:
+            if is_limit(e):
+                raise told(e, home) from e
+            remedy = "set XDG_RUNTIME_DIR to a folder that you may write"
+            raise SetupError(f"cannot make the folder {home}: {e.strerror}", remedy=remedy) from e
+        # Another lab's guardian may remove the empty home just now.
+        with suppress(FileNotFoundError):
+            _require_own(home)
+            return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
+    raise SetupError(f"cannot make a folder in {home}", remedy="see whether something keeps removing it")
+
+
+def _require_own(home: Path) -> None:
+    """Raises SetupError for a symbolic link, and for what another user made here."""
+    found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise SetupError(f"{home} is not a folder of this user", remedy="remove it, or set XDG_RUNTIME_DIR")
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder until the descriptor returned is closed. Raises BlockingIOError: somebody else has."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sweep() -> None:
+    """Remove the folders whose owners have ended, except where a QEMU still runs: somebody is to see that."""
+    running = {Path(card.gdb).parents[1] for card in live_machines()}
+    for folder in set(_home().glob("*-*")) - running:
+        owner = folder.name.partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():  # a live one may be about to lock it
+            with suppress(OSError):
+                fd = _lock(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(fd)
+
+
+@cache
+def run_directory() -> Path:
+    """This process's own folder, made on first use and removed by its guardian when the process ends."""
+    folder = _new_folder()
+    _lock(folder)  # for good
+    _sweep()
+    guardian = Guardian(_CLEAN_UP, str(folder))
+    atexit.register(guardian.fire)  # on a clean exit, be done before the lab's caller looks
+    return folder
+
+
+@dataclass(frozen=True)
+class Card:
+    """What another command needs to reach a live machine."""
+
+    host: str
+    qemu_pid: int
+    lab_pid: int
+    ram: str  #: path in /proc of a file with the RAM in it
+    ram_start: int  #: where in that file
+    ram_base: int
+    ram_size: int
+    architecture: str
+    gdb: str  #: path of the gdbstub's socket
+    ssh: str  #: command line that opens a shell
+
+    def save(self, folder: Path) -> None:
+        unfinished = folder / "card.new"
+        unfinished.write_text(json.dumps(asdict(self), indent=1))
+        unfinished.rename(folder / "card.json")
+
+
+def memory_of(card: Card) -> int:
+    """Bytes that its QEMU takes, its share of what it has in common with others included; 0 when it is gone."""
+    with suppress(OSError):
+        said = Path(f"/proc/{card.qemu_pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Pss: +(\d+) kB", said, re.M)[1]) << 10
+    return 0
+
+
+def live_machines() -> list[Card]:
+    """Cards of all machines of this user whose QEMU still runs."""
+    cards = []
+    for path in sorted(_home().glob("*/*/card.json")):
+        with suppress(OSError, ValueError, TypeError):  # gone meanwhile, or of another version of the lab
+            cards.append(Card(**json.loads(path.read_text())))
+    return [card for card in cards if Path(f"/proc/{card.qemu_pid}").exists()]

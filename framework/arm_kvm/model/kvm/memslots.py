@@ -1,0 +1,240 @@
+"""Memslots: which guest-physical ranges a VM has, what each allows, and what a change of them owes to stage 2.
+
+Sources: Documentation/virt/kvm/api.txt (5.4) / api.rst, KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG; Linux 5.4
+virt/kvm/kvm_main.c (__kvm_set_memory_region, kvm_get_dirty_log_protect), virt/kvm/arm/mmu.c
+(kvm_arch_prepare_memory_region, kvm_arch_commit_memory_region, kvm_mmu_wp_memory_region); arch/arm64/kvm/mmu.c (6.1).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntFlag
+
+import numpy as np
+from arm_kvm.model.arch.granule import KIB4
+
+_PAGE = KIB4.size
+#: KVM_USER_MEM_SLOTS: slot numbers from 0. 32-bit KVM has 32, arm64 512 up to 5.10, later the generic number.
+SLOTS_ARM, SLOTS_ARM64 = 32, 512
+_MAX_PAGES = (1 << 31) - 1  #: KVM_MEM_MAX_NR_PAGES
+
+
+class SlotFlags(IntFlag):
+    """``flags`` of struct kvm_userspace_memory_region (include/uapi/linux/kvm.h)."""
+
+    NONE = 0
+    LOG_DIRTY_PAGES = 1
+    READONLY = 2
+
+
+@dataclass(frozen=True)
+class Memslot:
+    """One memslot: guest-physical ``[ipa, ipa + size)`` backed by host-virtual ``[hva, hva + size)``, bytes."""
+
+    slot: int
+    ipa: int
+    size: int
+    hva: int
+    flags: SlotFlags = SlotFlags.NONE
+
+    @property
+    def end(self) -> int:
+        return self.ipa + self.size
+
+    @property
+    def pages(self) -> int:
+        return self.size // _PAGE
+
+    @property
+    def logging(self) -> bool:
+        return bool(self.flags & SlotFlags.LOG_DIRTY_PAGES)
+
+    @property
+    def readonly(self) -> bool:
+        return bool(self.flags & SlotFlags.READONLY)
+
+    def overlaps(self, other: Memslot) -> bool:
+        return self.ipa < other.end and other.ipa < self.end
+
+    def hva_of(self, ipa: int) -> int:
+        if not self.ipa <= ipa < self.end:
+            raise ValueError(f"IPA {ipa:#x} is not in {self}")
+        return self.hva + (ipa - self.ipa)
+
+    def ipas_of(self, hva: int, size: int) -> tuple[int, int] | None:
+        """The part of ``[hva, hva + size)`` that this slot shows the guest, as ``(ipa, size)``."""
+        low, high = max(hva, self.hva), min(hva + size, self.hva + self.size)
+        return (self.ipa + low - self.hva, high - low) if low < high else None
+
+    def with_flags(self, flags: SlotFlags) -> Memslot:
+        return replace(self, flags=flags)
+
+    def __str__(self) -> str:
+        names = f" {self.flags.name}" if self.flags else ""
+        return f"memslot {self.slot} [{self.ipa:#x}, {self.end:#x}) hva {self.hva:#x}{names}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Guest-physical ``[ipa, ipa + size)`` through which the guest reaches a device of the board at ``pa``, bytes."""
+
+    ipa: int
+    size: int
+    pa: int
+
+
+def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
+    """For each IPA the index of the slot in ``slots`` that covers it, or -1 (int64 array)."""
+    index = np.full(len(ipas), -1, dtype=np.int64)
+    for i, slot in enumerate(slots):
+        index[(ipas >= np.uint64(slot.ipa)) & (ipas < np.uint64(slot.end))] = i
+    return index
+
+
+class Change(Enum):
+    """What one KVM_SET_USER_MEMORY_REGION did (enum kvm_mr_change)."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    MOVE = "move"
+    FLAGS_ONLY = "flags only"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What a change obliges stage 2 to before the ioctl returns: IPA ranges ``(ipa, size)`` in bytes."""
+
+    change: Change
+    must_go: tuple[tuple[int, int], ...] = ()
+    must_be_read_only: tuple[tuple[int, int], ...] = ()
+
+
+class Refused(Exception):
+    """The ioctl fails with ``errno``. No slot changes, but stage 2 may: ``owed`` says what goes nonetheless.
+
+    (A move is refused for its IPA only after the slot was emptied; 5.4 then even leaves it invalid.)
+    """
+
+    def __init__(self, number: int, why: str, must_go: tuple[tuple[int, int], ...] = ()) -> None:
+        super().__init__(f"{errno.errorcode[number]}: {why}")
+        self.errno = number
+        self.owed = Owed(Change.NOTHING, must_go)
+
+
+@dataclass
+class Memslots:
+    """All memslots of a VM, and their dirty logs. Not modelled: the VMAs behind them (EPERM, PFNMAP).
+
+    ``ipa_bits``, ``hva_bits``: widths of guest-physical and of the process's addresses; ``manual``:
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, so that KVM_CLEAR_DIRTY_LOG protects and KVM_GET_DIRTY_LOG does not.
+    """
+
+    ipa_bits: int
+    limit: int = SLOTS_ARM64  #: slot numbers are below it
+    hva_bits: int = 48
+    manual: bool = False
+    _slots: dict[int, Memslot] = field(default_factory=dict)
+    _dirty: dict[int, set[int]] = field(default_factory=dict)  # by slot: page numbers within it
+
+    def __iter__(self) -> Iterator[Memslot]:
+        return iter(sorted(self._slots.values(), key=lambda slot: slot.slot))
+
+    def at(self, ipa: int) -> Memslot | None:
+        """The slot that covers an IPA."""
+        return next((slot for slot in self if slot.ipa <= ipa < slot.end), None)
+
+    # -- KVM_SET_USER_MEMORY_REGION -----------------------------------------------------------------------
+
+    def set(self, wanted: Memslot) -> Owed:
+        """Create, delete (size 0), move or re-flag a slot. Raises Refused."""
+        self._check_values(wanted)
+        old = self._slots.get(wanted.slot)
+        change = self._change(old, wanted)
+        if change in (Change.CREATE, Change.MOVE):
+            self._check_overlap(wanted)
+        if change in (Change.CREATE, Change.MOVE, Change.FLAGS_ONLY) and wanted.end > 1 << self.ipa_bits:
+            gone = ((old.ipa, old.size),) if change is Change.MOVE else ()
+            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs", gone)
+        if change is Change.NOTHING:
+            return Owed(change)
+        return self._apply(change, old, wanted)
+
+    def _check_values(self, wanted: Memslot) -> None:
+        if int(wanted.flags) & ~int(SlotFlags.LOG_DIRTY_PAGES | SlotFlags.READONLY):
+            raise Refused(errno.EINVAL, f"flags {wanted.flags:#x}")
+        if any(value % _PAGE for value in (wanted.ipa, wanted.size, wanted.hva)):
+            raise Refused(errno.EINVAL, "address or size not aligned to a page")
+        if not 0 <= wanted.slot < self.limit or wanted.pages > _MAX_PAGES:
+            raise Refused(errno.EINVAL, f"slot {wanted.slot} or {wanted.pages} pages")
+        if wanted.end >= 1 << 64:
+            raise Refused(errno.EINVAL, "the range wraps around")
+        if wanted.hva + wanted.size > 1 << self.hva_bits:
+            raise Refused(errno.EINVAL, f"HVA {wanted.hva:#x} is not the process's")
+
+    @staticmethod
+    def _change(old: Memslot | None, wanted: Memslot) -> Change:
+        if not wanted.size:
+            if old is None:
+                raise Refused(errno.EINVAL, f"there is no slot {wanted.slot} to delete")
+            return Change.DELETE
+        if old is None:
+            return Change.CREATE
+        if (old.hva, old.size, old.readonly) != (wanted.hva, wanted.size, wanted.readonly):
+            raise Refused(errno.EINVAL, "size, HVA and READONLY of a slot do not change")
+        if old.ipa != wanted.ipa:
+            return Change.MOVE
+        return Change.FLAGS_ONLY if old.flags != wanted.flags else Change.NOTHING
+
+    def _check_overlap(self, wanted: Memslot) -> None:
+        for slot in self:
+            if slot.slot != wanted.slot and slot.overlaps(wanted):
+                raise Refused(errno.EEXIST, f"{wanted} overlaps {slot}")
+
+    def _apply(self, change: Change, old: Memslot | None, wanted: Memslot) -> Owed:
+        gone = ((old.ipa, old.size),) if change in (Change.DELETE, Change.MOVE) else ()
+        if change is Change.DELETE:
+            del self._slots[wanted.slot]
+            self._dirty.pop(wanted.slot, None)
+            return Owed(change, must_go=gone)
+        self._slots[wanted.slot] = wanted
+        if not wanted.logging:
+            self._dirty.pop(wanted.slot, None)
+            return Owed(change, must_go=gone)
+        self._dirty.setdefault(wanted.slot, set())
+        return Owed(change, must_go=gone, must_be_read_only=((wanted.ipa, wanted.size),))
+
+    # -- the dirty log ----------------------------------------------------------------------------------------
+
+    def written(self, ipa: int, size: int = 1) -> None:
+        """The guest wrote ``[ipa, ipa + size)``. Raises KeyError.
+
+        A write to a READONLY slot is an MMIO exit and leaves no trace here; writes by the host are its own business.
+        """
+        for page in range(ipa // _PAGE, -(-(ipa + size) // _PAGE)):
+            slot = self.at(page * _PAGE)
+            if slot is None:
+                raise KeyError(f"IPA {page * _PAGE:#x} is in no memslot")
+            if slot.logging and not slot.readonly:
+                self._dirty[slot.slot].add(page - slot.ipa // _PAGE)
+
+    def take_dirty_log(self, slot: int) -> tuple[list[int], Owed]:
+        """KVM_GET_DIRTY_LOG: the pages written, and what is owed for them. Raises Refused."""
+        pages = sorted(self._log(slot))
+        return pages, Owed(Change.NOTHING) if self.manual else self.clear_dirty_log(slot, pages)
+
+    def clear_dirty_log(self, slot: int, pages: Iterable[int]) -> Owed:
+        """KVM_CLEAR_DIRTY_LOG: these pages are clean, and therefore read-only, again. Raises Refused."""
+        log, first = self._log(slot), self._slots[slot].ipa
+        cleared = sorted(log & set(pages))
+        log.difference_update(cleared)
+        return Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in cleared))
+
+    def _log(self, slot: int) -> set[int]:
+        if not 0 <= slot < self.limit:
+            raise Refused(errno.EINVAL, f"there is no slot {slot}")
+        if slot not in self._dirty:
+            raise Refused(errno.ENOENT, f"slot {slot} has no dirty log")
+        return self._dirty[slot]

@@ -1,0 +1,387 @@
+"""What the host's memory management owes to stage 2, operation by operation.
+
+Guest memory is ordinary process memory. Whenever the host changes a mapping, its MMU notifiers tell KVM first
+(invalidate_range_start), and from then on stage 2 may hold, in the range told, no more than the duty below allows. KVM
+on Arm unmaps on every notification whatever its kind (no version from 5.4 to 6.12 looks at ``range->event``), so it
+does more than it must; what more it may do is bounded too: see :meth:`Notice.may_go`.
+
+Sources, read in Linux 5.4, 6.1 and 6.12: mm/madvise.c, mm/memory.c (zap_page_range, wp_page_copy, copy_page_range),
+mm/mprotect.c, mm/mremap.c, mm/ksm.c, mm/huge_memory.c, mm/khugepaged.c, mm/migrate.c, mm/rmap.c, mm/shmem.c;
+virt/kvm/kvm_main.c; virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c and hyp/pgtable.c (6.1, 6.12).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL
+from arm_kvm.model.kvm.memslots import Memslot
+
+_PAGE = KIB4.size
+_HUGE = 1 << KIB4.level_shift(2)
+
+Kernel = tuple[int, int]
+CHANGE_PTE_GONE: Kernel = (6, 10)  #: the first without that notifier
+Span = tuple[int, int]  #: ``[start, end)``, bytes
+Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), as tables.Stage2Tables.leaves() gives them
+
+
+class Duty(Enum):
+    """The least that stage 2 must do in the range of an operation."""
+
+    GO = "must go"  #: no leaf of the old frame remains
+    READ_ONLY = "must go or become read-only"
+    STAY = "may stay"  #: frame and permission are unchanged
+
+
+class Told(Enum):
+    """Which range the notifiers name."""
+
+    RANGE = "the range"
+    HUGE = "the aligned 2 MiB around it"
+    VMA = "the whole VMA"
+    AGED = "the range, to clear its access flags"  #: by clear_young, clear_flush_young
+    NOTHING = "nobody"
+
+
+class Call(Enum):
+    """What KVM is called for. The value is the trace event that tells of it (trace system ``kvm``)."""
+
+    UNMAP = "kvm_unmap_hva_range"  #: invalidate_range_start
+    SET = "kvm_set_spte_hva"  #: change_pte
+    AGE = "kvm_age_hva"  #: clear_young, clear_flush_young
+    TEST = "kvm_test_age_hva"  #: test_young
+
+
+class Operation(Enum):
+    """What the host does to guest memory."""
+
+    DONTNEED = "madvise(MADV_DONTNEED)"
+    FREE = "madvise(MADV_FREE), the call"
+    FREE_RECLAIMED = "reclaim of a page given up with MADV_FREE"
+    RECLAIM_GIVEN_UP = "the same of a page that was written since, which is kept"
+    MUNMAP = "munmap, the memslot still there"
+    MREMAP = "mremap, the range it leaves"
+    MPROTECT_READ = "mprotect(PROT_READ)"
+    MPROTECT_NONE = "mprotect(PROT_NONE)"
+    MPROTECT_WIDER = "mprotect back to read and write"
+    FORK = "fork, private memory, in the parent"
+    FORK_SHARED = "fork, shared memory"
+    COW_COPY = "a write by parent or guest after fork, copied"
+    COW_COPY_HUGE = "the same to a shared huge page, copied whole (up to 5.7)"
+    COW_REUSE = "a write after fork, or to a merged page, by the sole owner: the page is kept"
+    ZERO_WRITE = "the first write over the zero page"
+    CHILD_WRITE = "a write by the child"
+    KSM_PROTECT = "KSM, write protection of a candidate"
+    KSM_MERGE = "KSM, merge"
+    KSM_UNSHARE = "a write to a merged page"
+    THP_SPLIT = "split of an anonymous huge page's mapping"
+    THP_SPLIT_FILE = "split of a file's huge page's mapping"
+    THP_SPLIT_PAGE = "split of a huge page itself"
+    THP_COLLAPSE = "khugepaged, collapse"
+    MIGRATE = "migration, compaction"
+    SWAP_OUT = "swap out"
+    FILE_OUT = "reclaim of a page of a file"
+    WRITE_BACK = "write-back of a dirty page of a file"
+    SWAP_IN = "swap in, or the first touch by the host"
+    PUNCH_HOLE = "fallocate(FALLOC_FL_PUNCH_HOLE)"
+    TRUNCATE = "ftruncate, smaller"
+    POISON = "memory failure"
+    UFFD_PROTECT = "userfaultfd, write protection"
+    AGE = "page_referenced, idle page tracking"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table: the duty, who is told, and whether change_pte follows."""
+
+    duty: Duty
+    told: Told
+    change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only where a level 3 table is left
+
+
+_O, _GO, _RO, _STAY = Operation, Duty.GO, Duty.READ_ONLY, Duty.STAY
+
+RULES: dict[Operation, Rule] = {
+    _O.DONTNEED: Rule(_GO, Told.RANGE),
+    # The frame stays, but is marked clean: a write through a leaf that was left writable would be lost.
+    _O.FREE: Rule(_RO, Told.RANGE),
+    _O.FREE_RECLAIMED: Rule(_GO, Told.RANGE),
+    # The mapping is taken, found dirty and put back (mm/rmap.c try_to_unmap_one).
+    _O.RECLAIM_GIVEN_UP: Rule(_STAY, Told.RANGE),
+    _O.MUNMAP: Rule(_GO, Told.RANGE),
+    _O.MREMAP: Rule(_GO, Told.RANGE),
+    _O.MPROTECT_READ: Rule(_RO, Told.RANGE),
+    _O.MPROTECT_NONE: Rule(_GO, Told.RANGE),
+    _O.MPROTECT_WIDER: Rule(_STAY, Told.RANGE),
+    _O.FORK: Rule(_RO, Told.VMA),
+    _O.FORK_SHARED: Rule(_STAY, Told.NOTHING),
+    _O.COW_COPY: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.COW_COPY_HUGE: Rule(_GO, Told.HUGE),
+    _O.COW_REUSE: Rule(_STAY, Told.NOTHING),
+    _O.ZERO_WRITE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.CHILD_WRITE: Rule(_STAY, Told.NOTHING),
+    _O.KSM_PROTECT: Rule(_RO, Told.RANGE, change_pte=True),
+    _O.KSM_MERGE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.KSM_UNSHARE: Rule(_GO, Told.RANGE, change_pte=True),
+    _O.THP_SPLIT: Rule(_STAY, Told.HUGE),
+    _O.THP_SPLIT_FILE: Rule(_GO, Told.HUGE),
+    _O.THP_SPLIT_PAGE: Rule(_GO, Told.HUGE),
+    _O.THP_COLLAPSE: Rule(_GO, Told.HUGE),
+    _O.MIGRATE: Rule(_GO, Told.RANGE),
+    _O.SWAP_OUT: Rule(_GO, Told.RANGE),
+    _O.FILE_OUT: Rule(_GO, Told.RANGE),
+    # The page is marked clean (mm/rmap.c page_mkclean_one), as with MADV_FREE.
+    _O.WRITE_BACK: Rule(_RO, Told.RANGE),
+    _O.SWAP_IN: Rule(_STAY, Told.NOTHING),
+    _O.PUNCH_HOLE: Rule(_GO, Told.RANGE),
+    _O.TRUNCATE: Rule(_GO, Told.RANGE),
+    _O.POISON: Rule(_GO, Told.RANGE),
+    _O.UFFD_PROTECT: Rule(_RO, Told.RANGE),
+    # Ageing clears the access flag and nothing else, in every version.
+    _O.AGE: Rule(_STAY, Told.AGED),
+}
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One operation on ``[start, end)`` of host-virtual memory, within the VMA ``vma``, on a host kernel."""
+
+    operation: Operation
+    start: int
+    end: int
+    vma: Span
+    kernel: Kernel = (5, 4)
+
+    def __post_init__(self) -> None:
+        if not self.vma[0] <= self.start < self.end <= self.vma[1]:
+            raise ValueError(f"[{self.start:#x}, {self.end:#x}) is not a range within the VMA")
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.operation]
+
+    @property
+    def owed(self) -> Span:
+        """The HVA range in which the duty holds: whole pages. A hole or a truncation spares pages it only touches."""
+        if self.rule.told is Told.VMA:
+            return self.vma
+        if self.rule.told is Told.HUGE:
+            return _around(self.start, self.end, _HUGE)
+        if self.operation in (Operation.PUNCH_HOLE, Operation.TRUNCATE):
+            first, last = -(-self.start // _PAGE) * _PAGE, self._end // _PAGE * _PAGE
+            return first, max(first, last)
+        return _around(self.start, self.end, _PAGE)
+
+    @property
+    def may_go(self) -> Span | None:
+        """The HVA range that may be gone afterwards; None when nobody is told of a change, so that nothing may.
+
+        Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge tells of the aligned 2 MiB there. Blocks
+        that reach into the range go as a whole (:func:`violations` allows for them).
+        """
+        if self.rule.told in (Told.AGED, Told.NOTHING):
+            return None
+        owed = self.owed
+        return _around(min(self.start, owed[0]), max(self._end, owed[1]), _HUGE)
+
+    @property
+    def call(self) -> Call | None:
+        """The call that must have come for every page in :attr:`owed` that stage 2 mapped; None: none may come."""
+        return {Told.AGED: Call.AGE, Told.NOTHING: None}.get(self.rule.told, Call.UNMAP)
+
+    @property
+    def _end(self) -> int:
+        """A truncation reaches to the end of the mapping."""
+        return self.vma[1] if self.operation is Operation.TRUNCATE else self.end
+
+    @property
+    def maps_read_only(self) -> bool:
+        """Whether KVM itself maps the new frame, read-only, where a level 3 table is left (change_pte; up to 6.9)."""
+        return self.rule.change_pte and self.kernel < CHANGE_PTE_GONE
+
+
+def _around(start: int, end: int, size: int) -> Span:
+    return start & -size, -(-end // size) * size
+
+
+# -- as documentation ------------------------------------------------------------------------------------------------
+
+
+def document() -> str:
+    """docs/notifiers.md, whole."""
+    text = """# What the host's memory management owes to stage 2
+
+Made by `arm-kvm obligations` from the reference model (`arm_kvm.model.kvm.notifier`), which names the kernel's sources.
+From the moment the MMU notifiers have told KVM of a range, stage 2 may hold no more there than this. KVM on Arm unmaps
+whatever it is told of; the aligned 2 MiB around the range, and blocks that reach into it, may go, too.
+
+"""
+    return text + "\n".join(table()) + "\n"
+
+
+def table() -> list[str]:
+    """The rules as a table in Markdown, a line an operation."""
+    head = ["| what the host does | stage 2 | who is told | up to 6.9 change_pte then maps |", "|---|---|---|---|"]
+    words = {True: "the new frame, read-only", False: ""}
+    return head + [
+        f"| {operation.value} | {rule.duty.value} | {rule.told.value} | {words[rule.change_pte]} |"
+        for operation, rule in RULES.items()
+    ]
+
+
+# -- holding a kernel to it --------------------------------------------------------------------------------------
+
+
+class BreachKind(Enum):
+    """How stage 2 failed its duty."""
+
+    STALE = "the old frame is still mapped"
+    WRITABLE = "still writable"
+    ALTERED = "changed, and nothing was said about it"
+    APPEARED = "mapped, and no guest had asked"
+    LOST = "gone, and outside what may go"
+    NOT_MAPPED = "the new frame is not mapped, though a level 3 table was left"
+    NOT_TOLD = "the notifier's trace event is missing"
+    TOLD = "the notifier was called without a cause"
+
+
+@dataclass(frozen=True)
+class Breach:
+    """One page of guest memory that is wrong after an operation."""
+
+    breach: BreachKind
+    ipa: int
+
+
+def violations(notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Breach]:
+    """Compare stage 2 before some operations with stage 2 right after them, page by page; no guest ran in between."""
+    slots = list(slots)
+    old, new = _pages(before), _pages(after)
+    owed = [(notice, _Spans(_ipas(slots, notice.owed))) for notice in notices]
+    told = [span for notice in notices if notice.may_go for span in _ipas(slots, notice.may_go)]
+    in_told = _Spans(told)
+    may_go = _Spans(
+        told + [leaf for leaf in map(_extent, before.items()) if in_told.meets(*leaf)]
+    )  # a block goes whole
+    to_map = {ipa for n in notices if n.maps_read_only for ipa in _pages_in(_ipas(slots, n.owed))}
+    tables = {ipa & -_HUGE for ipa, (level, _) in after.items() if level == LAST_LEVEL and ipa in old.keys() - to_map}
+    out = []
+    for ipa in sorted(old.keys() | new.keys() | to_map):
+        page = (ipa, ipa + _PAGE)
+        owing = [notice for notice, spans in owed if spans.meets(*page)]
+        breach = _breach(owing, old.get(ipa, 0), new.get(ipa, 0), may_go.meets(*page))
+        if ipa in to_map and ipa not in new and ipa & -_HUGE in tables:
+            breach = BreachKind.NOT_MAPPED
+        if breach:
+            out.append(Breach(breach, ipa))
+    return out
+
+
+def _breach(owing: list[Notice], old: int, new: int, may_go: bool) -> BreachKind | None:
+    """What is wrong with one page, given as level 3 descriptors (0: not mapped)."""
+    duties = {notice.rule.duty for notice in owing}
+    if not new:
+        return None if may_go or not old else BreachKind.LOST
+    if duties & {Duty.GO, Duty.READ_ONLY} and d.s2_writable(new):
+        return BreachKind.STALE if Duty.GO in duties and _same_frame(old, new) else BreachKind.WRITABLE
+    if old and _same_frame(old, new):
+        return BreachKind.STALE if Duty.GO in duties else _changed_rights(old, new, may_go)
+    if any(notice.maps_read_only for notice in owing):
+        return None
+    return BreachKind.ALTERED if old else BreachKind.APPEARED
+
+
+def unasked(
+    slots: Iterable[Memslot], before: Leaves, after: Leaves, calls: Iterable[tuple[Call, Span]]
+) -> list[Breach]:
+    """Leaves that are gone though no call that takes entries away, as the kernel traced them, named any of their bytes.
+
+    An operation may announce more than it does, so :func:`violations` lets a whole VMA go; what was announced is known.
+    """
+    slots = list(slots)
+    takes = [span for call, span in calls if call in (Call.UNMAP, Call.SET)]
+    named = _Spans([part for span in takes for part in _ipas(slots, span)])
+    new = _pages(after)
+    gone = [leaf[0] for leaf in before.items() if leaf[0] not in new and not named.meets(*_extent(leaf))]
+    return [Breach(BreachKind.LOST, ipa) for ipa in sorted(gone)]
+
+
+def unheard(
+    notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, calls: Iterable[tuple[Call, Span]]
+) -> list[Breach]:
+    """Hold the calls that the kernel traced, as HVA ranges, against those that the operations owe.
+
+    A page that stage 2 mapped must have been named where its operation tells of it. Where an operation tells nobody, no
+    page may be named that no other operation tells of; where none does, no page of these slots.
+    """
+    slots, calls = list(slots), list(calls)
+    named = {call: [s for c, span in calls if c is call for s in _ipas(slots, span)] for call in Call}
+    out = []
+    for notice in (n for n in notices if n.call):
+        owed, heard = _Spans(_ipas(slots, notice.owed)), _Spans(named[notice.call])
+        missing = [ipa for ipa in _pages(before) if owed.meets(ipa, ipa + _PAGE) and not heard.meets(ipa, ipa + _PAGE)]
+        out += [Breach(BreachKind.NOT_TOLD, ipa) for ipa in missing]
+    taken = named[Call.UNMAP] + named[Call.SET]
+    if not any(notice.call for notice in notices):
+        return out + [Breach(BreachKind.TOLD, start) for start, _ in taken]
+    quiet = _Spans([s for n in notices if not n.call for s in _ipas(slots, n.owed)])
+    told = _Spans([s for n in notices if n.call for s in _ipas(slots, n.owed)])
+    pages = [ipa for ipa in sorted({*_pages_in(taken)}) if quiet.meets(ipa, ipa + _PAGE)]
+    return out + [Breach(BreachKind.TOLD, ipa) for ipa in pages if not told.meets(ipa, ipa + _PAGE)]
+
+
+def _changed_rights(old: int, new: int, may_go: bool) -> BreachKind | None:
+    """A page may lose its access flag at any time, and where it may go also its write permission; nothing else."""
+    may_lose = d.AF.mask | (d.S2AP.put(d.Grant.WRITE) if may_go else 0)
+    return BreachKind.ALTERED if (old ^ new) & ~may_lose or new & ~old else None
+
+
+def _same_frame(old: int, new: int) -> bool:
+    return bool(old) and (old ^ new) & d.Format().address_field() == 0
+
+
+def _pages(leaves: Leaves) -> dict[int, int]:
+    """Every leaf as the level 3 entries it stands for, by IPA."""
+    out = {}
+    for ipa, (level, desc) in leaves.items():
+        for offset in range(0, 1 << KIB4.level_shift(level), _PAGE):
+            out[ipa + offset] = (desc | d.TYPE.mask) + offset
+    return out
+
+
+def _pages_in(spans: Iterable[Span]) -> Iterator[int]:
+    return (ipa for start, end in spans for ipa in range(start, end, _PAGE))
+
+
+def _extent(item: tuple[int, tuple[int, int]]) -> Span:
+    ipa, (level, _) = item
+    return ipa, ipa + (1 << KIB4.level_shift(level))
+
+
+def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
+    """Where the guest sees an HVA range: every alias counts."""
+    found = (slot.ipas_of(span[0], span[1] - span[0]) for slot in slots)
+    return [(part[0], part[0] + part[1]) for part in found if part]
+
+
+class _Spans:
+    """A set of addresses, asked many times."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._merged: list[Span] = []
+        for start, end in sorted(spans):
+            if self._merged and start <= self._merged[-1][1]:
+                before = self._merged.pop()
+                start, end = before[0], max(before[1], end)
+            self._merged.append((start, end))
+        self._starts = [start for start, _ in self._merged]
+
+    def meets(self, start: int, end: int) -> bool:
+        """Whether any of ``[start, end)`` is in it."""
+        last = bisect_left(self._starts, end) - 1
+        return last >= 0 and self._merged[last][1] > start

@@ -1,0 +1,203 @@
+"""Find the tables from outside the machine, and know for certain whose they are.
+
+Nothing here asks the kernel. A VM's root is VTTBR while its guest spins, a process's root is TTBR0 while
+it runs in user mode; a candidate is believed only when walking it leads to a page whose content is known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from arm_kvm.guest.payload import MAILBOX
+from arm_kvm.host.host import Host
+from arm_kvm.machine.gdb import Gdb
+from arm_kvm.machine.machine import connect_gdb
+from arm_kvm.machine.ram import Ram
+from arm_kvm.machine.rundir import Card
+from arm_kvm.model.arch import sweep
+from arm_kvm.model.arch.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
+from arm_kvm.oracle.stage2 import Stage2
+from arm_kvm.support.errors import MachineError, NoLiveMachine
+from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.vm import Vm
+
+_PATIENCE = 20.0  #: seconds; one look is mostly enough, but this machine may have other work
+_BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
+_LOOKS = 10  #: at one pose
+_POSE = 0.02  #: seconds in which the agent stays in user mode, at first
+_ROUNDS = 1 << 20  #: of a guest's loop, at first: some 5 ms
+
+
+def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if (found := look()) is not None:
+            return found
+        time.sleep(_BETWEEN_LOOKS)
+    raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
+
+
+def _seen_posing(pose: Callable[[int], AbstractContextManager], look: Callable[[], Regime | None], what: str) -> Regime:
+    """What is found while somebody poses, or is about to: ``pose`` takes how many times longer than at first.
+
+    When nobody was seen, the board may have been slow to begin: longer poses, and more time between looks, in which it
+    can get on.
+    """
+    lengths = (min(1 << attempt, 64) for attempt in itertools.count())
+
+    def looks() -> Regime | None:
+        longer = next(lengths)
+        with pose(longer):
+            for _ in range(_LOOKS):
+                time.sleep(_BETWEEN_LOOKS * longer)
+                if (found := look()) is not None:
+                    return found
+        return None
+
+    return _until_found(looks, what)
+
+
+@contextmanager
+def _in_user_mode(agent: Agent, seconds: float) -> Iterator[None]:
+    """Within the block the agent is, or soon will be, in user mode for so long; then it is done with that."""
+    request = agent.send("pose", seconds=seconds)
+    try:
+        yield
+    finally:
+        agent.receive(request)
+
+
+def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
+    """The stage-2 regimes in force on the stopped CPUs: HCR.VM set and VTTBR not zero."""
+    found = []
+    features = arch.features(*gdb.read(0, *arch.identity))
+    for cpu in range(len(gdb.threads)):
+        hcr, vttbr, vtcr = gdb.read(cpu, arch.hcr, arch.vttbr, arch.vtcr)
+        if hcr & HCR_VM and vttbr:
+            try:
+                found.append(arch.stage2(vttbr, vtcr, hcr, features))
+            except ImpossibleRegime as e:
+                raise MachineError(f"CPU {cpu} runs a guest under a regime the model does not know: {e}") from e
+    return found
+
+
+def _user_spaces(gdb: Gdb, arch: Architecture) -> list[Regime]:
+    """The user address spaces loaded on the stopped CPUs."""
+    found = []
+    for cpu in range(len(gdb.threads)):
+        names = ("TTBR0", "TTBCR")
+        if arch.name == "armv8":
+            vhe = gdb.read(cpu, arch.hcr)[0] & HCR_E2H
+            names = ("TTBR0_EL2", "TCR_EL2") if vhe else ("TTBR0_EL1", "TCR_EL1")
+        try:
+            found.append(arch.stage1(*gdb.read(cpu, *names)))
+        except ImpossibleRegime:
+            continue  # a CPU that has not set up its user half
+    return found
+
+
+class Sight:
+    """What the lab sees of one host: the VMM's own address space, and the roots of its VMs."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._arch = host.config.architecture
+        self._ram = host.machine.ram
+        self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
+
+    @property
+    def gdb(self) -> Gdb:
+        return self._host.machine.gdb
+
+    def vmm_space(self, agent: Agent) -> Regime:
+        """Stage 1 of the process that holds the VMs."""
+        if agent.from_boot:  # restored with the host, tables and all
+            return self._host.fact("vmm space", lambda: self._find_vmm_space(agent))
+        pid = agent.hello["pid"]
+        if pid not in self._spaces:
+            self._spaces[pid] = self._find_vmm_space(agent)
+        return self._spaces[pid]
+
+    def _find_vmm_space(self, agent: Agent) -> Regime:
+        cookie = os.urandom(16)
+        hva = agent("memory_map", size=0x1000)["hva"]
+        agent("memory_write", hva=hva, blob=cookie)
+
+        def look() -> Regime | None:
+            with self.gdb.pause():
+                return next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
+
+        try:
+            return _seen_posing(lambda longer: _in_user_mode(agent, _POSE * longer), look, "the agent's address space")
+        finally:
+            agent("memory_unmap", hva=hva, size=0x1000)
+
+    def _holds(self, space: Regime, address: int, content: bytes) -> bool:
+        _, pa = sweep.translate(space, self._ram, np.array([address], dtype=np.uint64))
+        return bool(self._ram.backed(pa)[0]) and self._ram.read(int(pa[0]), len(content)) == content
+
+    def stage2_regime(self, vm: Vm) -> Regime:
+        """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime. (Its VMID does.)"""
+        if vm.regime is None:
+            vm.regime = self.sample(vm)
+            if vm.ipa_bits == 0:
+                self._host.facts["usual regime"] = vm.regime
+        return vm.regime
+
+    def adopt(self, vm: Vm, root: int) -> None:
+        """The VM's root is known; the rest is as of any VM with as wide an IPA space, once one was seen."""
+        usual = self._host.facts.get("usual regime")
+        if vm.regime is None and usual is not None and vm.ipa_bits == 0:
+            vm.regime = replace(usual, root=root)
+
+    def sample(self, vm: Vm) -> Regime:
+        """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
+        space = self.vmm_space(vm.agent)
+        hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
+
+        def look() -> Regime | None:
+            with self.gdb.pause():
+                _, mailbox = sweep.translate(space, self._ram, hva)
+                for regime in guests_on_cpus(self.gdb, self._arch):
+                    _, pa = sweep.translate(regime, self._ram, np.array([MAILBOX], dtype=np.uint64))
+                    if pa[0] and pa[0] == mailbox[0]:
+                        return regime
+            return None
+
+        if any(guest.running for guest in vm.guests):
+            return _until_found(look, f"VM {vm.id}")
+        return _seen_posing(lambda longer: vm.guest.posing(_ROUNDS * longer), look, f"VM {vm.id}")
+
+
+def watch(card: Card, seconds: float) -> list[Stage2]:
+    """The tables of every guest seen inside a CPU of a live machine within ``seconds``, each once.
+
+    Raises MachineError when the machine's gdbstub is taken (by the tests that run on it).
+    """
+    arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
+    try:
+        ram = Ram(os.open(card.ram, os.O_RDONLY), card.ram_start, card.ram_base, card.ram_size)
+    except OSError as e:
+        raise NoLiveMachine(f"the machine of host {card.host} has just ended: {e.strerror}") from e
+    gdb = connect_gdb(Path(card.gdb), timeout=5.0)
+    gdb.resume()
+    found: dict[int, Stage2] = {}
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            with gdb.pause():
+                for regime in guests_on_cpus(gdb, arch):
+                    found[regime.root] = Stage2(sweep.sweep(regime, ram))
+            time.sleep(0.01)
+    finally:
+        gdb.close()
+        ram.close()
+    return list(found.values())

@@ -1,0 +1,328 @@
+"""Fixtures in the field's terms. ``pytest --fixtures`` prints them: the manual for authors of test cases."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NoReturn
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from arm_kvm.events.violations import ProtocolBroken
+from arm_kvm.host import features
+from arm_kvm.host.host import Host
+from arm_kvm.host.ssh import Ssh
+from arm_kvm.hosts.pool import HostBroken, Pool
+from arm_kvm.oracle import Oracle
+from arm_kvm.oracle import ftrace as trace_
+from arm_kvm.oracle.stage2 import Stage2
+from arm_kvm.oracle.witness import Witness
+from arm_kvm.pytest_plugin.ahead import expect_next, first_vm, plugin_for, with_probe
+from arm_kvm.pytest_plugin.artifacts import TestFolder
+from arm_kvm.pytest_plugin.judgement import HostLost, HostSession, KnownDeath, contract
+from arm_kvm.pytest_plugin.selection import owner_of
+from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, POOL, SESSION
+from arm_kvm.recorder.breakpoints import Breakpoints
+from arm_kvm.recorder.recorder import Recorder
+from arm_kvm.recorder.recording import Recording
+from arm_kvm.support.errors import UNAVAILABLE, LabError, QemuKilled
+from arm_kvm.support.paths import CONFIGS
+from arm_kvm.vmm.process import Vmm
+from arm_kvm.vmm.vgic import Vgic, gicv_of
+from arm_kvm.vmm.vm import Vm
+
+_RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
+
+
+class HostUnusable(pytest.fail.Exception):
+    """There is no such host to run the test on, because of ``cause``."""
+
+    def __init__(self, words: str, cause: LabError) -> None:
+        super().__init__(words, pytrace=False)
+        self.cause = cause
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """The live host this case runs on: a real Linux on an emulated board.
+
+    ``host.agent`` takes requests, ``host.ssh`` shell commands, ``host.machine`` is the board itself
+    (console, RAM, gdbstub), ``host.release`` the kernel's version. With ``--isolation test`` (or the mark
+    ``isolation("test")``) nobody has touched it; else the tests of a module or of the run share it. VMs are destroyed
+    after each.
+    """
+    pool, name = request.config.stash[POOL], request.param
+    host = _host_or_outcome(request.node, pool, name)
+    expect_next(request.node)
+    session = HostSession(host, TestFolder(pool.artifacts, request.node.nodeid), owner_of(request.node).alone)
+    request.node.stash[SESSION] = session
+    try:
+        _require_features(request.node, host)
+        yield host
+    finally:
+        _leave(request, pool, session)
+
+
+def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
+    """The live host; or a skip where its kernel cannot be fetched now, a failure where anything else is wrong."""
+    try:
+        return pool.host(name, owner_of(item), plugin_for(item))
+    except HostBroken as e:
+        cause = e.cause
+    if isinstance(cause, UNAVAILABLE) and not item.config.getoption("--require-kvm"):
+        item.stash[BLAMED] = pool.configs[name].path
+        pytest.skip(f"{name}: {cause.one_line}")
+    if name in pool.told:
+        words = f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}"
+    else:
+        words = f"host {name} cannot be used: {cause}"
+    if not isinstance(cause, QemuKilled):  # the next test has another
+        pool.told.add(name)
+    raise HostUnusable(words, cause)
+
+
+def _require_features(item: pytest.Item, host: Host) -> None:
+    """Skip the case, naming kernel and feature, where its mark ``feature`` names what this kernel lacks."""
+    for mark in item.iter_markers("feature"):
+        for name in mark.args:
+            if words := features.lacking(host, name):
+                pytest.skip(words)
+
+
+def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:
+    """Collect the artifacts, and give the host back clean, kept or not at all."""
+    host, node = session.host, request.node
+    failed = node.stash.get(FAILED, False)
+    if not pool.holds(host):  # the run was interrupted
+        _collect(node, session)
+        return
+    if failed and request.config.getoption("--keep") and host.machine.alive:
+        _collect(node, session)
+        pool.keep(host.config.name)
+        return
+    why = None if session.dead or (failed and session.alone) else _destroy_vms(session)
+    if not host.machine.alive:
+        session.folder.write("lost.txt", str(host.machine.lost()))
+    _collect(node, session)
+    if isinstance(why, _VmsLeft | HostLost):
+        pool.discard(host.config.name)
+    else:
+        pool.done(host)
+    if why and not failed:
+        raise why
+
+
+class _VmsLeft(pytest.fail.Exception):
+    """The kernel, or the agent, did not let a VM go."""
+
+
+def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
+    """As after every test; what is wrong with that."""
+    try:
+        said = session.destroy_vms()
+    except LabError as e:
+        if session.host.machine.alive and session.host.agent.usable:
+            return _VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
+        return HostLost("while the test's VMs were destroyed, its host was lost", e)
+    if said:
+        words = contract(said, "the kernel complained after the test, while its VMs were destroyed")
+        return pytest.fail.Exception(words, pytrace=False)
+    return None
+
+
+def _collect(node: pytest.Item, session: HostSession) -> None:
+    session.folder.collect(session.host.machine.logs)
+    node.user_properties += [("artifact", str(path)) for path in session.folder.files]
+
+
+@pytest.fixture
+def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
+    """Create VMs: ``make_vm(vcpus=1, ipa_bits=0)``. Each has the payload in it and nothing else.
+
+    A VM's memory is added with ``vm.add_memory(ipa, size)``; its guest is commanded through ``vm.guest``
+    (and ``vm.guests[n]`` on the other vCPUs); what it asks of devices is answered by ``vm.device``.
+    """
+
+    def make(**kind) -> Vm:
+        return host.create_vm(isa, **kind)
+
+    return make
+
+
+@pytest.fixture
+def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
+    """Create many VMs at once: ``make_vms(300)``."""
+
+    def make(count: int, **kind) -> list[Vm]:
+        return host.create_vms(isa, count, **kind)
+
+    return make
+
+
+@pytest.fixture
+def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
+    """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. Its frames are still to be placed."""
+    gicv = gicv_of(host)
+
+    def make(vm: Vm) -> Vgic:
+        return Vgic(vm, gicv)
+
+    return make
+
+
+@pytest.fixture
+def ssh(host: Host) -> Ssh:
+    """The host's shell, connected: ``ssh.run("uname -a")`` answers what the command prints."""
+    return host.ssh
+
+
+@pytest.fixture
+def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
+    """``make_vmm()``: another VMM process on the host, to be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
+    made: list[Vmm] = []
+
+    def make() -> Vmm:
+        made.append(Vmm(host))
+        return made[-1]
+
+    yield make
+    for vmm in made:
+        vmm.end()
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+    """A VM with no memory but the payload's own, and one vCPU, or as many as the mark ``vcpus(n)`` says.
+
+    With ``vcpus(n, pinned=True)`` each is bound to a CPU of the host. See ``make_vm``.
+    """
+    return first_vm(request.node, host)
+
+
+@pytest.fixture
+def stage2(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], Stage2]:
+    """``stage2(vm)``: the VM's stage-2 tables now, read from the board's RAM with the CPUs stopped.
+
+    Safety is checked every time: a violation fails the test with its diff. The result has ``leaf(ipa)``,
+    ``mapped(ipa, size)``, ``within(ipa, size)``, ``leaves`` (numpy arrays) and ``regime`` (geometry).
+    """
+    return request.node.stash[SESSION].oracle.stage2
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
+    """The judge itself, for tests that want its findings and not its failure: ``oracle.examine(vm)``."""
+    return request.node.stash[SESSION].oracle
+
+
+def _recorder(config: pytest.Config, session: HostSession) -> Recorder:
+    host = session.host
+    if host not in _RECORDERS:
+        mechanism = host.machine.plugin if with_probe(config) else Breakpoints(host)
+        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.sight)
+    return _RECORDERS[host]
+
+
+@pytest.fixture
+def recorder(request: pytest.FixtureRequest, host: Host) -> Recorder:
+    """The recorder itself: ``recorder.points``, the instructions it watches, ``recorder.kernel``, the symbols."""
+    return _recorder(request.config, request.node.stash[SESSION])
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[..., AbstractContextManager[Recording]]:
+    """``with record() as run:`` records every VTTBR write, invalidation, guest entry and table change.
+
+    When the block ends the trace is checked, and a broken rule fails the test; ``record(judge=False)`` leaves that
+    to the test. Then ``run.trace``, ``run.violations``, ``run.vmids(vm)``, ``run.rollovers`` ... say what happened.
+    The trace is kept among the test's artifacts: ``arm-kvm trace check FILE``, ``arm-kvm trace draw FILE``.
+    """
+    session = request.node.stash[SESSION]
+
+    @contextmanager
+    def recording(judge: bool = True) -> Iterator[Recording]:
+        run = Recording(recorder)
+        try:
+            with run.running():
+                yield run
+        finally:
+            if run.trace.events:
+                run.trace.save(session.folder.path(f"events-{len(session.folder.files)}.trace"))
+        if judge and run.violations:
+            raise ProtocolBroken(run.trace, run.violations)
+
+    return recording
+
+
+@pytest.fixture
+def vmid(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], int]:
+    """``vmid(vm)``: the VMID in VTTBR, sampled from a CPU's registers while the VM's guest spins."""
+    return request.node.stash[SESSION].oracle.vmid
+
+
+@pytest.fixture
+def trace(request: pytest.FixtureRequest, host: Host):
+    """``with trace("kvm:kvm_guest_fault") as events:`` records ftrace events; the list is full after the block."""
+    folder = request.node.stash[SESSION].folder
+
+    @contextmanager
+    def record(*names: str) -> Iterator[list[trace_.FtraceEvent]]:
+        seen = trace_.Traced()
+        try:
+            with trace_.traced(host.agent, names) as seen:
+                yield seen.events
+        finally:
+            folder.write(f"trace-{len(folder.files)}.txt", seen.text)
+
+    return record
+
+
+@pytest.fixture
+def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
+    """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` the block does that to guest memory.
+
+    Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
+    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run: then of what
+    is mapped only that nothing is gone which the kernel did not tell of. ``seen.also(Operation.X, memory, offset,
+    size)`` within the block: it did this, too.
+    """
+    return Witness(request.node.stash[SESSION].oracle, host)
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
+    """``keep(name, text)``: a file among the test's artifacts; its path."""
+    return request.node.stash[SESSION].folder.write
+
+
+@pytest.fixture
+def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], str]:
+    """``replay_line(path)``: what a person types to play a kept sequence again, on this host and kernel."""
+
+    def line(path: Path) -> str:
+        own = host.config.path.parent == CONFIGS / "hosts"
+        words = ["arm-kvm", "replay", str(path), "--host", host.config.name if own else str(host.config.path)]
+        pool, name = request.config.stash[POOL], host.config.name
+        for option, chosen in (("--kernel", pool.override(name)), ("--qemu", pool.qemu(name))):
+            words += [option, chosen] if chosen else []
+        return shlex.join(words)
+
+    return line
+
+
+@pytest.fixture
+def known_fault() -> Callable[..., NoReturn]:
+    """``known_fault(text)``: the kernel shows exactly this fault, which its developers know; cite them.
+
+    Call it only where the very wrong result was recognised: the case is then reported as an expected
+    failure with ``text``. Any other wrong result must fail, and a mended kernel passes. ``fatal=True``: the fault took
+    the host along, which a case marked ``may_end_host`` has for itself.
+    """
+
+    def known(text: str, *, fatal: bool = False) -> NoReturn:
+        raise (KnownDeath if fatal else pytest.xfail.Exception)(text)
+
+    return known

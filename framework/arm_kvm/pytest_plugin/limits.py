@@ -1,0 +1,70 @@
+"""What this machine refuses a run, a full disk for example: one message, wherever in pytest it comes out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from arm_kvm.pytest_plugin.stash import POOL
+from arm_kvm.support import interrupt
+from arm_kvm.support.errors import DiskFull, LabError, LimitReached
+from arm_kvm.support.limits import is_limit, told
+
+
+class Refused(pytest.fail.Exception):
+    """This machine, not the host and not the case, is why the test ends, because of ``cause``."""
+
+    def __init__(self, cause: LabError) -> None:
+        super().__init__(f"this machine does not let the test go on: {cause}", pytrace=False)
+        self.cause = cause
+
+
+@contextmanager
+def _in_a_test(item: pytest.Item) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as e:
+        cause = told(e, item.config.stash[POOL].artifacts) if is_limit(e) else getattr(e, "cause", e)
+        if isinstance(cause, DiskFull | LimitReached) and not isinstance(e, Refused):
+            raise Refused(cause) from e
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item):
+    with _in_a_test(item):
+        return (yield)
+
+
+pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_sessionfinish(session: pytest.Session):
+    """A report is written here (--junitxml); what is said on the terminal comes after it, all the same."""
+    report = session.config.getoption("xmlpath", None)
+    try:
+        return (yield)
+    except OSError as e:
+        if not report or interrupt.heard():
+            raise
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        if terminal := session.config.pluginmanager.getplugin("terminalreporter"):
+            terminal.write_line(f"\narm-kvm: a report cannot be written: {told(e, Path(report))}", red=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main():
+    """Whatever else comes out: pytest could not write it down itself."""
+    try:
+        return (yield)
+    except OSError as e:
+        with suppress(OSError):
+            print(f"arm-kvm: the run cannot go on: {told(e)}", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it at its end
+        return pytest.ExitCode.INTERNAL_ERROR

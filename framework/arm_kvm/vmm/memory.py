@@ -1,0 +1,202 @@
+"""Host-virtual memory of the VMM process (the agent) that memslots are made of, and what the host does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import IntEnum
+from functools import partial
+
+import numpy as np
+from arm_kvm.vmm.client import Agent, Request
+
+PAGE = 0x1000
+BLOCK = 0x20_0000
+
+
+class Advice(IntEnum):
+    """madvise(2) advice, include/uapi/asm-generic/mman-common.h."""
+
+    DONTNEED = 4
+    FREE = 8
+    MERGEABLE = 12
+    UNMERGEABLE = 13
+    HUGEPAGE = 14
+    NOHUGEPAGE = 15
+    COLD = 20
+    PAGEOUT = 21
+    HWPOISON = 100
+    SOFT_OFFLINE = 101
+
+
+class Prot(IntEnum):
+    """mprotect(2) protection."""
+
+    NONE = 0
+    READ = 1
+    READ_WRITE = 3
+    ALL = 7  #: and to execute
+
+
+def mappings(agent: Agent, private: bool = False) -> list[tuple[int, int]]:
+    """The process's mappings, ``[start, end)`` in order; the private and writable ones only if asked."""
+    words = [line.split()[:2] for line in agent("memory_maps").decode().splitlines()]
+    spans = [span.split("-") for span, rights in words if not private or rights[1] + rights[3] == "wp"]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+
+class Memory:
+    """A mapping. Offsets and sizes in bytes; an operation without them is on the whole."""
+
+    def __init__(self, agent: Agent, hva: int, size: int) -> None:
+        self._agent = agent
+        self.hva = hva
+        self.size = size
+
+    def _at(self, offset: int, size: int | None) -> dict[str, int]:
+        return {"hva": self.hva + offset, "size": self.size - offset if size is None else size}
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes as the host sees them. HostOsError (EFAULT) where nothing is mapped."""
+        return self._agent("memory_read", **self._at(offset, size))
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store as the host does; faults the page in for writing."""
+        self._agent("memory_write", hva=self.hva + offset, blob=data)
+
+    def advise(self, advice: Advice, offset: int = 0, size: int | None = None) -> None:
+        """madvise(2) on part of it."""
+        self._agent("memory_advise", advice=int(advice), **self._at(offset, size))
+
+    def page_out(self, offset: int = 0, size: int | None = None) -> None:
+        """Reclaim its pages, as far as guests that use them leave a chance: MADV_PAGEOUT, twice for each page."""
+        self._agent("memory_page_out", **self._at(offset, size))
+
+    @contextmanager
+    def locked_but(self, offset: int, size: int) -> Iterator[None]:
+        """Within the block only this part of it can be reclaimed: the rest is locked (mlock(2)), and present."""
+        end = offset + size
+        rest = [self._at(start, length) for start, length in ((0, offset), (end, self.size - end)) if length]
+        with ExitStack() as stack:
+            for part in rest:
+                self._agent("memory_lock", **part)
+                stack.callback(partial(self._agent, "memory_unlock", **part))
+            yield
+
+    def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
+        """mprotect(2) on part of it."""
+        self._agent("memory_protect", prot=int(prot), **self._at(offset, size))
+
+    def part(self, offset: int, size: int) -> Memory:
+        """A piece of it, to do something to."""
+        return Memory(self._agent, self.hva + offset, size)
+
+    def move(self, to: Memory) -> None:
+        """mremap(2) its pages to where ``to`` is mapped, which is replaced; here is then a hole."""
+        self._agent("memory_move", to=to.hva, **self._at(0, None))
+
+    def replace(self, offset: int = 0, size: int | None = None) -> None:
+        """mmap(2) new anonymous memory over part of it."""
+        where = self._at(offset, size)
+        self._agent("memory_map", at=where["hva"], size=where["size"])
+
+    def mark_idle(self, offset: int = 0, size: int | None = None) -> None:
+        """Call its pages idle (idle page tracking); clears their accessed flags, the guests' too."""
+        self._agent("memory_mark_idle", **self._at(offset, size))
+
+    def idle(self, offset: int = 0, size: int | None = None) -> list[bool]:
+        """For each page whether nobody has accessed it since it was marked idle."""
+        return self._agent("memory_idle", **self._at(offset, size))
+
+    @contextmanager
+    def userfaults(self, offset: int = 0, size: int | None = None, *, protect: bool = False) -> Iterator[UserFaults]:
+        """Within the block the VMM answers its page faults itself (userfaultfd): of missing pages, or (``protect``)
+        of writes to protected ones. HostOsError when the kernel does not have that.
+        """
+        number = self._agent("userfault_begin", protect=protect, **self._at(offset, size))
+        faults = UserFaults()
+        try:
+            yield faults
+        finally:
+            faults.seen = [(hva - self.hva, kind) for hva, kind in self._agent("userfault_end", number=number)]
+
+    def unmap(self, offset: int = 0, size: int | None = None) -> None:
+        """munmap(2) part of it."""
+        self._agent("memory_unmap", **self._at(offset, size))
+
+    def release(self) -> Request | None:
+        """The request that gives it back, for one VM that has it; None while others have it too."""
+        return "memory_unmap", self._at(0, None)
+
+    def frames(self, offset: int = 0, size: int | None = None) -> np.ndarray:
+        """Physical address of each page per /proc/PID/pagemap; 0 where no page is present (uint64)."""
+        raw = np.frombuffer(self._agent("memory_pagemap", **self._at(offset, size)), dtype="<u8")
+        present = raw >> np.uint64(63) != 0
+        return np.where(present, (raw & np.uint64((1 << 55) - 1)) << np.uint64(12), np.uint64(0))
+
+    def frame(self, offset: int = 0) -> int:
+        """Physical address of the page at ``offset`` per pagemap; 0 when none is present."""
+        return int(self.frames(offset, PAGE)[0])
+
+
+class SharedMemory(Memory):
+    """Memory that several VMs have in common, and that goes with the last of them."""
+
+    def __init__(self, agent: Agent, hva: int, size: int, users: int) -> None:
+        super().__init__(agent, hva, size)
+        self._users = users
+
+    def release(self) -> Request | None:
+        self._users -= 1
+        return None if self._users else super().release()
+
+
+class UserFaults:
+    """What userfaultfd reported, as (offset in the memory, "missing" or "write-protect"); full after its block."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str]] = []
+
+
+class File:
+    """A file to map: a memfd, or one on a file system of the host."""
+
+    def __init__(self, agent: Agent, size: int, path: str | None = None) -> None:
+        self._agent = agent
+        self.number = agent("file_open", size=size, path=path)
+        self.size = size
+
+    def truncate(self, size: int) -> None:
+        """ftruncate(2)."""
+        self._agent("file_truncate", file=self.number, size=size)
+
+    def punch_hole(self, offset: int, size: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
+        self._agent("file_punch_hole", file=self.number, offset=offset, size=size)
+
+    def sync(self) -> None:
+        """fsync(2): reclaim takes clean pages only."""
+        self._agent("file_sync", file=self.number)
+
+    def close(self) -> None:
+        self._agent("file_close", file=self.number)
+
+
+class Child:
+    """A forked child of the VMM, which has its memory copy on write, and its file descriptors."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.pid = agent("child_fork")
+
+    def write(self, memory: Memory, offset: int, data: bytes) -> None:
+        """The child stores to its view of this memory."""
+        self._agent("child_write", pid=self.pid, hva=memory.hva + offset, blob=data)
+
+    def read(self, memory: Memory, offset: int, size: int) -> bytes:
+        """Bytes of this memory as the child sees them."""
+        return self._agent("child_read", pid=self.pid, hva=memory.hva + offset, size=size)
+
+    def end(self) -> None:
+        """Let the child exit, and wait for it."""
+        self._agent("child_end", pid=self.pid)

@@ -1,0 +1,74 @@
+"""The GICv2 that KVM gives a VM: an emulated distributor, and the CPU interface of the board itself, mapped.
+
+Sources: Documentation/virt/kvm/devices/arm-vgic.txt; virt/kvm/arm/vgic/vgic-v2.c vgic_v2_map_resources, which maps the
+CPU interface at the first KVM_RUN (kvm_phys_addr_ioremap).
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from arm_kvm.model.kvm.memslots import Window
+
+if TYPE_CHECKING:
+    from arm_kvm.host.host import Host
+    from arm_kvm.vmm.vm import Vm
+
+_VGIC_V2 = 5
+_ADDRESSES, _CONTROL, _INIT = 0, 4, 0
+_SPI = 1 << 24
+
+
+class Frame(IntEnum):
+    """What is given a place in the guest: KVM_VGIC_V2_ADDR_TYPE_*. The value is the attribute."""
+
+    DISTRIBUTOR = 0  #: 4 KiB
+    CPU_INTERFACE = 1  #: 8 KiB
+
+
+CPU_INTERFACE_SIZE = 0x2000
+#: Offsets of the registers a guest needs (ARM IHI 0048B, 4.1.2 and 4.1.3).
+GICD_CTLR, GICD_TYPER, GICD_ISENABLER, GICD_ICFGR = 0x000, 0x004, 0x100, 0xC00
+GICC_CTLR, GICC_PMR, GICC_IAR, GICC_EOIR, GICC_IIDR = 0x000, 0x004, 0x00C, 0x010, 0x0FC
+NOTHING_PENDING = 1023
+
+
+def gicv_of(host: Host) -> int:
+    """Physical address of the board's virtual CPU interface, as its device tree says (the fourth range of the GIC)."""
+    ranges = host.fact("gic", lambda: host.ssh.run("od -An -v -tx1 /proc/device-tree/intc@*/reg"))
+    return struct.unpack_from(">Q", bytes.fromhex(ranges), 48)[0]
+
+
+class Vgic:
+    """A VGICv2 in a VM. Make it before the VM runs. Every call raises HostOsError when KVM refuses."""
+
+    def __init__(self, vm: Vm, gicv: int) -> None:
+        self._vm = vm
+        self._gicv = gicv
+        vm.agent("vgic_create", vm=vm.id, kind=_VGIC_V2)
+        vm.vgic = self
+        self.windows: list[Window] = []  #: where stage 2 may map the board's registers
+
+    def place(self, frame: Frame, ipa: int) -> None:
+        """Choose where the guest finds it."""
+        self.set_attribute(_ADDRESSES, int(frame), ipa)
+        if frame is Frame.CPU_INTERFACE:
+            self.windows = [Window(ipa, CPU_INTERFACE_SIZE, self._gicv)]
+
+    def place_of(self, frame: Frame) -> int:
+        """Where the guest finds it; 2^64 - 1 while nobody has chosen."""
+        return self._vm.agent("vgic_get", vm=self._vm.id, group=_ADDRESSES, attribute=int(frame))
+
+    def set_attribute(self, group: int, attribute: int, value: int = 0) -> None:
+        """KVM_SET_DEVICE_ATTR, for what the other methods do not do."""
+        self._vm.agent("vgic_set", vm=self._vm.id, group=group, attribute=attribute, value=value)
+
+    def init(self) -> None:
+        """KVM_DEV_ARM_VGIC_CTRL_INIT: no vCPU can be made afterwards."""
+        self.set_attribute(_CONTROL, _INIT)
+
+    def line(self, spi: int, level: int) -> None:
+        """Set the line of a shared peripheral interrupt, 32 and up (KVM_IRQ_LINE)."""
+        self._vm.agent("vm_irq_line", vm=self._vm.id, irq=_SPI | spi, level=level)
