@@ -71,8 +71,7 @@ def test_mmio_exits(benchmark, restore, fitted):
     host = restore()
     vm = host.create_vm(fitted.guests[0])
     vm.guest.ping()
-    ring = {"vm": vm.id, "vcpu": 0, "exits": 1000, "deadline": 60}
-    benchmark.pedantic(lambda: host.agent("vcpu_measure_mmio", **ring), rounds=10, warmup_rounds=2)
+    benchmark.pedantic(vm.vcpus[0].measure_mmio, args=(1000,), rounds=10, warmup_rounds=2)
 
 
 def test_look(benchmark, restore, fitted):

@@ -29,6 +29,7 @@ from arm_kvm.support.errors import (
     QemuDied,
     SshUnreachable,
 )
+from arm_kvm.vmm.client import op, request
 
 ARM64 = config.find("arm64")
 
@@ -115,10 +116,10 @@ def test_a_live_host_and_all_the_ways_it_can_fail(boot):
     assert host.ssh.get("/tmp/file") == b"to and fro\n"
 
     with pytest.raises(AgentFault) as fault:
-        host.agent("vm_memslot", vm=99, slot=0, ipa=0, size=0, hva=0, flags=0)
+        host.agent(op.vm_memslot, vm=99, slot=0, ipa=0, size=0, hva=0, flags=0)
     assert "KeyError: 99" in fault.value.evidence, "the agent's own traceback"
     with pytest.raises(HostOsError, match="store to memory: EFAULT"):
-        host.agent("memory_write", hva=0x1000, blob=b"x")
+        host.agent(op.memory_write, hva=0x1000, blob=b"x")
 
     vm = host.create_vm("A64")
     with vm.guest.spinning():
@@ -130,20 +131,20 @@ def test_a_live_host_and_all_the_ways_it_can_fail(boot):
 
     with pytest.raises(HostPanic, match="Kernel panic"):
         host.ssh.run("echo c > /proc/sysrq-trigger", timeout=10.0)
-        host.agent("hello")
+        host.agent(op.hello)
     assert not host.machine.alive
 
 
 def test_an_agent_that_hangs_is_given_up_and_replaced(boot):
     host = boot()
-    host.agent("trace_start", events=["kvm:kvm_guest_fault"])
+    host.agent(op.trace_start, events=["kvm:kvm_guest_fault"])
     host.create_vm("A64").guest.ping()
     with pytest.raises(AgentTimeout, match="no answer within 1 s"):
-        host.agent("pose", seconds=60.0, deadline=1.0)
+        host.agent.ask(request(op.stay_in_user_mode, seconds=60.0), deadline=1.0)
     with pytest.raises(AgentTimeout):
-        host.agent("hello")  # the connection is over: nobody can tell whose answer would come
+        host.agent(op.hello)  # the connection is over: nobody can tell whose answer would come
     host.reset()
-    assert host.agent("hello")["kvm"] and host.vms == []
+    assert host.agent(op.hello)["kvm"] and host.vms == []
 
     with traced(host.agent, ["kvm:kvm_entry"]) as seen:
         host.create_vm("A64").guest.ping()
@@ -170,7 +171,7 @@ def test_an_oops_is_recognised(boot):
     with pytest.raises(HostOops, match="oopsed"):
         host.ssh.run("sync", timeout=10.0)
         for _ in range(50):
-            host.agent("hello")
+            host.agent(op.hello)
             time.sleep(0.05)
 
 
@@ -183,7 +184,7 @@ def test_a_lock_up_is_recognised(boot):
 
 def test_qemu_that_dies_under_a_request(boot):
     host = boot()
-    sent = host.agent.send("pose", seconds=5.0)
+    sent = host.agent.send(request(op.stay_in_user_mode, seconds=5.0))
     host.machine.process.kill()
     with pytest.raises(QemuDied, match="signal 9") as caught:
         host.agent.receive(sent)

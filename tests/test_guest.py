@@ -5,6 +5,7 @@ from arm_kvm.guest import payload
 from arm_kvm.guest.driver import Order
 from arm_kvm.guest.isa import A32, A64, ISAS, GuestException, Status
 from arm_kvm.support.errors import AgentTimeout, HostOsError, SetupError
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import Child
 
 IPA = 0x8000_0000
@@ -85,8 +86,8 @@ def test_what_fails_while_an_answer_is_on_its_way_leaves_none_behind(host):
 
     host.agent.meanwhile(fail)
     with pytest.raises(ValueError, match="not the agent's"):
-        host.agent("memory_map", size=0x1000)
-    assert host.agent("hello") == host.agent.hello
+        host.agent(op.memory_map, size=0x1000)
+    assert host.agent(op.hello) == host.agent.hello
 
 
 def test_a_vcpu_runs_one_order_at_a_time(vm):
@@ -103,11 +104,11 @@ def test_tables_are_read_while_guests_spin(make_vm, stage2):
 
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("rounds", [1, 1 << 25])
-def test_a_vm_that_poses_ends_by_itself(vm, pinned, rounds):
+def test_a_vm_that_stays_inside_ends_by_itself(vm, pinned, rounds):
     """Also where the agent has long answered that it goes on."""
     if pinned:
         vm.vcpus[0].pin(1)
-    with vm.guest.posing(rounds):
+    with vm.guest.staying(rounds):
         pass
     vm.guest.ping()
 

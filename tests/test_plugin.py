@@ -213,6 +213,8 @@ def test_a_splat_fails_the_test_that_caused_it(run):
 
 
 LATE = """
+from arm_kvm.vmm.client import op
+
 def test_passes(host, vm):
     vm.guest.ping()
     destroy = host.reset
@@ -225,7 +227,7 @@ def test_passes(host, vm):
     host.reset = reset
 
 def test_with_a_vm_that_does_not_go(vm, host):
-    host.agent("vm_destroy", vm=vm.id)
+    host.agent(op.vm_destroy, vm=vm.id)
 """
 
 
@@ -353,8 +355,9 @@ def test_keep_leaves_the_machine_until_ctrl_c(run, tmp_path):
 
 FEATURES = """
 import pytest
+from arm_kvm.vmm.client import op
 from arm_kvm.host.features import FEATURES, Feature
-FEATURES["MADV_NONE"] = Feature("9.9", lambda host: host.agent("memory_takes", advice=200))
+FEATURES["MADV_NONE"] = Feature("9.9", lambda host: host.agent(op.memory_takes, advice=200))
 
 @pytest.mark.feature("MADV_COLD")
 def test_that_any_kernel_of_today_can_run(vm):
@@ -406,6 +409,7 @@ def test_nothing_is_left_when_pytest_is_ended(run, tmp_path, end):
 
 DIES_LATE = """
 from arm_kvm.recorder.facts import kernel_map
+from arm_kvm.vmm.client import op
 
 def test_passes(vm, host):
     vm.guest.ping()

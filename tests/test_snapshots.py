@@ -16,6 +16,7 @@ from arm_kvm.recorder.probe import Probe
 from arm_kvm.support import cache
 from arm_kvm.support.errors import QemuDied
 from arm_kvm.support.paths import cache_root
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE
 
 ARM64, VHE = config.find("arm64"), config.find("arm64-vhe")
@@ -54,17 +55,17 @@ def test_a_restored_host_is_a_host(restore):
 
     two = restore()
     assert two.ssh.run("ls /tmp/trace", check=False).endswith("No such file or directory\n")
-    assert two.agent("hello") == one.agent("hello")
+    assert two.agent(op.hello) == one.agent(op.hello)
 
 
 def test_two_at_once_do_not_share_memory(restore):
     hosts = {b"first": restore(), b"other": restore()}
     places = {}
     for content, host in hosts.items():
-        places[content] = host.agent("memory_map", size=PAGE)["hva"]
-        host.agent("memory_write", hva=places[content], blob=content)
+        places[content] = host.agent(op.memory_map, size=PAGE)
+        host.agent(op.memory_write, hva=places[content], blob=content)
     assert len(set(places.values())) == 1, "two agents that know nothing of each other"
-    assert all(host.agent("memory_read", hva=places[c], size=5) == c for c, host in hosts.items())
+    assert all(host.agent(op.memory_read, hva=places[c], size=5) == c for c, host in hosts.items())
 
 
 def test_memory_of_a_qemu_that_has_ended(restore):
@@ -153,7 +154,7 @@ def test_a_damaged_one_is_made_anew(own_snapshot, kernel, tmp_path, harm, name, 
     harm(own_snapshot / name)
     host = snapshots.obtain(ARM64, kernel, tmp_path / "boot").restore(tmp_path / "logs")
     try:
-        assert host.agent("hello")["kvm"]
+        assert host.agent(op.hello)["kvm"]
     finally:
         host.shutdown()
     assert "is damaged; it is made anew" in capfd.readouterr().err
@@ -232,10 +233,10 @@ def test_one_that_does_not_restore_is_made_anew(own_snapshot, tmp_path):
     pool = Pool([ARM64], {}, {}, tmp_path / "artifacts", "", entropy=False)
     try:
         booted = pool.host("arm64")
-        assert "init" in booted.boot_states.reached and booted.agent("hello")["kvm"]
+        assert "init" in booted.boot_states.reached and booted.agent(op.hello)["kvm"]
         pool.discard("arm64")
         restored = pool.host("arm64")
-        assert "init" not in restored.boot_states.reached and restored.agent("hello")["kvm"]
+        assert "init" not in restored.boot_states.reached and restored.agent(op.hello)["kvm"]
     finally:
         pool.close()
     assert (own_snapshot / "devices").stat().st_size > len(made) // 2

@@ -62,12 +62,14 @@ def kill():
 
 threading.Thread(target=kill, daemon=True).start()
 
+from arm_kvm.vmm.client import op
+
 def test_meets_it(host):
     time.sleep(0.5)
-    host.agent("kernel_log")
+    host.agent(op.kernel_log)
 
 def test_has_another(host):
-    host.agent("kernel_log")
+    host.agent(op.kernel_log)
 """
 
 

@@ -23,7 +23,6 @@ from arm_kvm.vmm.vgic import (
     GICD_TYPER,
     NOTHING_PENDING,
     Frame,
-    gicv_of,
 )
 from arm_kvm.vmm.vm import Mmio
 
@@ -69,7 +68,7 @@ def switch_on(guest, spi=SPI):
 def test_mapped_at_the_first_run(vm, vgic, stage2, host):
     """At the place that was chosen, of the board's GICV, without a fault."""
     vm.guest.ping()
-    tables, gicv = stage2(vm), gicv_of(host)
+    tables, gicv = stage2(vm), host.gicv
     assert mapped(stage2, vm) == pages(host)
     for ipa in pages(host):
         leaf = tables.leaf(ipa)

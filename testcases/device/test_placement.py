@@ -11,6 +11,7 @@ import pytest
 from arm_kvm.guest.driver import RunFailed
 from arm_kvm.oracle import Verdict
 from arm_kvm.support.errors import HostOops, HostOsError
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE
 from arm_kvm.vmm.vgic import GICC_IIDR, Frame
 
@@ -114,7 +115,7 @@ def test_no_vcpu_after_init(vm, vgic, host):
     vgic.place(Frame.DISTRIBUTOR, GICD)
     vgic.place(Frame.CPU_INTERFACE, GICC)
     vgic.init()
-    assert refusal(lambda: host.agent("vcpu_create", vm=vm.id, vcpu=1, features=0)) == errno.EBUSY
+    assert refusal(lambda: host.agent(op.vcpu_create, vm=vm.id, vcpu=1, features=0)) == errno.EBUSY
     assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
 
 

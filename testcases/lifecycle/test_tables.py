@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 from arm_kvm.host.facilities import free_memory
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.fleet import Fleet
 from arm_kvm.vmm.memory import PAGE, Advice, Child
 from arm_kvm.vmm.vgic import Frame
@@ -115,7 +116,7 @@ def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_tr
         vm.alive = False
         for number, what in enumerate(order, 1):
             with page_trace() as pages:
-                host.agent("vm_close", vm=vm.id, what=what)
+                host.agent(op.vm_close, vm=vm.id, what=what)
             assert own <= pages.freed if number == len(order) else not own & pages.freed, f"{order}, after {what}"
 
 
@@ -139,7 +140,7 @@ def test_destroyed_from_another_thread(vm, tables, page_trace, host):
     own = tables(vm)
     vm.alive = False
     with page_trace() as pages:
-        host.agent("vm_destroy_elsewhere", vm=vm.id)
+        host.agent(op.vm_destroy_elsewhere, vm=vm.id)
     assert own <= pages.freed
 
 
@@ -153,7 +154,7 @@ def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
         own = tables(vm)
         vm.alive = False
         with page_trace() as held:
-            host.agent("vm_destroy", vm=vm.id)
+            host.agent(op.vm_destroy, vm=vm.id)
     finally:
         with page_trace() as pages:
             child.end()

@@ -11,6 +11,7 @@ from arm_kvm.guest.driver import Order
 from arm_kvm.guest.payload import MAILBOX_SIZE
 from arm_kvm.host.facilities import free_memory
 from arm_kvm.model.kvm.memcache import pages_needed
+from arm_kvm.vmm.client import op, request
 from arm_kvm.vmm.memory import BLOCK, PAGE
 
 IPA = 0x8000_0000
@@ -18,14 +19,14 @@ MOST = 200  #: allocations of one call that are tried
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2), pytest.mark.needs("fail-nth")]
 
 
-def every_failure(host, op, undo, refused=lambda: None, **args):
+def every_failure(host, wanted, undo, refused=lambda: None):
     """Carry a request out with its first allocation failing, its second, ... until none is left: the errnos.
 
     ``refused`` is called after each that answers one.
     """
     answers = []
     for n in range(1, MOST):
-        injected, code, result = host.agent("fail_nth", n=n, op=op, args=args)
+        injected, code, result = host.agent(op.fail_nth, n=n, op=wanted.name, args=wanted.args)
         if not injected:
             assert code == 0
             undo(result)
@@ -35,7 +36,7 @@ def every_failure(host, op, undo, refused=lambda: None, **args):
             undo(result)
         else:
             refused()
-    raise AssertionError(f"{op} makes more than {MOST} allocations")
+    raise AssertionError(f"{wanted.name} makes more than {MOST} allocations")
 
 
 @pytest.fixture
@@ -49,10 +50,12 @@ def vm(vm):
 def store_failing(host, vm):
     """``store_failing(n)``: vCPU 1 stores to IPA, and the n-th allocation of its KVM_RUN fails, if there is one."""
 
+    run = request(op.vcpu_run, vm=vm.id, vcpu=1)
+
     def attempt(n):
         guest = vm.guests[1]
-        vm.mailboxes.write(MAILBOX_SIZE, guest.mailbox([Order("fill", IPA, 0, 1, PAGE, wrote=(IPA, 4))]))
-        injected, code, _ = host.agent("fail_nth", n=n, op="vcpu_run", args={"vm": vm.id, "vcpu": 1})
+        vm.mailboxes.write(MAILBOX_SIZE, guest.issue([Order("fill", IPA, 0, 1, PAGE, wrote=(IPA, 4))]))
+        injected, code, _ = host.agent(op.fail_nth, n=n, op=run.name, args=run.args)
         guest.running = False
         if code:
             vm.vcpus[1].restart()  # or it would go on where it failed
@@ -111,33 +114,35 @@ def test_page_of_the_host(vm, stage2, store_failing):
 
 def test_creation_of_a_vm(host, vm):
     """KVM_CREATE_VM, its root table included: refused as a whole each time, and made in the end."""
-    answers = every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number))
+    answers = every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number))
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
 def test_creation_of_a_memslot(host, vm, stage2):
     """KVM_SET_USER_MEMORY_REGION: no memslot comes of a failure."""
     memory = vm.memory(64 * PAGE)
-    where = {"vm": vm.id, "slot": 7, "ipa": IPA, "size": memory.size, "hva": memory.hva}
+
+    def memslot(size, flags):
+        return request(op.vm_memslot, vm=vm.id, slot=7, ipa=IPA, size=size, hva=memory.hva, flags=flags)
 
     def delete(_):
-        host.agent("vm_memslot", **where | {"size": 0}, flags=0)
+        host.agent.ask(memslot(size=0, flags=0))
 
     def nothing_there():
         vm.exits.clear()
         vm.guest.read(IPA)
         assert [exit_.ipa for exit_ in vm.exits] == [IPA]
 
-    answers = every_failure(host, "vm_memslot", delete, nothing_there, **where, flags=1)
+    answers = every_failure(host, memslot(memory.size, flags=1), delete, nothing_there)
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
 def test_failures_leave_no_table_behind(host, make_vm):
     """200 VMs whose creation failed somewhere: less than a page each is missing afterwards."""
     make_vm()  # the process's first VM registers its notifier
-    every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number))
+    every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number))
     before = free_memory(host)
     failures = 0
     while failures < 200:
-        failures += len(every_failure(host, "vm_create", lambda number: host.agent("vm_destroy", vm=number)))
+        failures += len(every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number)))
     assert before - free_memory(host) < failures * PAGE

@@ -12,6 +12,7 @@ from arm_kvm.host import facilities
 from arm_kvm.model.kvm.notifier import Call
 from arm_kvm.oracle.ftrace import traced
 from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import BLOCK, PAGE, Child
 
 IPA = 0x8000_0000
@@ -84,7 +85,7 @@ class Scene:
         """``reclaim`` takes these pages. Those that guests go on using it unmaps, some of them, again and again."""
         size = (self.pages - first if pages is None else pages) * PAGE
         start = self.memory.hva + first * PAGE
-        self.vm.agent("memory_drain")  # pages that wait for the LRU are not reclaimed
+        self.vm.agent(op.memory_drain)  # pages that wait for the LRU are not reclaimed
         if not self.busy:
             with self.host_does(operation, first, pages):
                 reclaim(self.memory, first * PAGE, size)
@@ -238,7 +239,7 @@ def khugepaged(host, ssh):
     ssh.run(not_nice)  # now, for MADV_HUGEPAGE may wake it
 
     def scan():
-        host.agent("memory_drain")  # it takes pages of the LRU only
+        host.agent(op.memory_drain)  # it takes pages of the LRU only
         ssh.run(
             f"cd {home}; echo never > ../enabled; echo 100000 > pages_to_scan; echo 10 > scan_sleep_millisecs;"
             "was=$(cat full_scans); echo madvise > ../enabled;"

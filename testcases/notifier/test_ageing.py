@@ -7,6 +7,7 @@ be unmapped or lose a right; a guest's access must set the flag again, and the h
 import pytest
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.kvm.notifier import Call, Operation
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
@@ -64,7 +65,7 @@ def test_reclaim_ages_first(scene, host, swap):
     """Up to 6.8 MADV_PAGEOUT asks whether a page was used before it takes it: clear_flush_young."""
     if host.kernel_version >= (6, 9):
         pytest.skip("since 6.9 MADV_PAGEOUT does not ask (mm/vmscan.c reclaim_folio_list, ignore_references)")
-    host.agent("memory_drain")
+    host.agent(op.memory_drain)
     with scene.host_does(Operation.AGE, 8, 16):
         scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
     if not scene.busy:

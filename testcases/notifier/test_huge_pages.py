@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
 
 IPA = 0x8000_0000
@@ -71,7 +72,7 @@ def test_split_by_moving_a_page(huge):
 
 def test_split_of_the_page_itself(huge, host, ssh):
     """debugfs split_huge_pages: the frame is no longer one, and no block may map it."""
-    host.agent("memory_drain")  # a page that waits for the LRU is in use
+    host.agent(op.memory_drain)  # a page that waits for the LRU is in use
     with huge.host_does(Operation.THP_SPLIT_PAGE):
         ssh.run("echo 1 > /sys/kernel/debug/split_huge_pages")
     if not huge.busy:

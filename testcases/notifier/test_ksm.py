@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.client import op, request
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
@@ -30,7 +31,7 @@ def alike(scene):
 
 
 def merge(scene):
-    return scene.vm.agent("memory_merge", deadline=60.0)
+    return scene.vm.agent.ask(request(op.memory_merge), deadline=60.0)
 
 
 def frames(scene):

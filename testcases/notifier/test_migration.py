@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import BLOCK, PAGE, Advice
 
 IPA = 0x8000_0000
@@ -20,7 +21,7 @@ def test_soft_offline(scene, host):
     """Each page leaves its frame, which is not used again; the content goes with it."""
     before = scene.memory.frames(8 * PAGE, 4 * PAGE)
     with scene.host_does(Operation.MIGRATE, 8, 4):
-        host.agent("memory_drain")  # a page that waits for the LRU on a CPU's list is busy
+        host.agent(op.memory_drain)  # a page that waits for the LRU on a CPU's list is busy
         scene.memory.advise(Advice.SOFT_OFFLINE, 8 * PAGE, 4 * PAGE)
     assert not np.isin(scene.memory.frames(8 * PAGE, 4 * PAGE), before).any()
     scene.settle()

@@ -5,6 +5,7 @@ mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only w
 
 import pytest
 from arm_kvm.model.kvm.notifier import Operation
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
@@ -81,7 +82,7 @@ def test_freed_pages_that_were_written_since_are_kept(scene, settle, host):
     with scene.guests_at_work():
         pass
     frames = scene.memory.frames(8 * PAGE, 16 * PAGE)
-    host.agent("memory_drain")
+    host.agent(op.memory_drain)
     with scene.host_does(Operation.RECLAIM_GIVEN_UP, 8, 16):
         for _ in range(1 if host.kernel_version >= (6, 9) else 2):  # up to 6.8 the first only ages
             scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)

@@ -1,5 +1,7 @@
 """Idle page tracking (Documentation/admin-guide/mm/idle_page_tracking): one bit a page frame, in words of 64."""
 
+from __future__ import annotations
+
 import os
 import struct
 
@@ -12,7 +14,7 @@ _SIZE = 33 * memory.PAGE
 _POPULATED = (libc.PROT_READ | libc.PROT_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_POPULATE)
 
 
-def drain():
+def drain() -> None:
     """Push the pages that wait on each CPU's list onto the LRU, by queueing others behind them."""
     with placement.anywhere():
         for cpu in os.sched_getaffinity(0):
@@ -20,15 +22,15 @@ def drain():
             libc.munmap(libc.mmap(None, _SIZE, *_POPULATED), _SIZE)
 
 
-def _frames(hva, size):
-    _, raw = memory.pagemap(hva, size)
+def _frames(hva: int, size: int) -> list[int]:
+    raw = memory.pagemap(hva, size)
     return [word & _FRAME for (word,) in struct.iter_unpack("<Q", raw)]
 
 
-def mark_idle(hva, size) -> None:
+def mark_idle(hva: int, size: int) -> None:
     """Call these pages idle: clears their accessed flags, the guests' too."""
     drain()
-    words = {}
+    words: dict[int, int] = {}
     for frame in _frames(hva, size):
         words[frame // 64] = words.get(frame // 64, 0) | 1 << frame % 64
     with open(_BITMAP, "r+b", buffering=0) as bitmap:
@@ -36,7 +38,7 @@ def mark_idle(hva, size) -> None:
             os.pwrite(bitmap.fileno(), struct.pack("<Q", bits), word * 8)
 
 
-def idle(hva, size) -> list:
+def idle(hva: int, size: int) -> list[bool]:
     """For each page, whether nobody has accessed it since it was marked. Looking clears the accessed flags."""
     with open(_BITMAP, "rb", buffering=0) as bitmap:
         words = [(f, os.pread(bitmap.fileno(), 8, f // 64 * 8)) for f in _frames(hva, size)]

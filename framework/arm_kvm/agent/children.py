@@ -1,5 +1,7 @@
 """Forked children of the VMM: they share its memory copy on write, and hold its file descriptors, until they exit."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 
@@ -11,7 +13,7 @@ _END = b"."  # not the end of the pipe: younger children hold it, too
 class Child:
     """A child that waits, writes to its memory or reads it when it is told to, and exits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         told, self._tell = os.pipe()
         self._answers, answer = os.pipe()
         self.pid = os.fork()
@@ -22,7 +24,7 @@ class Child:
         os.close(answer)
 
     @staticmethod
-    def _serve(told, answer):
+    def _serve(told: int, answer: int) -> None:
         """Until the parent lets go. Nothing here needs another thread: there is none any more."""
         try:
             os.sched_setaffinity(0, placement.CPUS)
@@ -36,15 +38,15 @@ class Child:
         finally:
             os._exit(0)
 
-    def write(self, hva, data):
+    def write(self, hva: int, data: bytes) -> None:
         os.write(self._tell, b"write %d %s" % (hva, data))
         self._answer(1)
 
-    def read(self, hva, size):
+    def read(self, hva: int, size: int) -> bytes:
         os.write(self._tell, b"read %d %d" % (hva, size))
-        return None, self._answer(size)
+        return self._answer(size)
 
-    def _answer(self, size):
+    def _answer(self, size: int) -> bytes:
         """This many bytes of the child's."""
         answer = b""
         while len(answer) < size:
@@ -53,7 +55,7 @@ class Child:
             answer += part
         return answer
 
-    def end(self):
+    def end(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
             os.write(self._tell, _END)
         os.close(self._tell)

@@ -1,5 +1,7 @@
 """KVM devices: made, and told what they shall be (Documentation/virt/kvm/devices; include/uapi/linux/kvm.h)."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import struct
@@ -15,28 +17,31 @@ _GET_ATTR = 0x4018AEE2
 class Device:
     """One KVM device of a VM; its file descriptor keeps the VM alive."""
 
-    def __init__(self, vm_fd, kind):
+    def __init__(self, vm_fd: int, kind: int) -> None:
         made = bytearray(struct.pack("<III", kind, 0, 0))
         ioctl("KVM_CREATE_DEVICE", vm_fd, _CREATE_DEVICE, made)
-        self.fd = struct.unpack("<III", made)[1]
+        self.fd: int = struct.unpack("<III", made)[1]
 
-    def set(self, group, attribute, value):
+    def set(self, group: int, attribute: int, value: int) -> None:
         """Set an attribute to a 64-bit value."""
         buffer = ctypes.create_string_buffer(struct.pack("<Q", value))
         self._attribute("KVM_SET_DEVICE_ATTR", _SET_ATTR, group, attribute, buffer)
 
-    def get(self, group, attribute):
-        buffer = ctypes.create_string_buffer(8)
+    def get(self, group: int, attribute: int, value: int = 0) -> int:
+        """The attribute's 64-bit value; ``value`` is in the buffer before, for attributes that take one."""
+        buffer = ctypes.create_string_buffer(struct.pack("<Q", value))
         self._attribute("KVM_GET_DEVICE_ATTR", _GET_ATTR, group, attribute, buffer)
         return int.from_bytes(buffer.raw[:8], "little")
 
-    def _attribute(self, call, request, group, attribute, buffer):
+    def _attribute(
+        self, call: str, request: int, group: int, attribute: int, buffer: ctypes.Array[ctypes.c_char]
+    ) -> None:
         address = ctypes.addressof(buffer)
         ioctl(call, self.fd, request, struct.pack("<IIQQ", 0, group, attribute, address))
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.fd)
 
 
-def irq_line(vm_fd, irq, level):
+def irq_line(vm_fd: int, irq: int, level: int) -> None:
     ioctl("KVM_IRQ_LINE", vm_fd, _IRQ_LINE, struct.pack("<II", irq, level))

@@ -1,5 +1,7 @@
 """The kernel's random numbers."""
 
+from __future__ import annotations
+
 import struct
 
 from .libc import ioctl
@@ -8,7 +10,7 @@ _ADD_ENTROPY = 0x40085203  # RNDADDENTROPY, include/uapi/linux/random.h
 _RESEED = 0x5207  # RNDRESEEDCRNG
 
 
-def add(data):
+def add(data: bytes) -> None:
     """Have what comes out of /dev/urandom from now on depend on this."""
     with open("/dev/urandom", "wb") as f:
         ioctl("RNDADDENTROPY", f.fileno(), _ADD_ENTROPY, struct.pack("ii", 8 * len(data), len(data)) + data)

@@ -1,8 +1,10 @@
 """Fault injection: the N-th allocation of a task fails (Documentation/fault-injection, fail-nth)."""
 
+from __future__ import annotations
+
 import os
 
-_KNOBS = {
+_KNOBS: dict[str, dict[str, str | int]] = {
     "/sys/kernel/debug/fail_page_alloc": {
         "min-order": 0,
         "ignore-gfp-wait": "N",
@@ -13,7 +15,7 @@ _KNOBS = {
 }
 
 
-def prepare():
+def prepare() -> None:
     """Let the kernel's own allocations fail, single pages too; those of user pages do not."""
     for folder, knobs in _KNOBS.items():
         for name, value in knobs.items():
@@ -27,16 +29,16 @@ class Nth:
     ``nth.injected`` says afterwards whether there was a third. The file is open before: opening allocates, too.
     """
 
-    def __init__(self, n):
+    def __init__(self, n: int) -> None:
         self._n = n
         self.injected = False
 
-    def __enter__(self):
+    def __enter__(self) -> Nth:
         self._fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
         os.pwrite(self._fd, b"%d" % self._n, 0)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         left = os.pread(self._fd, 16, 0)
         os.pwrite(self._fd, b"0", 0)
         os.close(self._fd)

@@ -1,5 +1,7 @@
 """Kernel samepage merging, driven by hand (Documentation/admin-guide/mm/ksm): ksmd runs only while a pass is wanted."""
 
+from __future__ import annotations
+
 import os
 import time
 
@@ -9,12 +11,12 @@ _PATIENCE = 10.0
 _PASSES = 3
 
 
-def _set(name, value):
+def _set(name: str, value: int) -> None:
     with open(f"{_HOME}/{name}", "w") as f:
         f.write(str(value))
 
 
-def _get(name):
+def _get(name: str) -> int:
     with open(f"{_HOME}/{name}") as f:
         return int(f.read())
 

@@ -4,31 +4,35 @@ Structures are packed by hand: modern headers have no asm/kvm.h for 32-bit Arm. 
 Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h; numbers are common to both widths.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
-import queue
 import signal
 import struct
-import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
-from . import placement, poison
+from . import poison
+from .device import Device
 from .libc import ioctl
+from .workers import Worker
 
 
-def _io(nr):
+def _io(nr: int) -> int:
     return 0xAE00 | nr
 
 
-def _iow(nr, size):
+def _iow(nr: int, size: int) -> int:
     return 0x4000AE00 | size << 16 | nr
 
 
-def _ior(nr, size):
+def _ior(nr: int, size: int) -> int:
     return 0x8000AE00 | size << 16 | nr
 
 
@@ -60,66 +64,18 @@ EXIT_NAMES = {
     17: "internal-error",
     24: "system-event",
     28: "no-syndrome",
+    31: "dirty-ring-full",
     39: "memory-fault",
 }
 
-
+Exit = dict[str, Any]  #: why KVM_RUN returned, by name, with what belongs to it
 _NOTHING = contextlib.nullcontext()
-
-
-class Worker:
-    """A thread that waits for work; what comes of it waits for a taker. It begins with its first work."""
-
-    def __init__(self, name, setup=lambda: None):
-        self._name, self._setup = name, setup
-        self._orders = queue.SimpleQueue()
-        self._results = queue.SimpleQueue()
-        self._thread = None
-        self.busy = False
-        self.bound = False  #: to a CPU
-
-    def _work(self):
-        self._setup()
-        while (order := self._orders.get()) is not None:
-            self._results.put(order())
-
-    def begin(self):
-        """The thread, begun."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            with placement.anywhere():
-                self._thread.start()
-        return self._thread
-
-    def require_idle(self):
-        if self.busy:
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "KVM_RUN")
-
-    def start(self, order):
-        self.require_idle()
-        self.busy = True
-        self.begin()
-        self._orders.put(order)
-
-    def wait(self, seconds):
-        """The result of the work under way, or None when it has not come in time."""
-        try:
-            result = self._results.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        self.busy = False
-        return result
-
-    def close(self):
-        if self._thread is not None:
-            self._orders.put(None)
-            self._thread.join(1.0)
 
 
 class Vcpu:
     """One vCPU, and the thread that runs it if it runs alone."""
 
-    def __init__(self, vm_fd, index, features, run_size):
+    def __init__(self, vm_fd: int, index: int, features: int, run_size: int, init: bool) -> None:
         self.fd = ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
         try:
             self._target = bytearray(32)
@@ -127,18 +83,19 @@ class Vcpu:
             struct.pack_into("<I", self._target, 4, features)
             self.run = mmap.mmap(self.fd, run_size)
             ioctl("KVM_SET_SIGNAL_MASK", self.fd, SET_SIGNAL_MASK, _NONE_BLOCKED)
-            self.init()
+            if init:
+                self.init()
         except OSError:
             os.close(self.fd)  # or it would keep the whole VM alive
             raise
-        self._worker = Worker(f"vcpu{index}")
+        self._worker: Worker[Exit] = Worker("KVM_RUN")
 
-    def init(self):
+    def init(self) -> None:
         """The state of a CPU that is switched on. The access whose exit was the last is not completed any more."""
         ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, self._target)
         _EXIT_REASON.pack_into(self.run, 0, 0)
 
-    def run_once(self, around=_NOTHING):
+    def run_once(self, around: contextlib.AbstractContextManager[object] = _NOTHING) -> Exit:
         """KVM_RUN until one exit, decoded; the ioctl alone is in the context ``around``."""
         try:
             with around:
@@ -146,7 +103,8 @@ class Vcpu:
         except OSError as e:
             if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
-                return {"exit": "bus-error" if poison.wanted() else "interrupted"}
+                wanted = poison.wanted()
+                return {"exit": "bus-error", "signal": wanted} if wanted else {"exit": "interrupted"}
             return {"exit": "error", "errno": e.errno}
         (reason,) = _EXIT_REASON.unpack_from(self.run)
         name = EXIT_NAMES.get(reason, f"reason-{reason}")
@@ -157,16 +115,16 @@ class Vcpu:
         first, second = struct.unpack_from("<QQ", self.run, _UNION)
         return {"exit": name, "data": [first, second]}
 
-    def run_on(self):
+    def run_on(self) -> Exit:
         """:meth:`run_once`, again and again while the host does not let the guest have what it wants."""
         while (exit_ := self.run_once()) == {"exit": "error", "errno": errno.EFAULT}:
             time.sleep(0.001)
         return exit_
 
-    def start(self, order=None):
+    def start(self, order: Callable[[], Exit] | None = None) -> None:
         self._worker.start(order or self.run_once)
 
-    def run_for(self, seconds, run):
+    def run_for(self, seconds: float, run: Callable[[], Exit]) -> Exit | None:
         """The exit if it comes in this time, else None and the vCPU runs on in its own thread.
 
         A short run stays in the caller's thread: handing it to another and back takes longer than most runs.
@@ -185,24 +143,23 @@ class Vcpu:
         self.start(run)
         return None
 
-    def wait(self, seconds):
+    def wait(self, seconds: float) -> Exit | None:
         """The exit of the order under way, or None when it has not come in time."""
         return self._worker.wait(seconds)
 
-    def answer_mmio(self, value):
+    def answer_mmio(self, value: int) -> None:
         """Put the data of an MMIO read where KVM takes it from at the next run."""
         self.run[_UNION + 8 : _UNION + 16] = value.to_bytes(8, "little")
 
-    def kick(self):
+    def kick(self) -> None:
         """Make a running vCPU return to user space with exit "interrupted"."""
         self.run[_IMMEDIATE_EXIT] = 1
-        signal.pthread_kill(self._worker.begin().ident, signal.SIGUSR1)
+        signal.pthread_kill(self._worker.begin().ident or 0, signal.SIGUSR1)
 
-    def pin(self, cpu):
-        os.sched_setaffinity(self._worker.begin().native_id, {cpu})
-        self._worker.bound = True
+    def pin(self, cpu: int) -> None:
+        self._worker.bind(cpu)
 
-    def register(self, reg, value=None):
+    def register(self, reg: int, value: int | None = None) -> int:
         """Get (value None) or set the ONE_REG register with this id."""
         size = 1 << (reg >> _REG_SIZE_SHIFT & _REG_SIZE_MASK)
         buffer = ctypes.create_string_buffer(size)
@@ -214,7 +171,7 @@ class Vcpu:
         ioctl("KVM_SET_ONE_REG", self.fd, SET_ONE_REG, request)
         return value
 
-    def close(self):
+    def close(self) -> None:
         if self._worker.busy:
             self.kick()
             self.wait(1.0)
@@ -226,60 +183,67 @@ class Vcpu:
 class Runner:
     """A thread bound to one CPU that runs vCPUs in turn, each until it rings its doorbell."""
 
-    def __init__(self, cpu):
-        self._worker = Worker(f"cpu{cpu}", lambda: os.sched_setaffinity(0, {cpu}))
+    def __init__(self, cpu: int) -> None:
+        self._worker: Worker[tuple[list[tuple[int, Exit]], bytes]] = Worker("KVM_RUN", cpu)
 
-    def start(self, vcpus, mailboxes, doorbell, blob):
+    def start(self, vcpus: list[Vcpu], mailboxes: list[int], doorbell: int, blob: bytes) -> None:
         size = len(blob) // len(vcpus)
 
-        def in_turn():
+        def in_turn() -> tuple[list[tuple[int, Exit]], bytes]:
             odd, out = [], []
             for index, (vcpu, mailbox) in enumerate(zip(vcpus, mailboxes)):  # noqa: B905 (Python 3.9 inside old hosts)
                 ctypes.memmove(mailbox, blob[index * size : (index + 1) * size], size)
                 exit_ = vcpu.run_once()
                 if exit_.get("ipa") != doorbell:
-                    odd.append([index, exit_])
+                    odd.append((index, exit_))
                 out.append(ctypes.string_at(mailbox, size))
             return odd, b"".join(out)
 
         self._worker.start(in_turn)
 
-    def wait(self, seconds):
+    def wait(self, seconds: float) -> tuple[list[tuple[int, Exit]], bytes] | None:
         return self._worker.wait(seconds)
 
 
 class Vm:
     """One VM: its file descriptor and its vCPUs by index."""
 
-    def __init__(self, kvm_fd, ipa_bits):
+    def __init__(self, kvm_fd: int, ipa_bits: int) -> None:
         self.fd = ioctl("KVM_CREATE_VM", kvm_fd, CREATE_VM, ipa_bits)
-        self.vcpus = {}
-        self.vgic = None
+        self.vcpus: dict[int, Vcpu] = {}
+        self.vgic: Device | None = None
         self._run_size = ioctl("KVM_GET_VCPU_MMAP_SIZE", kvm_fd, GET_VCPU_MMAP_SIZE)
 
-    def add_vcpu(self, index, features):
-        self.vcpus[index] = Vcpu(self.fd, index, features, self._run_size)
+    @property
+    def device(self) -> Device:
+        """The VGIC. OSError (ENODEV) when it has none."""
+        if self.vgic is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), "VGIC")
+        return self.vgic
 
-    def set_memslot(self, slot, ipa, size, hva, flags):
+    def add_vcpu(self, index: int, features: int, init: bool) -> None:
+        self.vcpus[index] = Vcpu(self.fd, index, features, self._run_size, init)
+
+    def set_memslot(self, slot: int, ipa: int, size: int, hva: int, flags: int) -> None:
         region = struct.pack("<IIQQQ", slot, flags, ipa, size, hva)
         ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, SET_USER_MEMORY_REGION, region)
 
-    def dirty_log(self, slot, pages):
+    def dirty_log(self, slot: int, pages: int) -> bytes:
         """The slot's dirty bitmap since the last call: little-endian u64 words, one bit a page."""
         bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)
         request = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
         ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
         return bitmap.raw
 
-    def close_part(self, what):
+    def close_part(self, what: str) -> None:
         if what == "run":
             self.vcpus[0].run.close()
         elif what == "vgic":
-            self.vgic.close()
+            self.device.close()
         else:
             os.close(self.fd if what == "vm" else self.vcpus[0].fd)
 
-    def close(self):
+    def close(self) -> None:
         for vcpu in self.vcpus.values():
             vcpu.close()
         if self.vgic:
@@ -287,7 +251,7 @@ class Vm:
         os.close(self.fd)
 
 
-def measure_mmio(vcpu, exits):
+def measure_mmio(vcpu: Vcpu, exits: int) -> dict[str, float]:
     """Seconds per MMIO exit round trip: the payload rings its doorbell ``exits`` times, orders empty."""
     start = time.perf_counter()
     for _ in range(exits):

@@ -1,9 +1,13 @@
 """The system calls Python does not wrap, through libc. Every failure raises OSError with the call's name."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import fcntl
+import functools
 import os
+from collections.abc import Callable, Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,14 +36,19 @@ _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc.syscall.restype = ctypes.c_long
 _libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 for _function in (_libc.pread, _libc.pwrite):
     _function.restype = ctypes.c_ssize_t
     _function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 
-# Loads and stores go through a file: the kernel copies, and answers EFAULT where this process would
-# get a SIGSEGV. (process_vm_readv does the same, but not every kernel has it.)
-_scratch = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
+
+@functools.cache
+def _scratch() -> int:
+    """The file that loads and stores go through: the kernel copies, and answers EFAULT where this process would get a
+    SIGSEGV. (process_vm_readv does the same, but not every kernel has it.)
+    """
+    return os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
 
 
 def _failed(call: str) -> OSError:
@@ -47,90 +56,111 @@ def _failed(call: str) -> OSError:
     return OSError(number, os.strerror(number), call)
 
 
-def mmap(address, size, prot, flags, fd=-1, offset=0) -> int:
-    got = _libc.mmap(address, size, prot, flags, fd, offset)
+def mmap(address: int | None, size: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    got: int = _libc.mmap(address, size, prot, flags, fd, offset)
     if got == _MAP_FAILED:
         raise _failed("mmap")
     return got
 
 
-def mremap(address, size, to) -> None:
+def mremap(address: int, size: int, to: int) -> None:
     """Move the mapping of ``[address, address + size)`` to ``to``; what was mapped there goes."""
     if _libc.mremap(address, size, size, _MREMAP_MAYMOVE_FIXED, to) == _MAP_FAILED:
         raise _failed("mremap")
 
 
-def punch_hole(fd, offset, size) -> None:
+def punch_hole(fd: int, offset: int, size: int) -> None:
     if _libc.fallocate64(fd, _PUNCH_HOLE_KEEP_SIZE, offset, size):
         raise _failed("fallocate")
 
 
-def syscall(name, *arguments) -> int:
+def syscall(name: str, *arguments: int) -> int:
     """A system call that libc does not wrap, by its number on this architecture."""
-    number = _NUMBERS[name][os.uname().machine == "aarch64"]
-    got = _libc.syscall(number, *arguments)
-    if got < 0:
+    return raw_syscall(name, _NUMBERS[name][os.uname().machine == "aarch64"], *arguments)
+
+
+def raw_syscall(name: str, number: int, *arguments: int) -> int:
+    """The system call of this number; its failure names it ``name``. Pointers are numbers among the arguments."""
+    got: int = _libc.syscall(number, *map(ctypes.c_ulong, arguments))
+    if got == -1:
         raise _failed(name)
     return got
+
+
+def raw_ioctl(name: str, fd: int, request: int, argument: int, data: bytes) -> tuple[int, bytes]:
+    """The system call of this number; a failure names it ``name``. Pointers are numbers among the arguments."""
+    copy = ctypes.create_string_buffer(data, len(data)) if data else None
+    got: int = _libc.ioctl(fd, ctypes.c_ulong(request), copy if copy else ctypes.c_ulong(argument))
+    if got == -1:
+        raise _failed(name)
+    return got, copy.raw if copy else b""
+
+
+def sigtimedwait(signals: Iterable[int]) -> bytes | None:
+    """The siginfo of one of these signals that is pending for this thread; None when none is."""
+    info, at_once = ctypes.create_string_buffer(128), ctypes.create_string_buffer(16)
+    wanted = sum(1 << (signal - 1) for signal in signals).to_bytes(128, "little")  # sigset_t
+    return info.raw if _libc.sigtimedwait(wanted, info, at_once) > 0 else None
 
 
 class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
-def clock_sleep_until(clock, nanoseconds) -> None:
+def clock_sleep_until(clock: int, nanoseconds: int) -> None:
     """Sleep until this clock shows so many nanoseconds; also where it has shown them long ago."""
     when = _Timespec(*divmod(nanoseconds, 1_000_000_000))
     if number := _libc.clock_nanosleep(clock, _TIMER_ABSTIME, ctypes.byref(when), None):
         raise OSError(number, os.strerror(number), "clock_nanosleep")
 
 
-def ioctl(call, fd, request, argument=0):
+def ioctl(call: str, fd: int, request: int, argument: int | bytes | bytearray = 0) -> int:
     """ioctl(2); its failure names the ``call`` that it is."""
     try:
-        return fcntl.ioctl(fd, request, argument)
+        got = fcntl.ioctl(fd, request, argument)
     except OSError as e:
         raise OSError(e.errno, e.strerror, call) from None
+    return got if isinstance(got, int) else 0
 
 
-def munmap(address, size) -> None:
+def munmap(address: int, size: int) -> None:
     if _libc.munmap(address, size):
         raise _failed("munmap")
 
 
-def mprotect(address, size, prot) -> None:
+def mprotect(address: int, size: int, prot: int) -> None:
     if _libc.mprotect(address, size, prot):
         raise _failed("mprotect")
 
 
-def madvise(address, size, advice) -> None:
+def madvise(address: int, size: int, advice: int) -> None:
     if _libc.madvise(address, size, advice):
         raise _failed("madvise")
 
 
-def mlock(address, size) -> None:
+def mlock(address: int, size: int) -> None:
     if _libc.mlock(address, size):
         raise _failed("mlock")
 
 
-def munlock(address, size) -> None:
+def munlock(address: int, size: int) -> None:
     if _libc.munlock(address, size):
         raise _failed("munlock")
 
 
-def _copy(function, call, address, size) -> None:
-    done = function(_scratch, address, size, 0)
+def _copy(function: Callable[..., int], call: str, address: int, size: int) -> None:
+    done = function(_scratch(), address, size, 0)
     if done != size:
         raise _failed(call) if done < 0 else OSError(errno.EFAULT, "Bad address", call)
 
 
-def read_memory(address, size) -> bytes:
+def read_memory(address: int, size: int) -> bytes:
     """Bytes of this process's own memory; EFAULT where it is not mapped readable."""
     _copy(_libc.pwrite, "load from memory", address, size)
-    return os.pread(_scratch, size, 0)
+    return os.pread(_scratch(), size, 0)
 
 
-def write_memory(address, data) -> None:
+def write_memory(address: int, data: bytes) -> None:
     """Store into this process's own memory; EFAULT where it is not mapped writable."""
-    os.pwrite(_scratch, data, 0)
+    os.pwrite(_scratch(), data, 0)
     _copy(_libc.pread, "store to memory", address, len(data))

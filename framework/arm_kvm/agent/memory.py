@@ -1,5 +1,7 @@
 """Host-virtual memory for guests: map it, change it, look at it. Addresses and sizes are bytes."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -14,8 +16,17 @@ _MADV_HWPOISON = 100
 _READ_WRITE = libc.PROT_READ | libc.PROT_WRITE
 
 
-def map_memory(size, align=PAGE, huge=False, shared=False, file=-1, at=None) -> dict:
-    """Memory, aligned to ``align``: anonymous, or of an open ``file`` from its beginning.
+def map_memory(
+    size: int,
+    align: int = PAGE,
+    huge: bool = False,
+    shared: bool = False,
+    file: int = -1,
+    offset: int = 0,
+    prot: int = _READ_WRITE,
+    at: int | None = None,
+) -> int:
+    """Memory, aligned to ``align``: anonymous, or of an open ``file`` from ``offset`` on. Its HVA.
 
     ``huge`` takes it from the hugetlbfs pool; with ``at`` it replaces what is mapped there.
     """
@@ -24,16 +35,16 @@ def map_memory(size, align=PAGE, huge=False, shared=False, file=-1, at=None) -> 
     if file >= 0 and at is None:  # reserved first: the file must begin where the aligned part does
         at = _reserve(size, align, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
     if at is not None:
-        return {"hva": libc.mmap(at, size, _READ_WRITE, flags | libc.MAP_FIXED, file)}
+        return libc.mmap(at, size, prot, flags | libc.MAP_FIXED, file, offset)
     if huge:
-        return {"hva": libc.mmap(None, size, _READ_WRITE, flags | libc.MAP_HUGETLB)}
-    return {"hva": _reserve(size, align, flags)}
+        return libc.mmap(None, size, prot, flags | libc.MAP_HUGETLB)
+    return _reserve(size, align, flags, prot)
 
 
-def _reserve(size, align, flags):
+def _reserve(size: int, align: int, flags: int, prot: int = _READ_WRITE) -> int:
     """Address space of this size and alignment."""
     # Reserve more than asked, then give back what lies before and after the aligned part.
-    start = libc.mmap(None, size + align, _READ_WRITE, flags)
+    start = libc.mmap(None, size + align, prot, flags)
     hva = (start + align - 1) & ~(align - 1)
     if hva > start:
         libc.munmap(start, hva - start)
@@ -42,54 +53,57 @@ def _reserve(size, align, flags):
     return hva
 
 
-def open_file(size, path=None) -> int:
-    """A file of this size to map: a memfd, or at ``path``. Its descriptor."""
+def open_file(size: int | None = None, path: str | None = None) -> int:
+    """A file to map: a memfd, or at ``path``, new and of this size; without a size what is there. Its descriptor."""
+    if size is None:
+        return os.open(path or "", os.O_RDWR)
     fd = os.memfd_create("guest") if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     os.ftruncate(fd, size)
     return fd
 
 
-def close_file(file) -> None:
+def close_file(file: int) -> None:
     os.close(file)
 
 
-def truncate(file, size) -> None:
+def truncate(file: int, size: int) -> None:
     os.ftruncate(file, size)
 
 
-def punch_hole(file, offset, size) -> None:
+def punch_hole(file: int, offset: int, size: int) -> None:
     libc.punch_hole(file, offset, size)
 
 
-def sync(file) -> None:
+def sync(file: int) -> None:
     """Write a file's dirty pages to where they are kept: reclaim takes clean ones only."""
     os.fsync(file)
 
 
-def move(hva, size, to) -> None:
+def move(hva: int, size: int, to: int) -> None:
+    """mremap(2), over what is mapped at ``to``."""
     libc.mremap(hva, size, to)
 
 
-def maps() -> "tuple[None, bytes]":
+def maps() -> bytes:
     """/proc/self/maps, for the lab to read: an emulated CPU would take longer."""
     with open("/proc/self/maps", "rb", buffering=0) as f:
-        return None, b"".join(iter(lambda: f.read(1 << 16), b""))
+        return b"".join(iter(lambda: f.read(1 << 16), b""))
 
 
-def unmap(hva, size) -> None:
+def unmap(hva: int, size: int) -> None:
     libc.munmap(hva, size)
 
 
-def protect(hva, size, prot) -> None:
+def protect(hva: int, size: int, prot: int) -> None:
     libc.mprotect(hva, size, prot)
 
 
-def advise(hva, size, advice) -> None:
+def advise(hva: int, size: int, advice: int) -> None:
     with poison.let_in() if advice == _MADV_HWPOISON else contextlib.nullcontext():
         libc.madvise(hva, size, advice)
 
 
-def takes(advice) -> bool:
+def takes(advice: int) -> bool:
     """Whether madvise(2) of this kernel knows this advice."""
     hva = libc.mmap(None, PAGE, _READ_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
     try:
@@ -103,16 +117,16 @@ def takes(advice) -> bool:
     return True
 
 
-def lock(hva, size) -> None:
+def lock(hva: int, size: int) -> None:
     """Nothing of it is reclaimed until it is unlocked."""
     libc.mlock(hva, size)
 
 
-def unlock(hva, size) -> None:
+def unlock(hva: int, size: int) -> None:
     libc.munlock(hva, size)
 
 
-def page_out(hva, size) -> None:
+def page_out(hva: int, size: int) -> None:
     """Ask for each page to be reclaimed, twice in a row: up to 6.8 the first only ages a page that was used.
 
     A page that guests go on using is taken if none comes by between the two.
@@ -122,35 +136,35 @@ def page_out(hva, size) -> None:
         libc.madvise(page, PAGE, _MADV_PAGEOUT)
 
 
-def read(hva, size) -> "tuple[None, bytes]":
-    return None, libc.read_memory(hva, size)
+def read(hva: int, size: int) -> bytes:
+    return libc.read_memory(hva, size)
 
 
-def write(hva, blob) -> None:
+def write(hva: int, blob: bytes) -> None:
     libc.write_memory(hva, blob)
 
 
-def pagemap(hva, size) -> "tuple[None, bytes]":
+def pagemap(hva: int, size: int) -> bytes:
     """The u64 words of /proc/self/pagemap for each page of the range (Documentation/admin-guide/mm/pagemap)."""
     with open("/proc/self/pagemap", "rb", buffering=0) as f:
-        return None, os.pread(f.fileno(), size // PAGE * 8, hva // PAGE * 8)
+        return os.pread(f.fileno(), size // PAGE * 8, hva // PAGE * 8)
 
 
 class Storm:
     """madvise of one range, again and again, in a thread."""
 
-    def __init__(self, hva, size, advice):
+    def __init__(self, hva: int, size: int, advice: int) -> None:
         self._over, self._count = threading.Event(), 0
         self._thread = threading.Thread(target=self._blow, args=(hva, size, advice), daemon=True)
         with placement.anywhere():
             self._thread.start()
 
-    def _blow(self, hva, size, advice):
+    def _blow(self, hva: int, size: int, advice: int) -> None:
         while not self._over.is_set():
             advise(hva, size, advice)
             self._count += 1
 
-    def end(self):
+    def end(self) -> int:
         self._over.set()
         self._thread.join()
         return self._count

@@ -1,10 +1,12 @@
 """The agent's end of the way to the lab: a virtio serial port, or standard input and output."""
 
+from __future__ import annotations
+
 import os
 import sys
 
 
-def _content(path):
+def _content(path: str) -> str:
     with open(path) as f:
         return f.read().strip()
 
@@ -12,13 +14,13 @@ def _content(path):
 class Pipes:
     """The agent's end on standard input and output: ssh."""
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         data = sys.stdin.buffer.read(size)
         if len(data) < size:
             raise EOFError
         return data
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -26,13 +28,13 @@ class Pipes:
 class Port:
     """The agent's end on a virtio serial port, found by its name (drivers/char/virtio_console.c)."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         home = "/sys/class/virtio-ports"
         (found,) = [port for port in os.listdir(home) if _content(f"{home}/{port}/name") == name]
         self._fd = os.open(f"/dev/{found}", os.O_RDWR)
         self._buffer = bytearray()
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         while len(self._buffer) < size:
             data = os.read(self._fd, 1 << 16)
             if not data:
@@ -42,7 +44,7 @@ class Port:
         del self._buffer[:size]
         return out
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         left = memoryview(data)
         while len(left):
             left = left[os.write(self._fd, left) :]

@@ -6,13 +6,16 @@ them is written. The kernel believes its next event to be programmed and writes 
 that sleeps wakes up.
 """
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Iterable
 
 from .libc import clock_sleep_until
 
 
-def program_anew(cpus):
+def program_anew(cpus: Iterable[int]) -> None:
     """Have the kernel write the timer of each of these CPUs: it does so for an event that is due before its next one.
 
     hrtimer_reprogram() of kernel/time/hrtimer.c; the earliest event there can be is one long past.

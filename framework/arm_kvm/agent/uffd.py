@@ -3,6 +3,8 @@
 Structures by hand: include/uapi/linux/userfaultfd.h (5.4, 6.1), the same on both widths.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os
@@ -32,9 +34,9 @@ class Handler:
     ``seen`` lists the faults as [address, "missing" or "write-protect"].
     """
 
-    def __init__(self, hva, size, protect):
+    def __init__(self, hva: int, size: int, protect: bool) -> None:
         self._fd = libc.syscall("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
-        self.seen = []
+        self.seen: list[tuple[int, str]] = []
         try:
             libc.ioctl("UFFDIO_API", self._fd, _API, struct.pack("<QQQ", _VERSION, _FEATURE_WP if protect else 0, 0))
             mode = _MODE_WP if protect else _MODE_MISSING
@@ -49,12 +51,12 @@ class Handler:
         with placement.anywhere():
             self._thread.start()
 
-    def _protect(self, hva, size, on):
+    def _protect(self, hva: int, size: int, on: bool) -> None:
         libc.ioctl(
             "UFFDIO_WRITEPROTECT", self._fd, _WRITEPROTECT, struct.pack("<QQQ", hva, size, _PROTECT if on else 0)
         )
 
-    def _serve(self):
+    def _serve(self) -> None:
         page = ctypes.create_string_buffer(2 * _PAGE)
         source = -(-ctypes.addressof(page) // _PAGE) * _PAGE
         while not self._over.is_set():
@@ -68,25 +70,25 @@ class Handler:
                 continue
             address &= -_PAGE
             if flags & _FLAG_WP:
-                self.seen.append([address, "write-protect"])
+                self.seen.append((address, "write-protect"))
                 self._protect(address, _PAGE, False)
             else:
-                self.seen.append([address, "missing"])
+                self.seen.append((address, "missing"))
                 ctypes.memmove(source, struct.pack("<I", content_of(address)), 4)
                 self._copy(address, source)
 
-    def _copy(self, address, source):
+    def _copy(self, address: int, source: int) -> None:
         """Give the page. Who faulted on it while it was given finds it, and does not wait (handle_userfault)."""
         with contextlib.suppress(FileExistsError):
             libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
 
-    def end(self):
+    def end(self) -> list[tuple[int, str]]:
         self._over.set()
         self._thread.join()
         os.close(self._fd)
         return self.seen
 
 
-def content_of(address):
+def content_of(address: int) -> int:
     """The first word of a page that is filled in for a fault at ``address``."""
     return address >> 12 & 0xFFFF_FFFF | 0x8000_0000

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import errno as errno_names
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from arm_kvm.guest import payload as p
-from arm_kvm.guest.isa import Status
+from arm_kvm.guest.exits import Exit
+from arm_kvm.guest.isa import Access, Isa, Status
+from arm_kvm.guest.stage1 import GuestStage1
 from arm_kvm.support.errors import HostOsError
-
-if TYPE_CHECKING:
-    from arm_kvm.vmm.vm import Exit, Vcpu
 
 _ORDER = struct.Struct("<8Q")
 _HEADER = struct.Struct("<4I")
 _U64 = (1 << 64) - 1
+_STOP = struct.pack("<I", 1)
 #: Register that accesses use when a test does not name one.
 _REGISTER = 3
 #: Seconds that the agent waits for the end of an order before it answers that it goes on.
@@ -72,16 +72,40 @@ class OrderResult:
         self.status = Status(status)
 
 
+class VcpuPort(Protocol):
+    """What the driver needs of a vCPU: run orders, read and write the mailbox, have MMIO served, record a store."""
+
+    @property
+    def isa(self) -> Isa: ...
+
+    def begin_orders(
+        self, mailbox: bytes, seconds: float, persistent: bool = False
+    ) -> Callable[[], tuple[Exit | None, bytes]]: ...
+
+    def wait(self, deadline: float) -> Exit: ...
+
+    def serve(self, exit_: Exit) -> Exit: ...
+
+    def restart(self) -> None: ...
+
+    def read_mailbox(self, offset: int, size: int) -> bytes: ...
+
+    def write_mailbox(self, offset: int, data: bytes) -> None: ...
+
+    def record_store(self, ipa: int, size: int) -> None: ...
+
+
 class Guest:
     """The payload on one vCPU. Addresses are IPAs until :meth:`enable_mmu`, then guest-virtual.
 
     (What was written is remembered by the address given: do not log dirty pages through a moved mapping.)
     """
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: VcpuPort) -> None:
         self._vcpu = vcpu
-        self._vm = vcpu.vm
         self._isa = vcpu.isa
+        self._first_exit: Exit | None = None
+        self._answer = b""
         self.entered = False  #: an order was given: the vCPU has run
         self.running = False  #: an order is under way
 
@@ -102,7 +126,7 @@ class Guest:
         access = self._isa.access(insn) if insn else self._isa.default_access(size, True)
         self._do(self._access(access, ipa, value, reg))
 
-    def _access(self, access, ipa: int, value: int, reg: int) -> Order:
+    def _access(self, access: Access, ipa: int, value: int, reg: int) -> Order:
         wrote = (ipa, access.size) if access.write else None
         return Order("access", ipa, value, self._isa.gadget(access, reg), wrote=wrote)
 
@@ -130,8 +154,8 @@ class Guest:
         result = self._do(Order("check", ipa, seed, count, stride))
         return [result.value, result.address] if result.value else []
 
-    def enable_mmu(self, stage1) -> None:
-        """Turn stage 1 on with a :class:`arm_kvm.guest.stage1.Stage1` that lies in guest memory."""
+    def enable_mmu(self, stage1: GuestStage1) -> None:
+        """Turn stage 1 on with a :class:`arm_kvm.guest.stage1.GuestStage1` that lies in guest memory."""
         regs = stage1.registers(self._isa)
         self._do(Order("mmu", regs.ttbr0, regs.tcr, regs.mair, regs.sctlr))
 
@@ -169,7 +193,7 @@ class Guest:
         try:
             yield hammer
         finally:
-            self._poke(p.STOP, 1)
+            self._vcpu.write_mailbox(p.STOP, _STOP)
             (result,) = self._end(1, RUN_DEADLINE + _A_FAULT * count)
         hammer.rounds = self.checked(result).value
 
@@ -196,16 +220,16 @@ class Guest:
         try:
             yield
         finally:
-            self._poke(p.STOP, 1)
+            self._vcpu.write_mailbox(p.STOP, _STOP)
             self._end(1)
 
     @contextmanager
-    def posing(self, rounds: int) -> Iterator[None]:
+    def staying(self, rounds: int) -> Iterator[None]:
         """Within the block the vCPU enters the guest and stays for this many rounds of a short loop.
 
         Faster than :meth:`spinning`: a short run needs no thread. The agent answers nobody else until the block's end.
         """
-        result = self._vcpu.begin_orders(self.mailbox([Order("spin", count=rounds)]), _WAIT)
+        result = self._vcpu.begin_orders(self.issue([Order("spin", count=rounds)]), _WAIT)
         try:
             yield
         finally:
@@ -214,31 +238,23 @@ class Guest:
 
     # -- the mailbox -------------------------------------------------------------------------------------
 
-    @property
-    def _box(self) -> int:
-        return self._vcpu.index * p.MAILBOX_SIZE
-
-    def _poke(self, offset: int, word: int) -> None:
-        self._vm.mailboxes.write(self._box + offset, word.to_bytes(4, "little"))
-
     def _begin(self, orders: list[Order], wait: float = _WAIT, persistent: bool = False) -> None:
         if not 0 < len(orders) <= p.MAX_ORDERS:
             raise ValueError(f"a batch has 1 to {p.MAX_ORDERS} orders, not {len(orders)}")
-        box = self.mailbox(orders)
-        self._first_exit, self._answer = self._vcpu.start_orders(box, wait, persistent)
+        self._first_exit, self._answer = self._vcpu.begin_orders(self.issue(orders), wait, persistent)()
 
-    def mailbox(self, orders: list[Order]) -> bytes:
-        """What the mailbox holds when the vCPU is about to run with these orders, which it now is."""
+    def issue(self, orders: list[Order]) -> bytes:
+        """Encode the orders for the mailbox and mark the vCPU as running."""
         for order in orders:
             if order.wrote:
-                self._vm.expect_write(*order.wrote)
+                self._vcpu.record_store(*order.wrote)
         self.entered = self.running = True
         header = _HEADER.pack(len(orders), 0, 0, 0).ljust(p.ORDERS, b"\0")
         return header + b"".join(order.encode() for order in orders)
 
     def _end(self, count: int, deadline: float = RUN_DEADLINE) -> list[OrderResult]:
         try:
-            exit_ = self._vm.serve(self._vcpu, self._first_exit or self._vcpu.wait(deadline))
+            exit_ = self._vcpu.serve(self._first_exit or self._vcpu.wait(deadline))
         finally:
             self.running = False
         if getattr(exit_, "ipa", None) != p.DOORBELL:
@@ -246,7 +262,7 @@ class Guest:
             raise RunFailed(exit_)
         if exit_ is self._first_exit:
             return self.results(self._answer[p.ORDERS :])
-        return self.results(self._vm.mailboxes.read(self._box + p.ORDERS, count * p.ORDER_SIZE))
+        return self.results(self._vcpu.read_mailbox(p.ORDERS, count * p.ORDER_SIZE))
 
     def _restart(self) -> None:
         """The failed instruction would only fail again."""

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from arm_kvm.guest.isa import ISAS
 from arm_kvm.host import rootfs as rootfs_
 from arm_kvm.host.boot import Progress, bring_up, greet, start_agent
 from arm_kvm.host.config import HostConfig
 from arm_kvm.host.kernel import Kernel
+from arm_kvm.host.origin import Once, Origin
 from arm_kvm.host.ssh import Ssh, command_line
 from arm_kvm.machine.board import Boot
+from arm_kvm.machine.hold import Hold
 from arm_kvm.machine.machine import Logs, Machine, Plugin
 from arm_kvm.machine.rundir import Card, run_directory
 from arm_kvm.machine.saved import Saved
-from arm_kvm.support.errors import ConfigError, LabError, NoKvm
+from arm_kvm.support.errors import ConfigError, KernelError, LabError, NoKvm
 from arm_kvm.support.limits import refusals_told
-from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.actor import Actor
+from arm_kvm.vmm.client import Agent, op, request
+from arm_kvm.vmm.process import Vmm
 from arm_kvm.vmm.vm import Vm, destroy
 
-T = TypeVar("T")
 ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
 
 
@@ -52,16 +56,21 @@ class Host:
     """
 
     def __init__(
-        self, config: HostConfig, kernel: Kernel, machine: Machine, rootfs: rootfs_.Rootfs, come_up: ComeUp
+        self,
+        config: HostConfig,
+        kernel: Kernel,
+        machine: Machine,
+        rootfs: rootfs_.Rootfs,
+        come_up: ComeUp,
+        origin: Origin | None = None,
     ) -> None:
         self.config = config
         self.kernel = kernel
         self.machine = machine
         self.rootfs = rootfs
         self.vms: list[Vm] = []
-        self.vm_ahead: Vm | None = None  #: of :attr:`vms`, made for somebody who has not asked for it yet
         self.boot_states = Progress()
-        self.facts: dict[str, object] = {}  #: see :meth:`fact`
+        self.origin = origin or Origin()  #: what upper floors find out once is kept by this
         self._ssh: Ssh | None = None
         try:
             self.agent = come_up(machine, config.timeouts, self.boot_states)
@@ -100,7 +109,7 @@ class Host:
         host = cls(config, kernel, machine, rootfs, bring_up)
         if rootfs.bytecode is None:
             with suppress(LabError):  # it only makes later boots faster
-                rootfs.keep_bytecode(*host.agent("bytecode", deadline=60.0))
+                rootfs.keep_bytecode(*host.agent.ask(request(op.bytecode), deadline=60.0))
         return host
 
     @classmethod
@@ -113,6 +122,7 @@ class Host:
         *,
         plugin: Plugin | None = None,
         entropy: bytes = b"",
+        origin: Origin | None = None,
     ) -> Host:
         """Go on where a host of this kind was saved; its clock is set, and ``entropy`` stirred in.
 
@@ -120,9 +130,9 @@ class Host:
         """
         rootfs = rootfs_.obtain(config.rootfs)
         machine = Machine.restore(config.board, saved, Logs(logs), plugin)
-        host = cls(config, kernel, machine, rootfs, greet)
+        host = cls(config, kernel, machine, rootfs, greet, origin)
         try:
-            host.agent("restored", now=time.time(), blob=entropy)
+            host.agent(op.restored, now=time.time(), blob=entropy)
         except BaseException:
             host.shutdown()
             raise
@@ -173,24 +183,59 @@ class Host:
         major, minor = re.match(r"(\d+)\.(\d+)", self.release).groups()
         return int(major), int(minor)
 
-    def fact(self, name: str, find: Callable[[], T]) -> T:
-        """What ``find()`` finds out of this host, asked once for all that are restored from the same snapshot."""
-        if name not in self.facts:
-            self.facts[name] = find()
-        return self.facts[name]
-
     @property
     def needs_no_icache_maintenance(self) -> bool:
         """CTR_EL0.DIC (ARM DDI 0487, D19.2): the CPU's I-cache sees all stores, and KVM maps RAM executable at once.
 
         arch/arm64/kvm/mmu.c (6.12), user_mem_abort(): ARM64_HAS_CACHE_DIC. Armv7 has no such bit.
         """
+        return self.config.architecture.name == "armv8" and _has_dic(self)
 
-        def ask() -> bool:
-            with self.machine.gdb.pause() as gdb:
-                return bool(gdb.read(0, "CTR_EL0")[0] >> 29 & 1)
+    @property
+    def gicv(self) -> int:
+        """Physical address of the board's virtual CPU interface, as its device tree says (fourth range of the GIC)."""
+        return _gicv(self)
 
-        return self.config.architecture.name == "armv8" and self.fact("DIC", ask)
+    def symbol(self, name: str) -> int:
+        """Virtual address of a symbol of the kernel, ``name+0x10`` of an instruction after it. Raises KernelError."""
+        name, _, offset = name.partition("+")
+        said = self.ssh.run(f"awk '$3 == \"{name}\" {{print $1; exit}}' /proc/kallsyms").strip()
+        if not said:
+            raise KernelError(
+                f"Linux {self.release} has no symbol {name}", remedy="it may be inlined there: choose a caller"
+            )
+        return int(said, 16) + int(offset or "0", 0)
+
+    # -- more than one thing at a time -------------------------------------------------------------------
+
+    def actor(self, cpu: int | None = None) -> Actor:
+        """A thread of the VMM that does one thing while the agent does others, bound to ``cpu`` if one is given."""
+        return Actor(self.agent, cpu)
+
+    @contextmanager
+    def hold(self, symbol: str, cpu: int, seconds: float = 10.0) -> Iterator[Hold]:
+        """Within the block ``cpu`` is held when it comes to this symbol of the kernel, the others going on.
+
+        ``held.wait()`` returns when it stands there; at the end of the block it goes on, or after so many seconds,
+        and then the block fails. CPU 0, on which the agent and ssh live, cannot be held. Raises HoldFailed.
+        """
+        if not 0 < cpu < self.config.board.cpus:
+            raise ConfigError(
+                f"{self.config.name}: CPU {cpu} cannot be held", remedy="hold one above 0, where the agent and ssh live"
+            )
+        held = Hold(self.machine.gdb, self.symbol(symbol), cpu, symbol, seconds)
+        try:
+            yield held
+        except BaseException:
+            with suppress(LabError):  # the test's own failure is the one to show
+                held.release()
+            raise
+        held.release()
+
+    def start_vmm(self) -> Vmm:
+        """Another VMM process, which can be killed."""
+        agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"], log="vmm.log")
+        return Vmm(agent, self.agent, self.vms)
 
     def require_kvm(self) -> None:
         """Raises NoKvm when this kernel came up without KVM."""
@@ -200,11 +245,11 @@ class Host:
                 remedy="give one that has with --kernel PATH",
             )
 
-    def create_vm(self, isa: str, **kind) -> Vm:
+    def create_vm(self, isa: str, **kind: Any) -> Vm:
         """A VM with the payload of this guest ISA; see :meth:`arm_kvm.vmm.vm.Vm.create` for ``kind``."""
         return self.create_vms(isa, 1, **kind)[0]
 
-    def create_vms(self, isa: str, count: int, **kind) -> list[Vm]:
+    def create_vms(self, isa: str, count: int, **kind: Any) -> list[Vm]:
         """Several at once."""
         vms = Vm.create(self.agent, ISAS[isa], count, **kind)
         self.vms += vms
@@ -243,3 +288,18 @@ class Host:
             if self._ssh is not None:
                 stack.callback(self._ssh.close)
             stack.callback(self.agent.close)
+
+
+def _read_dic(host: Host) -> bool:
+    with host.machine.gdb.pause() as gdb:
+        return bool(gdb.read(0, "CTR_EL0")[0] >> 29 & 1)
+
+
+def _find_gicv(host: Host) -> int:
+    ranges = host.ssh.run("od -An -v -tx1 /proc/device-tree/intc@*/reg")
+    found: int = struct.unpack_from(">Q", bytes.fromhex(ranges), 48)[0]
+    return found
+
+
+_has_dic: Once[Host, bool] = Once(_read_dic)
+_gicv: Once[Host, int] = Once(_find_gicv)

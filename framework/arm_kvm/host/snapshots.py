@@ -15,6 +15,7 @@ from arm_kvm.host import rootfs
 from arm_kvm.host.config import HostConfig
 from arm_kvm.host.host import Host
 from arm_kvm.host.kernel import Kernel
+from arm_kvm.host.origin import Origin
 from arm_kvm.machine.board import Boot, command_line
 from arm_kvm.machine.machine import Plugin
 from arm_kvm.machine.saved import Saved
@@ -36,13 +37,13 @@ class Snapshot:
     config: HostConfig
     kernel: Kernel
     saved: Saved
-    facts: dict[str, object] = field(default_factory=dict)  #: see :class:`arm_kvm.host.host.Host`
+    origin: Origin = field(default_factory=Origin)  #: of all hosts restored from it
 
     def restore(self, logs: Path, plugin: Plugin | None = None, entropy: bytes = b"") -> Host:
         """A host that nobody has touched; see :meth:`arm_kvm.host.host.Host.restore`."""
-        host = Host.restore(self.config, self.kernel, self.saved, logs, plugin=plugin, entropy=entropy)
-        host.facts = self.facts
-        return host
+        return Host.restore(
+            self.config, self.kernel, self.saved, logs, plugin=plugin, entropy=entropy, origin=self.origin
+        )
 
 
 def obtain(config: HostConfig, kernel: Kernel, logs: Path) -> Snapshot:

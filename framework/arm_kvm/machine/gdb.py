@@ -34,6 +34,7 @@ class Gdb:
         self._thread = ""
         self._registers: dict[str, tuple[int, int]] = {}
         self._lock = threading.RLock()  # a thread that serves breakpoints, beside the one that pauses
+        self._held: set[int] = set()  # CPUs that stand still while the machine runs
         self.stopped = True  # QEMU stops the machine when a debugger connects
         self._send("qSupported:multiprocess+;vContSupported+")
         while not self._receive().startswith("PacketSize"):
@@ -100,10 +101,19 @@ class Gdb:
             self.stopped = True
 
     def resume(self) -> None:
-        """Let all CPUs run."""
+        """Let all CPUs run, but those that are held."""
         if self.stopped:
-            self._send("vCont;c")
+            going = (f";c:{thread}" for cpu, thread in enumerate(self.threads) if cpu not in self._held)
+            self._send("vCont" + ("".join(going) if self._held else ";c"))
             self.stopped = False
+
+    def hold(self, cpu: int) -> None:
+        """Leave this CPU where it is when the machine goes on. The machine must be stopped."""
+        self._held.add(cpu)
+
+    def let_go(self, cpu: int) -> None:
+        """The reverse of :meth:`hold`."""
+        self._held.discard(cpu)
 
     @contextmanager
     def pause(self):

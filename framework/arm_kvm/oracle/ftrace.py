@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from arm_kvm.support.errors import TraceError
-from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.client import Agent, op
 
 _LINE = re.compile(
     r"^\s*(?P<task>.+)-(?P<tid>\d+)\s+\[(?P<cpu>\d+)\].*?\s(?P<time>\d+\.\d+): (?P<name>\w+): (?P<text>.*)$"
@@ -52,11 +52,11 @@ def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
     Raises TraceError after a block that ended well: the kernel had no room for some.
     """
     seen = Traced()
-    agent("trace_start", events=list(names))
+    agent(op.trace_start, events=list(names))
     try:
         yield seen
     finally:
-        seen.text = (agent("trace_stop") or b"").decode()
+        seen.text = agent(op.trace_stop).decode()
         seen.events += parse(seen.text)
     if lost := _LOST.search(seen.text):
         raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace less at a time")

@@ -17,6 +17,7 @@ from arm_kvm.oracle import judge, splats
 from arm_kvm.oracle.sight import Sight
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.verdicts import Finding, Verdict, Violation
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.vm import Vm
 
 _LOOKS = 3
@@ -87,7 +88,8 @@ class Oracle:
         others = [hvas, *[judge.NOWHERE] * (len(vms) - 1)]
         views = []
         with self.sight.gdb.pause():
-            tables = {v.name: sweep.sweep(v.regime, self._ram) for v in self._host.vms if v.alive and v.regime}
+            regimes = {v.name: regime for v in self._host.vms if v.alive and (regime := self.sight.known(v))}
+            tables = {name: sweep.sweep(regime, self._ram) for name, regime in regimes.items()}
             for vm, space, own, asked in zip(vms, spaces, slots, others, strict=True):
                 translate = partial(sweep.translate, space, self._ram)
                 views.append(judge.look(tables[vm.name].leaves, own, translate, asked))
@@ -102,13 +104,13 @@ class Oracle:
             windows=vm.windows,
             view=view,
             host_writable=self._writable(view.host_desc),
-            written=vm.written.pages(view.ipa, np.full(len(view.ipa), page)),
+            written=vm.stores.pages(view.ipa, np.full(len(view.ipa), page)),
             ram=self._ram,
         )
 
     def splats(self) -> list[Finding]:
         """What the host's kernel complained about since this was last asked."""
-        return splats.find(self._host.agent("kernel_log") or b"")
+        return splats.find(self._host.agent(op.kernel_log))
 
     def _context(self) -> str:
         return "Last requests to the agent:\n  " + "\n  ".join(self._host.agent.recent)

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from arm_kvm.guest.payload import MAILBOX
 from arm_kvm.host.host import Host
+from arm_kvm.host.origin import Origin
 from arm_kvm.machine.gdb import Gdb
 from arm_kvm.machine.machine import connect_gdb
 from arm_kvm.machine.ram import Ram
@@ -26,7 +28,7 @@ from arm_kvm.model.arch import sweep
 from arm_kvm.model.arch.regime import ARMV7, ARMV8, HCR_E2H, HCR_VM, Architecture, ImpossibleRegime, Regime
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.support.errors import MachineError, NoLiveMachine
-from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.client import Agent, op, request
 from arm_kvm.vmm.vm import Vm
 
 _PATIENCE = 20.0  #: seconds; one look is mostly enough, but this machine may have other work
@@ -34,6 +36,9 @@ _BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
 _LOOKS = 10  #: at one pose
 _POSE = 0.02  #: seconds in which the agent stays in user mode, at first
 _ROUNDS = 1 << 20  #: of a guest's loop, at first: some 5 ms
+#: Stage 1 of the VMM that a host began with, restored with the host; and stage 2 as VMs usually have it.
+_FIRST_SPACES: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
+_USUAL: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
 
 
 def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
@@ -68,11 +73,11 @@ def _seen_posing(pose: Callable[[int], AbstractContextManager], look: Callable[[
 @contextmanager
 def _in_user_mode(agent: Agent, seconds: float) -> Iterator[None]:
     """Within the block the agent is, or soon will be, in user mode for so long; then it is done with that."""
-    request = agent.send("pose", seconds=seconds)
+    number = agent.send(request(op.stay_in_user_mode, seconds=seconds))
     try:
         yield
     finally:
-        agent.receive(request)
+        agent.receive(number)
 
 
 def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
@@ -112,6 +117,7 @@ class Sight:
         self._arch = host.config.architecture
         self._ram = host.machine.ram
         self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
+        self._regimes: WeakKeyDictionary[Vm, Regime] = WeakKeyDictionary()
 
     @property
     def gdb(self) -> Gdb:
@@ -120,7 +126,9 @@ class Sight:
     def vmm_space(self, agent: Agent) -> Regime:
         """Stage 1 of the process that holds the VMs."""
         if agent.from_boot:  # restored with the host, tables and all
-            return self._host.fact("vmm space", lambda: self._find_vmm_space(agent))
+            if self._host.origin not in _FIRST_SPACES:
+                _FIRST_SPACES[self._host.origin] = self._find_vmm_space(agent)
+            return _FIRST_SPACES[self._host.origin]
         pid = agent.hello["pid"]
         if pid not in self._spaces:
             self._spaces[pid] = self._find_vmm_space(agent)
@@ -128,8 +136,8 @@ class Sight:
 
     def _find_vmm_space(self, agent: Agent) -> Regime:
         cookie = os.urandom(16)
-        hva = agent("memory_map", size=0x1000)["hva"]
-        agent("memory_write", hva=hva, blob=cookie)
+        hva = agent(op.memory_map, size=0x1000)
+        agent(op.memory_write, hva=hva, blob=cookie)
 
         def look() -> Regime | None:
             with self.gdb.pause():
@@ -138,7 +146,7 @@ class Sight:
         try:
             return _seen_posing(lambda longer: _in_user_mode(agent, _POSE * longer), look, "the agent's address space")
         finally:
-            agent("memory_unmap", hva=hva, size=0x1000)
+            agent(op.memory_unmap, hva=hva, size=0x1000)
 
     def _holds(self, space: Regime, address: int, content: bytes) -> bool:
         _, pa = sweep.translate(space, self._ram, np.array([address], dtype=np.uint64))
@@ -146,17 +154,21 @@ class Sight:
 
     def stage2_regime(self, vm: Vm) -> Regime:
         """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime. (Its VMID does.)"""
-        if vm.regime is None:
-            vm.regime = self.sample(vm)
+        if vm not in self._regimes:
+            self._regimes[vm] = self.sample(vm)
             if vm.ipa_bits == 0:
-                self._host.facts["usual regime"] = vm.regime
-        return vm.regime
+                _USUAL[self._host.origin] = self._regimes[vm]
+        return self._regimes[vm]
+
+    def known(self, vm: Vm) -> Regime | None:
+        """The VM's stage-2 regime, if it was found before."""
+        return self._regimes.get(vm)
 
     def adopt(self, vm: Vm, root: int) -> None:
         """The VM's root is known; the rest is as of any VM with as wide an IPA space, once one was seen."""
-        usual = self._host.facts.get("usual regime")
-        if vm.regime is None and usual is not None and vm.ipa_bits == 0:
-            vm.regime = replace(usual, root=root)
+        usual = _USUAL.get(self._host.origin)
+        if vm not in self._regimes and usual is not None and vm.ipa_bits == 0:
+            self._regimes[vm] = replace(usual, root=root)
 
     def sample(self, vm: Vm) -> Regime:
         """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
@@ -174,7 +186,7 @@ class Sight:
 
         if any(guest.running for guest in vm.guests):
             return _until_found(look, f"VM {vm.id}")
-        return _seen_posing(lambda longer: vm.guest.posing(_ROUNDS * longer), look, f"VM {vm.id}")
+        return _seen_posing(lambda longer: vm.guest.staying(_ROUNDS * longer), look, f"VM {vm.id}")
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:

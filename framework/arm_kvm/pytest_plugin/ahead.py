@@ -8,6 +8,7 @@ Nothing is done to that host which the test would not do first itself.
 from __future__ import annotations
 
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -17,7 +18,11 @@ from arm_kvm.hosts.spares import AHEAD
 from arm_kvm.pytest_plugin.selection import after, host_name, needs_host, owner_of, records
 from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.recorder.probe import Probe
+from arm_kvm.vmm.client import op
 from arm_kvm.vmm.vm import Vm
+
+#: VMs that were made for the ``vm`` fixture of a test to come.
+_AHEAD: WeakKeyDictionary[Host, Vm] = WeakKeyDictionary()
 
 
 def plugin_for(item: pytest.Item) -> MakePlugin | None:
@@ -40,17 +45,16 @@ def expect_next(item: pytest.Item) -> None:
 def _furnish(item: pytest.Item, host: Host) -> None:
     with host.machine.gdb.pause() as gdb:  # connected
         gdb.read(0, *host.config.architecture.identity)  # registers' names known
-    host.agent("kernel_log")  # what it said when it was restored is nobody's
+    host.agent(op.kernel_log)  # what it said when it was restored is nobody's
     if "ssh" in item.fixturenames:
         _ = host.ssh
     if host.has_kvm and _asks_for_vm(item):
-        host.vm_ahead = first_vm(item, host)
+        _AHEAD[host] = first_vm(item, host)
 
 
 def first_vm(item: pytest.Item, host: Host) -> Vm:
     """The VM that the ``vm`` fixture gives this case: the one that is there, or a new one."""
-    ahead, host.vm_ahead = host.vm_ahead, None
-    if ahead is not None:
+    if (ahead := _AHEAD.pop(host, None)) is not None:
         return ahead
     mark = item.get_closest_marker("vcpus")
     vm = host.create_vm(item.callspec.params["isa"], vcpus=mark.args[0] if mark else 1)

@@ -31,7 +31,7 @@ from arm_kvm.recorder.recording import Recording
 from arm_kvm.support.errors import UNAVAILABLE, LabError, QemuKilled
 from arm_kvm.support.paths import CONFIGS
 from arm_kvm.vmm.process import Vmm
-from arm_kvm.vmm.vgic import Vgic, gicv_of
+from arm_kvm.vmm.vgic import Vgic
 from arm_kvm.vmm.vm import Vm
 
 _RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
@@ -165,10 +165,10 @@ def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
 @pytest.fixture
 def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
     """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. Its frames are still to be placed."""
-    gicv = gicv_of(host)
+    gicv = host.gicv
 
     def make(vm: Vm) -> Vgic:
-        return Vgic(vm, gicv)
+        return vm.create_vgic(gicv)
 
     return make
 
@@ -185,7 +185,7 @@ def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
     made: list[Vmm] = []
 
     def make() -> Vmm:
-        made.append(Vmm(host))
+        made.append(host.start_vmm())
         return made[-1]
 
     yield make

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,10 +36,11 @@ from arm_kvm.oracle.sight import Sight
 from arm_kvm.recorder.facts import kernel_map, points
 from arm_kvm.recorder.points import Point, What
 from arm_kvm.recorder.raw import RawEntry, RawEvent
-from arm_kvm.vmm.client import Listener
+from arm_kvm.vmm.client import Listener, Request, op
 from arm_kvm.vmm.vm import Vm
 
 _NOBODY = -1
+_CREATE, _DESTROY = op.vm_create.__name__, op.vm_destroy.__name__
 
 
 class Mechanism(Protocol):
@@ -91,7 +92,7 @@ class Recorder(Listener):
     def start(self) -> None:
         """Record from now on."""
         self._said: list[_Said] = []
-        self._roots = {vm.id: vm.regime.root for vm in self._host.vms if vm.regime}
+        self._roots = {vm.id: regime.root for vm in self._host.vms if (regime := self._sight.known(vm))}
         self._earlier = any(vm.entered for vm in self._host.vms if vm.alive)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
@@ -127,24 +128,25 @@ class Recorder(Listener):
 
     # -- what the agent is asked -------------------------------------------------------------------------------
 
-    def before(self, op: str, args: dict) -> None:
+    def before(self, request: Request[Any]) -> None:
         """A request is about to be sent. The tables of a VM can name it only while it exists."""
-        if op == "vm_destroy":
+        if request.name == _DESTROY:
             self._bind()
 
-    def after(self, op: str, args: dict, result: object) -> None:
+    def after(self, request: Request[Any], result: object) -> None:
         """One request of those that were answered."""
-        if op == "vm_create":
-            self._say(Created, int(result))
-        elif op == "vm_destroy":
-            self._say(Destroyed, args["vm"])
-            self._gone.add(args["vm"])
-            if root := self._roots.get(args["vm"]):
+        if request.name == _CREATE and isinstance(result, int):
+            self._say(Created, result)
+        elif request.name == _DESTROY:
+            vm = request.args["vm"]
+            self._say(Destroyed, vm)
+            self._gone.add(vm)
+            if root := self._roots.get(vm):
                 self._mechanism.forget(root)
 
-    def answered(self, op: str) -> None:
+    def answered(self, name: str) -> None:
         """Whatever the kernel did for it is complete."""
-        self._say(Mark, text=op)
+        self._say(Mark, text=name)
 
     def _say(self, what: type[Event], vm: int = 0, text: str = "") -> None:
         self._said.append(_Said(self._mechanism.position, time.monotonic_ns(), what, vm, text))

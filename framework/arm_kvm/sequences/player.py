@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from arm_kvm.oracle.witness import leaves_of
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
 from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Look, VmModel, spare_tables
 from arm_kvm.support.errors import LabError
-from arm_kvm.vmm.client import Request
+from arm_kvm.vmm.client import Request, op, request
 from arm_kvm.vmm.memory import BLOCK, Advice, Child, Memory, Prot
 from arm_kvm.vmm.vm import Vm
 
@@ -93,13 +94,13 @@ class Player:
     def begin_anew(self) -> None:
         """Another sequence with the same VM: no child, new memory, and the memslots as they were at first."""
         self._end_child()
-        requests: list[Request] = [("memory_map", {"at": self._memory.hva, "size": SIZE})]
+        requests: list[Request[Any]] = [request(op.memory_map, at=self._memory.hva, size=SIZE)]
         for wanted in map(_numbered, self._new_world().slots):
             found = self._vm.slots.get(wanted.slot)
             if found not in (wanted, None):
-                requests.append(self._vm.note(replace(found, size=0)))
+                requests.append(self._vm.record_memslot(replace(found, size=0)))
             if found != wanted:
-                requests.append(self._vm.note(wanted))
+                requests.append(self._vm.record_memslot(wanted))
         self._vm.agent.batch(requests)
         self._vm.exits.clear()
         self._begin()
@@ -286,7 +287,7 @@ class Player:
         if self._idle_tracking:
             self._memory.mark_idle(offset, size)
             return
-        self._vm.agent("memory_drain")
+        self._vm.agent(op.memory_drain)
         self._memory.advise(Advice.PAGEOUT, offset, size)
 
     def _page_out(self, offset: int, size: int) -> None:
@@ -294,7 +295,7 @@ class Player:
             with ExitStack() as swap:
                 swap.enter_context(facilities.swap(self._host))
                 self._swap = swap.pop_all()
-        self._vm.agent("memory_drain")
+        self._vm.agent(op.memory_drain)
         self._memory.page_out(offset, size)
 
     def _dirty_log(self, step: Step) -> None:

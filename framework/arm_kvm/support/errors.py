@@ -179,6 +179,12 @@ class QemuKilled(QemuDied):
     """By SIGKILL or SIGTERM: a person, or this machine for want of memory."""
 
 
+class HoldFailed(MachineError):
+    """A CPU did not come to where a test was to hold it, or was held there for too long."""
+
+    exit_code = 36
+
+
 class ProgramSilent(MachineError):
     exit_code = 26
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
 import paramiko
 from arm_kvm.agent import wire
+from arm_kvm.agent.operations import Operations
 from arm_kvm.machine.machine import Machine
 from arm_kvm.support import interrupt
 from arm_kvm.support.errors import AgentError, AgentFault, AgentTimeout, HostOsError
@@ -23,7 +27,32 @@ _GRACE = 1.0
 _LOG_WIDTH = 300
 
 
-Request = tuple[str, dict]  #: an operation of the agent, and its arguments
+P = ParamSpec("P")
+R = TypeVar("R")
+op = object.__new__(Operations)  #: names the agent's operations in requests; on this side none is carried out
+
+
+@dataclass(frozen=True)
+class Request(Generic[R]):
+    """An operation of the agent with its arguments. ``R`` is what the agent answers."""
+
+    name: str
+    args: dict[str, Any]
+    blob: bytes = b""
+
+
+@cache
+def _signature(operation: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
+    """The operation's name on the wire, and its parameters."""
+    names = (name for name in dir(Operations) if getattr(op, name) == operation)
+    return next(names), tuple(signature(operation).parameters)
+
+
+def request(operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Request[R]:
+    """A request to be made later, or with others: ``request(op.vm_destroy, vm=3)``. Type checkers see the signature."""
+    name, parameters = _signature(operation)
+    arguments: dict[str, Any] = dict(zip(parameters, args, strict=False)) | kwargs
+    return Request(name, arguments, arguments.pop("blob", b""))
 
 
 class Listener:
@@ -32,11 +61,11 @@ class Listener:
     The last two are not called when the answer is an error. This one does not listen.
     """
 
-    def before(self, op: str, args: dict) -> None: ...
+    def before(self, request: Request[Any]) -> None: ...
 
-    def after(self, op: str, args: dict, result: object) -> None: ...
+    def after(self, request: Request[Any], result: object) -> None: ...
 
-    def answered(self, op: str) -> None: ...
+    def answered(self, name: str) -> None: ...
 
 
 class Line(Protocol):
@@ -95,10 +124,25 @@ class SerialLine:
         """The port is the machine's."""
 
 
+def result_of(reply: dict[str, Any], blob: bytes) -> Any:
+    """The result that a reply carries. Raises HostOsError, AgentFault: the operation failed."""
+    if "errno" in reply:
+        raise HostOsError(reply["call"], reply["errno"])
+    if "fault" in reply:
+        raise AgentFault("the agent failed; its own traceback follows", evidence=reply["fault"])
+    if not reply["blob"]:
+        return reply["ok"]
+    return blob if reply["ok"] is None else (reply["ok"], blob)
+
+
+def _bytes(blob: bytes) -> str:
+    return f"+{len(blob)} B" if blob else ""
+
+
 class Agent:
     """Requests to the agent, one at a time.
 
-    ``agent("vm_create")`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
+    ``agent(op.vm_create, ipa_bits=0)`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
     AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
     """
 
@@ -115,32 +159,37 @@ class Agent:
         self.suffix = ""  #: of the names of its VMs, when it is not the host's only VMM
         self._broken: AgentError | None = None
         self._meanwhile: Callable[[], None] | None = None
-        self.hello = self("hello", deadline=timeout)
+        self.hello: dict[str, Any] = self.ask(request(op.hello), timeout)
 
-    def __call__(self, op: str, /, deadline: float = _DEFAULT_DEADLINE, blob: bytes = b"", **args: object):
-        """One request; its JSON result, the blob if the answer carries only one, or both as a pair."""
-        return self.begin(op, blob, **args)(deadline)
+    def __call__(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """One request; its result."""
+        return self.ask(request(operation, *args, **kwargs))
 
-    def begin(self, op: str, /, blob: bytes = b"", **args: object) -> Callable[..., Any]:
-        """Make a request; what is returned waits for its result when it is called, ``deadline`` seconds at most."""
-        self.listener.before(op, args)
-        request = self.send(op, blob, **args)
+    def ask(self, wanted: Request[R], deadline: float = _DEFAULT_DEADLINE) -> R:
+        """One request, answered within ``deadline`` seconds; its result."""
+        return self.begin(wanted)(deadline)
 
-        def result(deadline: float = _DEFAULT_DEADLINE) -> Any:
-            found = self.receive(request, deadline)
-            self.listener.after(op, args, found)
-            self.listener.answered(op)
+    def begin(self, wanted: Request[R]) -> Callable[[float], R]:
+        """Make a request; call what is returned to wait for its result, so many seconds at most."""
+        self.listener.before(wanted)
+        number = self.send(wanted)
+
+        def result(deadline: float = _DEFAULT_DEADLINE) -> R:
+            found: R = self.receive(number, deadline)
+            self.listener.after(wanted, found)
+            self.listener.answered(wanted.name)
             return found
 
         return result
 
-    def batch(self, requests: list[Request], deadline: float = _DEFAULT_DEADLINE) -> list:
+    def batch(self, requests: Sequence[Request[Any]], deadline: float = _DEFAULT_DEADLINE) -> list[Any]:
         """Several requests in one exchange; their results. Raises what the first that fails raises alone."""
-        for request in requests:
-            self.listener.before(*request)
-        results = self.receive(self.send("batch", requests=requests), deadline)
-        for request, result in zip(requests, results, strict=True):
-            self.listener.after(*request, result)
+        for one in requests:
+            self.listener.before(one)
+        wire_form = [(one.name, one.args) for one in requests]
+        results: list[Any] = self.receive(self.send(request(op.batch, wire_form)), deadline)
+        for one, result in zip(requests, results, strict=True):
+            self.listener.after(one, result)
         self.listener.answered("batch")
         return results
 
@@ -148,14 +197,14 @@ class Agent:
         """Do this, once, while the next answer is on its way: the lab has a CPU to itself then."""
         self._meanwhile = do
 
-    def send(self, op: str, /, blob: bytes = b"", **args: object) -> int:
+    def send(self, wanted: Request[Any]) -> int:
         """Send a request that no listener hears of; :meth:`receive` takes its answer. Returns the request's id."""
         interrupt.check()
         self.require()
         self._next += 1
-        message = {"id": self._next, "op": op, "args": args}
-        self._say(f"> {self._next} {op} {args} {f'+{len(blob)} B' if blob else ''}")
-        self._write(memoryview(wire.encode(message, blob)))
+        message = {"id": self._next, "op": wanted.name, "args": wanted.args}
+        self._say(f"> {self._next} {wanted.name} {wanted.args} {_bytes(wanted.blob)}")
+        self._write(memoryview(wire.encode(message, wanted.blob)))
         return self._next
 
     def _write(self, data: memoryview) -> None:
@@ -172,23 +221,17 @@ class Agent:
                 self._check_again()
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
-    def receive(self, request: int, deadline: float = _DEFAULT_DEADLINE):
-        """The answer to ``request``, within ``deadline`` seconds. Raises what :meth:`meanwhile` was given raised."""
+    def receive(self, number: int, deadline: float = _DEFAULT_DEADLINE) -> Any:
+        """The answer to this request, within ``deadline`` seconds; what :meth:`meanwhile` was given may raise, too."""
         failure = self._do_meanwhile()
         end = time.monotonic() + deadline
         reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
-        self._say(f"< {reply} {f'+{len(blob)} B' if blob else ''}")
-        if reply.get("id") != request:
-            self._lose(AgentError(f"the agent answered request {reply.get('id')}, not {request}"))
+        self._say(f"< {reply} {_bytes(blob)}")
+        if reply.get("id") != number:
+            self._lose(AgentError(f"the agent answered request {reply.get('id')}, not {number}"))
         if failure is not None:
             raise failure
-        if "errno" in reply:
-            raise HostOsError(reply["call"], reply["errno"])
-        if "fault" in reply:
-            raise AgentFault("the agent failed; its own traceback follows", evidence=reply["fault"])
-        if blob and reply["ok"] is not None:
-            return reply["ok"], blob
-        return blob or reply["ok"]
+        return result_of(reply, blob)
 
     def _do_meanwhile(self) -> Exception | None:
         """What it failed with, to be raised when the answer is read: the next request would take it for its own."""
@@ -229,10 +272,15 @@ class Agent:
             self._check()
             time.sleep(_GRACE / 20)
 
-    def _lose(self, error: AgentError) -> None:
+    def _lose(self, error: AgentError) -> NoReturn:
         """An answer may still come, but nobody can tell to which request: the connection is over."""
         self._broken = error
         raise error
+
+    @property
+    def bits(self) -> int:
+        """Width of the host's registers, 32 or 64."""
+        return 64 if self.hello["machine"] == "aarch64" else 32
 
     @property
     def from_boot(self) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from arm_kvm.guest import payload as p
 from arm_kvm.guest.driver import Order, OrderResult, RunFailed
+from arm_kvm.guest.exits import decode_exit
 from arm_kvm.support.errors import AgentTimeout
-from arm_kvm.vmm.vm import Vm, add_memory, decode_exit, destroy
+from arm_kvm.vmm.client import op
+from arm_kvm.vmm.vm import Vm, add_memory, destroy
 
 _EACH = 0.5  #: seconds of patience a turn
 _PATIENCE = 20.0
@@ -24,11 +26,11 @@ class Fleet:
 
     def start(self, orders: Callable[[Vm], list[Order]]) -> None:
         """Begin a round: every VM once, with its own orders, equally many. :meth:`finish` takes the results."""
-        boxes = [vm.guest.mailbox(orders(vm)) for vm in self.vms]
+        boxes = [vm.guest.issue(orders(vm)) for vm in self.vms]
         self._agent(
-            "turns_start",
+            op.turns_start,
             cpu=self.cpu,
-            vcpus=[[vm.id, 0] for vm in self.vms],
+            vcpus=[(vm.id, 0) for vm in self.vms],
             mailboxes=[vm.mailboxes.hva for vm in self.vms],
             doorbell=p.DOORBELL,
             blob=b"".join(boxes),
@@ -37,7 +39,7 @@ class Fleet:
     def finish(self) -> list[list[OrderResult]]:
         """The results of the round, in order of the VMs. Raises RunFailed, GuestException of the first that failed."""
         for _ in range(round((_PATIENCE + _EACH * len(self.vms)) / _SLICE)):
-            if answer := self._agent("turns_wait", cpu=self.cpu, seconds=_SLICE):
+            if answer := self._agent(op.turns_wait, cpu=self.cpu, seconds=_SLICE):
                 break
         else:
             raise AgentTimeout(f"{len(self.vms)} VMs did not finish their turns", remedy="does a guest loop?")

@@ -8,7 +8,9 @@ from enum import IntEnum
 from functools import partial
 
 import numpy as np
-from arm_kvm.vmm.client import Agent, Request
+from arm_kvm.vmm.client import Agent, Request, op, request
+from arm_kvm.vmm.ioctls import Descriptor
+from numpy.typing import NDArray
 
 PAGE = 0x1000
 BLOCK = 0x20_0000
@@ -25,6 +27,7 @@ class Advice(IntEnum):
     NOHUGEPAGE = 15
     COLD = 20
     PAGEOUT = 21
+    COLLAPSE = 25
     HWPOISON = 100
     SOFT_OFFLINE = 101
 
@@ -40,7 +43,7 @@ class Prot(IntEnum):
 
 def mappings(agent: Agent, private: bool = False) -> list[tuple[int, int]]:
     """The process's mappings, ``[start, end)`` in order; the private and writable ones only if asked."""
-    words = [line.split()[:2] for line in agent("memory_maps").decode().splitlines()]
+    words = [line.split()[:2] for line in agent(op.memory_maps).decode().splitlines()]
     spans = [span.split("-") for span, rights in words if not private or rights[1] + rights[3] == "wp"]
     return [(int(start, 16), int(end, 16)) for start, end in spans]
 
@@ -58,19 +61,19 @@ class Memory:
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes as the host sees them. HostOsError (EFAULT) where nothing is mapped."""
-        return self._agent("memory_read", **self._at(offset, size))
+        return self._agent(op.memory_read, **self._at(offset, size))
 
     def write(self, offset: int, data: bytes) -> None:
         """Store as the host does; faults the page in for writing."""
-        self._agent("memory_write", hva=self.hva + offset, blob=data)
+        self._agent(op.memory_write, hva=self.hva + offset, blob=data)
 
     def advise(self, advice: Advice, offset: int = 0, size: int | None = None) -> None:
         """madvise(2) on part of it."""
-        self._agent("memory_advise", advice=int(advice), **self._at(offset, size))
+        self._agent(op.memory_advise, advice=int(advice), **self._at(offset, size))
 
     def page_out(self, offset: int = 0, size: int | None = None) -> None:
         """Reclaim its pages, as far as guests that use them leave a chance: MADV_PAGEOUT, twice for each page."""
-        self._agent("memory_page_out", **self._at(offset, size))
+        self._agent(op.memory_page_out, **self._at(offset, size))
 
     @contextmanager
     def locked_but(self, offset: int, size: int) -> Iterator[None]:
@@ -79,13 +82,13 @@ class Memory:
         rest = [self._at(start, length) for start, length in ((0, offset), (end, self.size - end)) if length]
         with ExitStack() as stack:
             for part in rest:
-                self._agent("memory_lock", **part)
-                stack.callback(partial(self._agent, "memory_unlock", **part))
+                self._agent(op.memory_lock, **part)
+                stack.callback(partial(self._agent, op.memory_unlock, **part))
             yield
 
     def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
         """mprotect(2) on part of it."""
-        self._agent("memory_protect", prot=int(prot), **self._at(offset, size))
+        self._agent(op.memory_protect, prot=int(prot), **self._at(offset, size))
 
     def part(self, offset: int, size: int) -> Memory:
         """A piece of it, to do something to."""
@@ -93,44 +96,44 @@ class Memory:
 
     def move(self, to: Memory) -> None:
         """mremap(2) its pages to where ``to`` is mapped, which is replaced; here is then a hole."""
-        self._agent("memory_move", to=to.hva, **self._at(0, None))
+        self._agent(op.memory_move, to=to.hva, **self._at(0, None))
 
     def replace(self, offset: int = 0, size: int | None = None) -> None:
         """mmap(2) new anonymous memory over part of it."""
         where = self._at(offset, size)
-        self._agent("memory_map", at=where["hva"], size=where["size"])
+        self._agent(op.memory_map, at=where["hva"], size=where["size"])
 
     def mark_idle(self, offset: int = 0, size: int | None = None) -> None:
         """Call its pages idle (idle page tracking); clears their accessed flags, the guests' too."""
-        self._agent("memory_mark_idle", **self._at(offset, size))
+        self._agent(op.memory_mark_idle, **self._at(offset, size))
 
     def idle(self, offset: int = 0, size: int | None = None) -> list[bool]:
         """For each page whether nobody has accessed it since it was marked idle."""
-        return self._agent("memory_idle", **self._at(offset, size))
+        return self._agent(op.memory_idle, **self._at(offset, size))
 
     @contextmanager
     def userfaults(self, offset: int = 0, size: int | None = None, *, protect: bool = False) -> Iterator[UserFaults]:
         """Within the block the VMM answers its page faults itself (userfaultfd): of missing pages, or (``protect``)
         of writes to protected ones. HostOsError when the kernel does not have that.
         """
-        number = self._agent("userfault_begin", protect=protect, **self._at(offset, size))
+        number = self._agent(op.userfault_begin, protect=protect, **self._at(offset, size))
         faults = UserFaults()
         try:
             yield faults
         finally:
-            faults.seen = [(hva - self.hva, kind) for hva, kind in self._agent("userfault_end", number=number)]
+            faults.seen = [(hva - self.hva, kind) for hva, kind in self._agent(op.userfault_end, number=number)]
 
     def unmap(self, offset: int = 0, size: int | None = None) -> None:
         """munmap(2) part of it."""
-        self._agent("memory_unmap", **self._at(offset, size))
+        self._agent(op.memory_unmap, **self._at(offset, size))
 
-    def release(self) -> Request | None:
+    def release(self) -> Request[None] | None:
         """The request that gives it back, for one VM that has it; None while others have it too."""
-        return "memory_unmap", self._at(0, None)
+        return request(op.memory_unmap, hva=self.hva, size=self.size)
 
-    def frames(self, offset: int = 0, size: int | None = None) -> np.ndarray:
+    def frames(self, offset: int = 0, size: int | None = None) -> NDArray[np.uint64]:
         """Physical address of each page per /proc/PID/pagemap; 0 where no page is present (uint64)."""
-        raw = np.frombuffer(self._agent("memory_pagemap", **self._at(offset, size)), dtype="<u8")
+        raw = np.frombuffer(self._agent(op.memory_pagemap, **self._at(offset, size)), dtype="<u8")
         present = raw >> np.uint64(63) != 0
         return np.where(present, (raw & np.uint64((1 << 55) - 1)) << np.uint64(12), np.uint64(0))
 
@@ -146,7 +149,7 @@ class SharedMemory(Memory):
         super().__init__(agent, hva, size)
         self._users = users
 
-    def release(self) -> Request | None:
+    def release(self) -> Request[None] | None:
         self._users -= 1
         return None if self._users else super().release()
 
@@ -158,28 +161,35 @@ class UserFaults:
         self.seen: list[tuple[int, str]] = []
 
 
-class File:
-    """A file to map: a memfd, or one on a file system of the host."""
+class File(Descriptor):
+    """A file to map: a memfd, or one on a file system of the host. Sizes and offsets in bytes."""
 
     def __init__(self, agent: Agent, size: int, path: str | None = None) -> None:
-        self._agent = agent
-        self.number = agent("file_open", size=size, path=path)
+        super().__init__(agent, agent(op.file_open, size=size, path=path))
         self.size = size
+
+    @classmethod
+    def open(cls, agent: Agent, path: str) -> File:
+        """What is there already: ``/dev/mem``, ``/proc/self/pagemap`` (the VMM's). Its size is not known: 0."""
+        file = cls.__new__(cls)
+        Descriptor.__init__(file, agent, agent(op.file_open, path=path))
+        file.size = 0
+        return file
 
     def truncate(self, size: int) -> None:
         """ftruncate(2)."""
-        self._agent("file_truncate", file=self.number, size=size)
+        self._agent(op.file_truncate, file=self.number, size=size)
 
     def punch_hole(self, offset: int, size: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
-        self._agent("file_punch_hole", file=self.number, offset=offset, size=size)
+        self._agent(op.file_punch_hole, file=self.number, offset=offset, size=size)
 
     def sync(self) -> None:
         """fsync(2): reclaim takes clean pages only."""
-        self._agent("file_sync", file=self.number)
+        self._agent(op.file_sync, file=self.number)
 
     def close(self) -> None:
-        self._agent("file_close", file=self.number)
+        self._agent(op.file_close, file=self.number)
 
 
 class Child:
@@ -187,16 +197,16 @@ class Child:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self.pid = agent("child_fork")
+        self.pid = agent(op.child_fork)
 
     def write(self, memory: Memory, offset: int, data: bytes) -> None:
         """The child stores to its view of this memory."""
-        self._agent("child_write", pid=self.pid, hva=memory.hva + offset, blob=data)
+        self._agent(op.child_write, pid=self.pid, hva=memory.hva + offset, blob=data)
 
     def read(self, memory: Memory, offset: int, size: int) -> bytes:
         """Bytes of this memory as the child sees them."""
-        return self._agent("child_read", pid=self.pid, hva=memory.hva + offset, size=size)
+        return self._agent(op.child_read, pid=self.pid, hva=memory.hva + offset, size=size)
 
     def end(self) -> None:
         """Let the child exit, and wait for it."""
-        self._agent("child_end", pid=self.pid)
+        self._agent(op.child_end, pid=self.pid)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Any
 
 from arm_kvm.guest.isa import ISAS
-from arm_kvm.host.boot import start_agent
-from arm_kvm.host.host import Host
 from arm_kvm.support.errors import AgentTimeout, LabError
+from arm_kvm.vmm.client import Agent, op
 from arm_kvm.vmm.vm import Vm
 
 _PATIENCE = 10.0
@@ -17,23 +17,24 @@ _PATIENCE = 10.0
 class Vmm:
     """Another VMM on a host. Its VMs are the host's, too, and judged like any other, while it lives."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self.agent = start_agent(host.machine, host.ssh, host.config.timeouts["agent"], log="vmm.log")
-        self.pid: int = self.agent.hello["pid"]
-        self.agent.suffix = f" of process {self.pid}"
+    def __init__(self, agent: Agent, first: Agent, vms: list[Vm]) -> None:
+        """``agent``: the process. ``first``: the host's first agent, which watches it. ``vms``: all of the host."""
+        self.agent = agent
+        self.pid: int = agent.hello["pid"]
+        agent.suffix = f" of process {self.pid}"
         self.vms: list[Vm] = []
+        self._first, self._all = first, vms
 
-    def create_vm(self, isa: str, **kind) -> Vm:
+    def create_vm(self, isa: str, **kind: Any) -> Vm:
         """A VM of this process; as :meth:`arm_kvm.host.host.Host.create_vm`."""
         (vm,) = Vm.create(self.agent, ISAS[isa], 1, **kind)
         self.vms.append(vm)
-        self._host.vms.append(vm)
+        self._all.append(vm)
         return vm
 
     @property
     def alive(self) -> bool:
-        return self._host.agent("process_alive", pid=self.pid)
+        return self._first(op.process_alive, pid=self.pid)
 
     def await_end(self) -> None:
         """Wait until the process is gone. Raises AgentTimeout when it does not go."""
@@ -46,14 +47,14 @@ class Vmm:
 
     def kill(self) -> None:
         """SIGKILL, whatever its threads do, and wait for the end."""
-        self._host.agent("process_kill", pid=self.pid)
+        self._first(op.process_kill, pid=self.pid)
         self.await_end()
 
     def _forget(self) -> None:
         for vm in self.vms:
             vm.alive = False
-            if vm in self._host.vms:
-                self._host.vms.remove(vm)
+            if vm in self._all:
+                self._all.remove(vm)
         self.agent.close()
 
     def end(self) -> None:

@@ -6,15 +6,11 @@ CPU interface at the first KVM_RUN (kvm_phys_addr_ioremap).
 
 from __future__ import annotations
 
-import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from arm_kvm.model.kvm.memslots import Window
-
-if TYPE_CHECKING:
-    from arm_kvm.host.host import Host
-    from arm_kvm.vmm.vm import Vm
+from arm_kvm.vmm.client import Agent, op
+from arm_kvm.vmm.ioctls import Descriptor
 
 _VGIC_V2 = 5
 _ADDRESSES, _CONTROL, _INIT = 0, 4, 0
@@ -35,21 +31,21 @@ GICC_CTLR, GICC_PMR, GICC_IAR, GICC_EOIR, GICC_IIDR = 0x000, 0x004, 0x00C, 0x010
 NOTHING_PENDING = 1023
 
 
-def gicv_of(host: Host) -> int:
-    """Physical address of the board's virtual CPU interface, as its device tree says (the fourth range of the GIC)."""
-    ranges = host.fact("gic", lambda: host.ssh.run("od -An -v -tx1 /proc/device-tree/intc@*/reg"))
-    return struct.unpack_from(">Q", bytes.fromhex(ranges), 48)[0]
-
-
 class Vgic:
-    """A VGICv2 in a VM. Make it before the VM runs. Every call raises HostOsError when KVM refuses."""
+    """A VGICv2 in a VM, made before the VM runs. Every call raises HostOsError when KVM refuses."""
 
-    def __init__(self, vm: Vm, gicv: int) -> None:
+    def __init__(self, agent: Agent, vm: int, gicv: int) -> None:
+        """``vm``: the VM's number. ``gicv``: physical address of the board's virtual CPU interface."""
+        self._agent = agent
         self._vm = vm
         self._gicv = gicv
-        vm.agent("vgic_create", vm=vm.id, kind=_VGIC_V2)
-        vm.vgic = self
+        agent(op.vgic_create, vm=vm, kind=_VGIC_V2)
         self.windows: list[Window] = []  #: where stage 2 may map the board's registers
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """Its file descriptor, for ioctls that have no method here."""
+        return Descriptor(self._agent, self._agent(op.vgic_fd, vm=self._vm))
 
     def place(self, frame: Frame, ipa: int) -> None:
         """Choose where the guest finds it."""
@@ -58,12 +54,16 @@ class Vgic:
             self.windows = [Window(ipa, CPU_INTERFACE_SIZE, self._gicv)]
 
     def place_of(self, frame: Frame) -> int:
-        """Where the guest finds it; 2^64 - 1 while nobody has chosen."""
-        return self._vm.agent("vgic_get", vm=self._vm.id, group=_ADDRESSES, attribute=int(frame))
+        """Where the guest finds it; 2^64 - 1 while no place was chosen."""
+        return self.get_attribute(_ADDRESSES, int(frame))
 
     def set_attribute(self, group: int, attribute: int, value: int = 0) -> None:
         """KVM_SET_DEVICE_ATTR, for what the other methods do not do."""
-        self._vm.agent("vgic_set", vm=self._vm.id, group=group, attribute=attribute, value=value)
+        self._agent(op.vgic_set, vm=self._vm, group=group, attribute=attribute, value=value)
+
+    def get_attribute(self, group: int, attribute: int, value: int = 0) -> int:
+        """KVM_GET_DEVICE_ATTR: the attribute as KVM has it; ``value`` is in the 64-bit buffer before the call."""
+        return self._agent(op.vgic_get, vm=self._vm, group=group, attribute=attribute, value=value)
 
     def init(self) -> None:
         """KVM_DEV_ARM_VGIC_CTRL_INIT: no vCPU can be made afterwards."""
@@ -71,4 +71,4 @@ class Vgic:
 
     def line(self, spi: int, level: int) -> None:
         """Set the line of a shared peripheral interrupt, 32 and up (KVM_IRQ_LINE)."""
-        self._vm.agent("vm_irq_line", vm=self._vm.id, irq=_SPI | spi, level=level)
+        self._agent(op.vm_irq_line, vm=self._vm, irq=_SPI | spi, level=level)

@@ -1,0 +1,68 @@
+"""The memslots of one VM as the lab set them, and where its guests were told to store: what KVM is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from arm_kvm.model.kvm.memslots import Memslot
+from numpy.typing import NDArray
+
+
+@dataclass
+class Stores:
+    """Where guests were told to store since the last dirty log: ranges of IPA, in bytes."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ipa: int, size: int) -> None:
+        self.ranges.append((ipa, ipa + size))
+
+    def forget(self, slot: Memslot) -> None:
+        outside = [((a, min(b, slot.ipa)), (max(a, slot.end), b)) for a, b in self.ranges]
+        self.ranges = [(a, b) for pair in outside for a, b in pair if a < b]
+
+    def pages(self, ipas: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of the ranges ``[ipa, ipa + size)`` contain a byte of a store (bool array)."""
+        hit = np.zeros(len(ipas), dtype=bool)
+        for start, end in self.ranges:
+            hit |= (ipas < np.uint64(end)) & (ipas + sizes > np.uint64(start))
+        return hit
+
+
+class Memslots:
+    """``by_number``: the memslots that KVM has. ``stores``: kept only while one of them logs dirty pages."""
+
+    _FIRST_FREE = 2  #: those below hold the payload
+
+    def __init__(self) -> None:
+        self.by_number: dict[int, Memslot] = {}
+        self.stores = Stores()
+
+    @property
+    def next_number(self) -> int:
+        """The first memslot number above all in use."""
+        return max([self._FIRST_FREE - 1, *self.by_number]) + 1
+
+    def record(self, slot: Memslot) -> None:
+        """Record a memslot that KVM has taken, or is about to: new, moved, with other flags, or (size 0) deleted."""
+        old = self.by_number.pop(slot.slot, None)
+        if slot.size:
+            self.by_number[slot.slot] = slot
+        moved = old is not None and bool(slot.size) and old.ipa != slot.ipa
+        if moved and old is not None:
+            self.stores.forget(old)
+        if slot.logging and (moved or old is None or not old.logging):
+            self.stores.forget(slot)
+
+    def record_store(self, ipa: int, size: int) -> None:
+        """A guest is about to be told to store there; remembered while dirty pages are logged."""
+        if any(slot.logging for slot in self.by_number.values()):
+            self.stores.add(ipa, size)
+
+    def at(self, ipa: int) -> Memslot:
+        """The memslot that covers ``ipa``; KeyError when none does."""
+        for slot in self.by_number.values():
+            if slot.ipa <= ipa < slot.end:
+                return slot
+        raise KeyError(f"no memslot covers IPA {ipa:#x}")

@@ -1,0 +1,191 @@
+"""A vCPU on the host, as the lab holds it; the payload on it is :class:`~arm_kvm.guest.driver.Guest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from arm_kvm.guest.driver import RUN_DEADLINE, Guest
+from arm_kvm.guest.exits import Exit, Mmio, decode_exit
+from arm_kvm.guest.isa import A32, Isa
+from arm_kvm.guest.payload import CODE, DOORBELL, MAILBOX, MAILBOX_SIZE
+from arm_kvm.support.errors import AgentTimeout
+from arm_kvm.vmm.client import Agent, Request, op, request
+from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.memory import Memory
+from arm_kvm.vmm.memslots import Memslots
+
+_MMIO_EXITS = 2000  #: of one order, at most: no payload asks for so many
+_WAIT_SLICE = 0.25
+_EL1_32BIT = 1 << 1
+
+
+@dataclass
+class Devices:
+    """What answers the guests' MMIO: ``values`` by IPA, 0 elsewhere. ``exits``: all, in order, but doorbells."""
+
+    values: dict[int, int] = field(default_factory=dict)
+    exits: list[Mmio] = field(default_factory=list)
+
+
+class Vcpu:
+    """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
+
+    def __init__(
+        self, agent: Agent, vm: int, index: int, isa: Isa, mailboxes: Memory, memslots: Memslots, devices: Devices
+    ) -> None:
+        self.index = index
+        self.isa = isa
+        self.mailbox = MAILBOX + index * MAILBOX_SIZE  #: its IPA
+        self.guest = Guest(self)
+        self._agent = agent
+        self._vm = vm
+        self._host_bits = agent.bits
+        self._mailboxes = mailboxes
+        self._memslots = memslots
+        self._devices = devices
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def creation(self) -> list[Request[Any]]:
+        """The requests that make it, ready to enter the payload."""
+        return [self._create(init=True), *self._to_entry()]
+
+    def _create(self, init: bool) -> Request[Any]:
+        features = _EL1_32BIT if self.isa is A32 and self._host_bits == 64 else 0
+        return request(op.vcpu_create, vm=self._vm, vcpu=self.index, features=features, init=init)
+
+    def create(self, *, init: bool = True) -> None:
+        """KVM_CREATE_VCPU, for a VM that was made without (``make_vm(create_vcpus=False)``).
+
+        Without ``init`` KVM_ARM_VCPU_INIT is left to :meth:`reset`: until then KVM_RUN answers ENOEXEC.
+        """
+        self._agent.batch(self.creation() if init else [self._create(init=False)])
+
+    def _to_entry(self) -> list[Request[Any]]:
+        base, word = (0x4020_0000_0010_0000, 1) if self._host_bits == 32 else (0x6030_0000_0010_0000, 2)
+        pc, pstate = (15, 16) if self._host_bits == 32 else (64, 66)
+        values = {
+            base + 0 * word: self.mailbox,
+            base + pc: CODE,
+            base + pstate: 0x1D3 if self.isa is A32 else 0x3C5,
+        }
+        return [
+            request(op.vcpu_register, vm=self._vm, vcpu=self.index, reg=reg, value=value)
+            for reg, value in values.items()
+        ]
+
+    def restart(self) -> None:
+        """To the payload's entry: pc there, first argument the mailbox, exceptions masked. System registers stay."""
+        self._agent.batch(self._to_entry())
+
+    def reset(self) -> None:
+        """KVM_ARM_VCPU_INIT (again), as a VMM does whose guest restarts, and to the payload's entry."""
+        self._agent.batch([request(op.vcpu_init, vm=self._vm, vcpu=self.index), *self._to_entry()])
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """Its file descriptor: for ioctls that have no method here, and mmap of its rings."""
+        return Descriptor(self._agent, self._agent(op.vcpu_fd, vm=self._vm, vcpu=self.index))
+
+    def get_register(self, reg: int) -> int:
+        """KVM_GET_ONE_REG; ``reg`` is the full 64-bit id."""
+        return self._agent(op.vcpu_register, vm=self._vm, vcpu=self.index, reg=reg)
+
+    def set_register(self, reg: int, value: int) -> None:
+        """KVM_SET_ONE_REG."""
+        self._agent(op.vcpu_register, vm=self._vm, vcpu=self.index, reg=reg, value=value)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def pin(self, cpu: int) -> None:
+        """Bind the vCPU's thread to a CPU of the host."""
+        self._agent(op.vcpu_pin, vm=self._vm, vcpu=self.index, cpu=cpu)
+
+    def kick(self) -> None:
+        """Force the running vCPU out of the guest; its exit is then ``interrupted``."""
+        self._agent(op.vcpu_kick, vm=self._vm, vcpu=self.index)
+
+    def start(self, *, answer: int | None = None, seconds: float = 0.0) -> Exit | None:
+        """Run; the exit if it comes within ``seconds``, else None and it runs on.
+
+        ``answer`` completes a pending MMIO read.
+        """
+        raw = self._agent(op.vcpu_run, vm=self._vm, vcpu=self.index, answer=answer, seconds=seconds)
+        return decode_exit(raw) if isinstance(raw, dict) else None
+
+    def begin_orders(
+        self, mailbox: bytes, seconds: float = 0.0, persistent: bool = False
+    ) -> Callable[[], tuple[Exit | None, bytes]]:
+        """Run with this in the mailbox. What is returned waits for the exit, and what the mailbox then holds.
+
+        The exit is None when it does not come within ``seconds``: the vCPU runs on. ``persistent``: a run that ends
+        with EFAULT is tried again.
+        """
+        answer = self._agent.begin(
+            request(
+                op.vcpu_run,
+                vm=self._vm,
+                vcpu=self.index,
+                orders=self._mailboxes.hva + self.index * MAILBOX_SIZE,
+                seconds=seconds,
+                persistent=persistent,
+                blob=mailbox,
+            )
+        )
+
+        def result() -> tuple[Exit | None, bytes]:
+            raw = answer(RUN_DEADLINE)
+            return (decode_exit(raw[0]), raw[1]) if isinstance(raw, (tuple, list)) else (None, b"")
+
+        return result
+
+    def wait(self, deadline: float = RUN_DEADLINE) -> Exit:
+        """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
+        for _ in range(max(1, round(deadline / _WAIT_SLICE))):
+            if raw := self._agent(op.vcpu_wait, vm=self._vm, vcpu=self.index, seconds=_WAIT_SLICE):
+                return decode_exit(raw)
+        self.kick()
+        self._agent(op.vcpu_wait, vm=self._vm, vcpu=self.index, seconds=1.0)
+        raise AgentTimeout(f"vCPU {self.index} did not exit within {deadline:.0f} s", remedy="does the guest loop?")
+
+    def run(self, *, answer: int | None = None) -> Exit:
+        """Run until an exit; ``answer`` completes a pending MMIO read."""
+        return self.start(answer=answer, seconds=_WAIT_SLICE) or self.wait()
+
+    def serve(self, exit_: Exit) -> Exit:
+        """Answer MMIO exits from the VM's ``device`` and run on, until the doorbell or an exit that is not MMIO.
+
+        Raises AgentTimeout: the guest asks the same again and again.
+        """
+        served = 0
+        while isinstance(exit_, Mmio) and exit_.ipa != DOORBELL:
+            if (served := served + 1) > _MMIO_EXITS:
+                raise AgentTimeout(f"{served} MMIO exits of one order, the last at IPA {exit_.ipa:#x}: no progress")
+            self._devices.exits.append(exit_)
+            if exit_.write:
+                self._devices.values[exit_.ipa] = exit_.value
+                exit_ = self.run()
+            else:
+                exit_ = self.run(answer=self._devices.values.get(exit_.ipa, 0) & ((1 << 8 * exit_.size) - 1))
+        return exit_
+
+    def measure_mmio(self, exits: int) -> float:
+        """Seconds that one MMIO exit takes, over so many: the payload rings its doorbell, with no orders."""
+        measured = self._agent.ask(request(op.vcpu_measure_mmio, vm=self._vm, vcpu=self.index, exits=exits), 120.0)
+        return float(measured["seconds"]) if measured else 0.0
+
+    # -- for the payload's driver ------------------------------------------------------------------------
+
+    def read_mailbox(self, offset: int, size: int) -> bytes:
+        """What the guest has left in its mailbox."""
+        return self._mailboxes.read(self.index * MAILBOX_SIZE + offset, size)
+
+    def write_mailbox(self, offset: int, data: bytes) -> None:
+        """Store to the mailbox while the guest runs."""
+        self._mailboxes.write(self.index * MAILBOX_SIZE + offset, data)
+
+    def record_store(self, ipa: int, size: int) -> None:
+        """The guest is about to be told to store there."""
+        self._memslots.record_store(ipa, size)
