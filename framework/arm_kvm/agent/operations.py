@@ -254,6 +254,7 @@ class Operations:
         """A thread that carries out operations beside this one, bound to a CPU if one is given; its number."""
         number = len(self._actors) + 1
         self._actors[number] = workers.Worker(f"actor{number}", cpu)
+        self._actors[number].begin()  # now: to begin a thread, this one leaves its CPU, for one that may be held later
         return number
 
     def actor_begin(self, actor: int, op: str, args: dict[str, object], blob: bytes = b"") -> None:

@@ -171,19 +171,28 @@ flush:
     isb
     b       done
 
+    .macro  keep_registers
+    .irp    n, 0,1,2,3,4,5,6,7,8,9,10,11,12
+    str     r\n, [r11, #REGISTERS + 4 * \n]
+    .endr
+    .endm
+
 undefined:
+    keep_registers
     mov     r0, #STATUS_UNDEFINED
     sub     r3, lr, #4
     mov     r1, #0
     mov     r2, #0
     b       report
 prefetch_abort:
+    keep_registers
     mov     r0, #STATUS_PREFETCH_ABORT
     sub     r3, lr, #4
     mrc     p15, 0, r1, c5, c0, 1       @ IFSR
     mrc     p15, 0, r2, c6, c0, 2       @ IFAR
     b       report
 data_abort:
+    keep_registers
     mov     r0, #STATUS_DATA_ABORT
     sub     r3, lr, #8
     mrc     p15, 0, r1, c5, c0, 0       @ DFSR

@@ -163,6 +163,9 @@ flush:
     b       done
 
 exception:
+    .irp    n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30
+    str     x\n, [x20, #REGISTERS + 8 * \n]
+    .endr
     mrs     x0, esr_el1
     str     x0, [x21, #SYNDROME]
     mrs     x0, far_el1

@@ -170,7 +170,7 @@ class Guest:
     # -- batches and concurrency ------------------------------------------------------------------------
 
     def batch(self, orders: list[Order]) -> list[OrderResult]:
-        """Run up to 63 orders in one entry; a result each, exceptions included."""
+        """Run up to 59 orders in one entry; a result each, exceptions included."""
         self._begin(orders)
         return self._end(len(orders))
 
@@ -285,5 +285,12 @@ class Guest:
     def checked(self, result: OrderResult) -> OrderResult:
         """The result of an order that was carried out. Raises GuestException of one that was not."""
         if result.status is not Status.OK:
-            raise self._isa.exception(result.status, result.syndrome, result.address, result.pc)
+            how = (result.syndrome, result.address, result.pc)
+            raise self._isa.exception(result.status, *how, self._registers())
         return result
+
+    def _registers(self) -> tuple[int, ...]:
+        """The general registers that the vectors kept at the last exception."""
+        count, width = self._isa.general_registers, self._isa.pointer_bits // 8
+        raw = self._vcpu.read_mailbox(p.REGISTERS, count * width)
+        return tuple(int.from_bytes(raw[at : at + width], "little") for at in range(0, count * width, width))

@@ -50,6 +50,7 @@ class GuestException(Exception):
     address: int
     pc: int
     external: bool  #: a synchronous external abort: what KVM injects where there is no memory
+    registers: tuple[int, ...] = ()  #: r0 to r12, or x0 to x30, as they were when it was taken
 
     def __str__(self) -> str:
         return f"guest took a {self.kind} at pc {self.pc:#x}: syndrome {self.syndrome:#x}, address {self.address:#x}"
@@ -103,6 +104,7 @@ class Isa:
     store_gadget: str  #: loads {r} from the order and executes a store
     ret: bytes  #: the instruction that returns from a called page
     pointer_bits: int
+    general_registers: int  #: that the payload's vectors keep, from number 0 on
 
     def access(self, name: str) -> Access:
         """The access of this name; ValueError lists those there are."""
@@ -124,7 +126,9 @@ class Isa:
             raise ValueError(f"{self.name} has no {'signed ' if signed else ''}access of {size} bytes")
         return widest[0]
 
-    def exception(self, status: Status, syndrome: int, address: int, pc: int) -> GuestException:
+    def exception(
+        self, status: Status, syndrome: int, address: int, pc: int, registers: tuple[int, ...]
+    ) -> GuestException:
         """Decode what the payload's vectors recorded."""
         kind = status.name.lower().replace("_", " ")
         if self.name == "A64":
@@ -137,7 +141,7 @@ class Isa:
             code = syndrome & 0x3F if long else (syndrome >> 6 & 0x10) | (syndrome & 0xF)
             external = code in (_EXTERNAL_A64 if long else _EXTERNAL_A32_SHORT)
             external = external and status in (Status.DATA_ABORT, Status.PREFETCH_ABORT)
-        return GuestException(kind, syndrome, address, pc, external)
+        return GuestException(kind, syndrome, address, pc, bool(external), registers)
 
 
 _EXTERNAL_A64 = frozenset({0b010000, 0b010100, 0b010101, 0b010110, 0b010111})
@@ -153,6 +157,7 @@ A32 = Isa(
     store_gadget="ldr r{r}, [r10, #VALUE]; {insn}; bx lr; nop",
     ret=bytes.fromhex("1eff2fe1"),  # bx lr
     pointer_bits=32,
+    general_registers=13,
 )
 A64 = Isa(
     name="A64",
@@ -164,5 +169,6 @@ A64 = Isa(
     store_gadget="ldr x{r}, [x21, #VALUE]; {insn}; ret; nop",
     ret=bytes.fromhex("c0035fd6"),  # ret
     pointer_bits=64,
+    general_registers=31,
 )
 ISAS = {isa.name: isa for isa in (A32, A64)}

@@ -22,7 +22,8 @@ DOORBELL = 0x0A00_0000
 # Mailbox page: a header, then orders of eight u64.
 PENDING, DONE, SPINNING, STOP, ORDERS = 0, 4, 8, 12, 64
 ORDER_SIZE = 64
-MAX_ORDERS = (MAILBOX_SIZE - ORDERS) // ORDER_SIZE
+REGISTERS = MAILBOX_SIZE - 256  #: the general registers at the last exception: 31 u64 (A64), 13 u32 (A32)
+MAX_ORDERS = (REGISTERS - ORDERS) // ORDER_SIZE
 #: Offsets in an order. An exception's pc replaces STRIDE.
 FIELDS = {"OP": 0, "ADDR": 8, "VALUE": 16, "COUNT": 24, "STRIDE": 32, "STATUS": 40, "SYNDROME": 48, "FAR": 56}
 #: Operation codes: positions in the payload's branch table.
@@ -31,7 +32,14 @@ OPS = {name: code for code, name in enumerate(_OPS.split())}
 
 
 def _layout() -> str:
-    names = {"PENDING": PENDING, "DONE": DONE, "SPINNING": SPINNING, "STOP": STOP, "ORDERS": ORDERS}
+    names = {
+        "PENDING": PENDING,
+        "DONE": DONE,
+        "SPINNING": SPINNING,
+        "STOP": STOP,
+        "ORDERS": ORDERS,
+        "REGISTERS": REGISTERS,
+    }
     names |= FIELDS | {"PC": FIELDS["STRIDE"], "DOORBELL": DOORBELL}
     names |= {f"STATUS_{status.name}": status.value for status in Status}
     return equates(names)

@@ -13,12 +13,14 @@ import struct
 from dataclasses import dataclass
 
 from arm_kvm.guest.isa import Isa
+from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch import stage1 as model
 
 GIB = 1 << 30
 MIB2 = 2 << 20
 _MAIR = 0xFF  # attribute 0: normal memory, write-back
 _CACHED_WALKS = 3 << 12 | 1 << 10 | 1 << 8  # SH0, ORGN0, IRGN0
+_HA = 1 << 39  # TCR_EL1.HA
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,24 @@ class Registers:
 
 
 class GuestStage1:
-    """A root table at IPA ``root``: identity, until :meth:`map_block` or :meth:`link` change an entry."""
+    """A root table at IPA ``root``: identity, until :meth:`map_block` or :meth:`link` change an entry.
 
-    def __init__(self, isa: Isa, root: int) -> None:
+    ``hardware_af`` sets TCR_EL1.HA: the CPU itself sets the access flag of what it translates (FEAT_HAFDBS, A64; the
+    CPU ``max`` has it). Entries made with ``af=False`` begin without the flag: without HA the guest takes an access
+    flag fault there.
+    """
+
+    def __init__(self, isa: Isa, root: int, *, hardware_af: bool = False) -> None:
+        """Raises ValueError: an A32 guest has no hardware management of the access flag."""
+        if hardware_af and isa.pointer_bits == 32:
+            raise ValueError("hardware_af is for A64 guests: Armv7 has no TCR.HA")
         self.root = root
+        self._hardware_af = hardware_af
         self._entries = [model.leaf(i * GIB, 1) for i in range(4 if isa.pointer_bits == 32 else 512)]
 
-    def map_block(self, va: int, ipa: int) -> None:
+    def map_block(self, va: int, ipa: int, *, af: bool = True) -> None:
         """Map the 1 GiB at ``va`` to the 1 GiB at ``ipa``."""
-        self._entries[va // GIB] = model.leaf(ipa, 1)
+        self._entries[va // GIB] = self.leaf(ipa, 1, af=af)
 
     def link(self, va: int, table: int) -> None:
         """Let the 1 GiB at ``va`` be translated by a level 2 table at IPA ``table``."""
@@ -51,13 +62,21 @@ class GuestStage1:
         return struct.pack(f"<{len(self._entries)}Q", *self._entries)
 
     @staticmethod
-    def level2(ipa: int) -> bytes:
+    def leaf(ipa: int, level: int, *, af: bool = True) -> int:
+        """The descriptor of a block (level 1 or 2) or page (level 3) that maps ``ipa``."""
+        desc = model.leaf(ipa, level)
+        return desc if af else desc & ~d.AF.mask
+
+    @staticmethod
+    def level2(ipa: int, *, af: bool = True) -> bytes:
         """A level 2 table of 512 blocks of 2 MiB that maps the 1 GiB at ``ipa``."""
-        return struct.pack("<512Q", *(model.leaf(ipa + i * MIB2, 2) for i in range(512)))
+        return struct.pack("<512Q", *(GuestStage1.leaf(ipa + i * MIB2, 2, af=af) for i in range(512)))
 
     def registers(self, isa: Isa) -> Registers:
+        """What the payload loads to turn it on."""
         if isa.pointer_bits == 32:
             eae = 1 << 31
             return Registers(self.root, eae | _CACHED_WALKS, _MAIR, 0x00C5_0078 | 0x1005)
         t0sz, no_upper_half, ips_40 = 64 - 39, 1 << 23, 2 << 32
-        return Registers(self.root, t0sz | _CACHED_WALKS | no_upper_half | ips_40, _MAIR, 0x30D0_0800 | 0x1005)
+        tcr = t0sz | _CACHED_WALKS | no_upper_half | ips_40 | (_HA if self._hardware_af else 0)
+        return Registers(self.root, tcr, _MAIR, 0x30D0_0800 | 0x1005)

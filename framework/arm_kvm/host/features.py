@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from arm_kvm.host.host import Host
 from arm_kvm.host.origin import Once
+from arm_kvm.support.errors import HostOsError
 from arm_kvm.vmm.client import op
-from arm_kvm.vmm.memory import Advice
+from arm_kvm.vmm.ioctls import KVM_CHECK_EXTENSION, PAGEMAP_SCAN
+from arm_kvm.vmm.memory import BLOCK, Advice, File, Memory
 
 
 class Feature:
@@ -22,11 +25,48 @@ def _takes(advice: Advice) -> Callable[[Host], bool]:
     return lambda host: host.agent(op.memory_takes, advice=int(advice))
 
 
+def _collapses(host: Host) -> bool:
+    """MADV_COLLAPSE of memory that can be a huge page: of any other it is refused as if it were not known."""
+    memory = Memory(host.agent, host.agent(op.memory_map, size=BLOCK, align=BLOCK), BLOCK)
+    memory.write(0, b"there")
+    try:
+        memory.advise(Advice.COLLAPSE)
+    except HostOsError as e:
+        return e.errno != errno.EINVAL
+    finally:
+        memory.unmap()
+    return True
+
+
+def _has_extension(number: int) -> Callable[[Host], bool]:
+    return lambda host: host.has_kvm and host.kvm.ioctl(KVM_CHECK_EXTENSION, number) > 0
+
+
+def _scans_pagemap(host: Host) -> bool:
+    try:
+        File.open(host.agent, "/proc/self/pagemap").exchange(PAGEMAP_SCAN, bytes(96))
+    except HostOsError as e:
+        return e.errno == errno.EINVAL  # the structure says that it has no size
+    return True
+
+
+def _sets_access_flags(host: Host) -> bool:
+    if host.config.architecture.name != "armv8":
+        return False
+    with host.machine.gdb.pause() as gdb:
+        return bool(gdb.read(0, "ID_AA64MMFR1_EL1")[0] & 0xF)
+
+
 #: By the name that the mark ``feature`` of a case takes.
 FEATURES = {
     "MADV_COLD": Feature("5.4", _takes(Advice.COLD)),
     "MADV_PAGEOUT": Feature("5.4", _takes(Advice.PAGEOUT)),
-    "MADV_COLLAPSE": Feature("6.1", _takes(Advice.COLLAPSE)),
+    "MADV_COLLAPSE": Feature("6.1", _collapses),
+    "PAGEMAP_SCAN": Feature("6.7", _scans_pagemap),
+    "dirty-ring": Feature("6.2", _has_extension(223)),  # KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+    "inject-abort": Feature("5.5", _has_extension(178)),  # KVM_CAP_ARM_INJECT_EXT_DABT
+    "nisv-to-user": Feature("5.5", _has_extension(177)),  # KVM_CAP_ARM_NISV_TO_USER
+    "FEAT_HAFDBS": Feature("a CPU that has it", _sets_access_flags),
 }
 
 
@@ -37,4 +77,8 @@ def has(host: Host, name: str) -> bool:
 
 def lacking(host: Host, name: str) -> str:
     """Which kernel lacks what, in words; "" when it does not."""
-    return "" if has(host, name) else f"Linux {host.release} has no {name} (since {FEATURES[name].since})"
+    return (
+        ""
+        if has(host, name)
+        else f"{host.config.name} with Linux {host.release} has no {name} (since {FEATURES[name].since})"
+    )

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from arm_kvm.guest.exits import Signal
 from arm_kvm.guest.isa import ISAS
 from arm_kvm.host import rootfs as rootfs_
 from arm_kvm.host.boot import Progress, bring_up, greet, start_agent
@@ -25,15 +26,17 @@ from arm_kvm.machine.rundir import Card, run_directory
 from arm_kvm.machine.saved import Saved
 from arm_kvm.support.errors import ConfigError, KernelError, LabError, NoKvm
 from arm_kvm.support.limits import refusals_told
+from arm_kvm.vmm import syscalls
 from arm_kvm.vmm.actor import Actor
 from arm_kvm.vmm.client import Agent, op, request
+from arm_kvm.vmm.ioctls import Descriptor
 from arm_kvm.vmm.process import Vmm
 from arm_kvm.vmm.vm import Vm, destroy
 
 ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
 
 
-_RUNNING = 40 << 20  #: bytes that a kernel and its first processes take beside what they are made of
+_RUNNING = 44 << 20  #: bytes that a kernel and its first processes take beside what they are made of
 
 
 def _require_room(config: HostConfig, kernel: Kernel, initramfs: Path) -> None:
@@ -231,6 +234,29 @@ class Host:
                 held.release()
             raise
         held.release()
+
+    # -- what the VMM can be made to do without a method of its own ------------------------------------------
+
+    @property
+    def kvm(self) -> Descriptor:
+        """/dev/kvm as the VMM has it open, for ioctls on the system."""
+        return Descriptor(self.agent, self.agent(op.kvm_fd))
+
+    def system_call(self, name: str, *arguments: int) -> int:
+        """Have the VMM make this system call (:data:`arm_kvm.vmm.syscalls.NUMBERS`): its result. Raises HostOsError."""
+        return self.agent(op.syscall, name=name, number=syscalls.number(name, self.agent.bits), arguments=[*arguments])
+
+    def userfaultfd(self, flags: int = 0) -> Descriptor:
+        """userfaultfd(2): its descriptor, for UFFDIO_* ioctls (:mod:`arm_kvm.vmm.ioctls`)."""
+        return Descriptor(self.agent, self.system_call("userfaultfd", flags))
+
+    def take_signals(self, *numbers: int) -> list[Signal]:
+        """The signals of these numbers that are pending for the VMM's main thread, with their siginfo; they are gone.
+
+        They are blocked there from the first call on. (SIGBUS always is.)
+        """
+        self.agent(op.signals_block, signals=[*numbers])
+        return [Signal(*told) for told in self.agent(op.signals_take, signals=[*numbers])]
 
     def start_vmm(self) -> Vmm:
         """Another VMM process, which can be killed."""

@@ -47,7 +47,10 @@ KVM_ENABLE_CAP = Ioctl.writes("KVM_ENABLE_CAP", 0xA3, 104)
 KVM_GET_VCPU_EVENTS = Ioctl.reads("KVM_GET_VCPU_EVENTS", 0x9F, 64)
 KVM_SET_VCPU_EVENTS = Ioctl.writes("KVM_SET_VCPU_EVENTS", 0xA0, 64)
 KVM_RESET_DIRTY_RINGS = Ioctl.none("KVM_RESET_DIRTY_RINGS", 0xC7)
-PAGEMAP_SCAN = Ioctl.both("PAGEMAP_SCAN", 16, 96, ord("f"))
+PAGEMAP_SCAN = Ioctl.both("PAGEMAP_SCAN", 16, 96, ord("f"))  #: on /proc/self/pagemap (6.7)
+UFFDIO_API = Ioctl.both("UFFDIO_API", 0x3F, 24, 0xAA)
+UFFDIO_REGISTER = Ioctl.both("UFFDIO_REGISTER", 0x00, 32, 0xAA)
+UFFDIO_WRITEPROTECT = Ioctl.both("UFFDIO_WRITEPROTECT", 0x06, 24, 0xAA)
 
 
 class Descriptor:

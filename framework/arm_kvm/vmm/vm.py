@@ -18,7 +18,7 @@ from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
 from arm_kvm.support.errors import ConfigError
 from arm_kvm.vmm.client import Agent, Request, op, request
 from arm_kvm.vmm.ioctls import Descriptor
-from arm_kvm.vmm.memory import PAGE, File, Memory, Prot, SharedMemory
+from arm_kvm.vmm.memory import PAGE, Memory, Prot, SharedMemory
 from arm_kvm.vmm.memslots import Memslots, Stores
 from arm_kvm.vmm.vcpu import Devices, Vcpu
 from arm_kvm.vmm.vgic import Vgic
@@ -141,11 +141,11 @@ class Vm:
         align: int = PAGE,
         huge: bool = False,
         shared: bool = False,
-        file: File | None = None,
+        file: Descriptor | None = None,
         offset: int = 0,
         prot: Prot = Prot.READ_WRITE,
     ) -> Memory:
-        """Host memory that belongs to no memslot yet: anonymous, or of ``file`` from ``offset`` bytes on.
+        """Host memory that belongs to no memslot yet: anonymous, or of an open ``file`` from ``offset`` bytes on.
 
         ``huge``: from the hugetlbfs pool (2 MiB pages).
         """

@@ -1,0 +1,22 @@
+"""Numbers of system calls, for those that have no method of their own here.
+
+arch/arm/tools/syscall.tbl (5.4, 6.12) for 32 bits, include/uapi/asm-generic/unistd.h for 64.
+"""
+
+from __future__ import annotations
+
+#: Name -> (32-bit Arm, arm64).
+NUMBERS = {
+    "madvise": (220, 233),
+    "mlock2": (390, 284),
+    "prctl": (172, 167),
+    "process_madvise": (440, 440),
+    "userfaultfd": (388, 282),
+}
+
+
+def number(name: str, bits: int) -> int:
+    """The number on a host of so many bits. KeyError names those there are."""
+    if name not in NUMBERS:
+        raise KeyError(f"no number is known of {name}(2): {', '.join(NUMBERS)}")
+    return NUMBERS[name][bits == 64]
