@@ -9,6 +9,7 @@ from arm_kvm.guest.driver import RunFailed
 from arm_kvm.guest.isa import GuestException
 from arm_kvm.guest.stage1 import GuestStage1
 from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.vmm.memory import Child
 
 TABLES = 0x2000_0000
 DATA = 0x8000_0000
@@ -97,3 +98,26 @@ def test_virtual_and_physical_addresses_are_kept_apart(vm, stage1, stage2):
     assert stage2(vm).leaf(DATA) is not None and stage2(vm).leaf(0xC000_0000) is None
     vm.guest.write(0xC000_0000 + 0x10_0004, 1)
     assert vm.exits[-1].ipa == DATA + 0x10_0004
+
+
+@pytest.mark.guests("A64")
+@pytest.mark.feature("FEAT_HAFDBS")
+def test_fetch_that_sets_the_access_flag(host, vm, stage2):
+    """The CPU sets the flag in the guest's table, which a fork has made read-only: the walk writes, the fetch does not.
+
+    Up to 5.8 KVM made the table executable instead, again and again (c4ad98e4b72c, "KVM: arm64: Assume write fault on
+    S1PTW permission fault on instruction fetch").
+    """
+    stage1 = GuestStage1(vm.isa, root=TABLES, hardware_af=True)
+    stage1.map_block(0xC000_0000, DATA, af=False)
+    tables = vm.add_memory(TABLES, PAGE)
+    tables.write(0, stage1.encode())
+    vm.add_memory(DATA, PAGE).write(0, vm.guest.ret)
+    vm.guest.enable_mmu(stage1)
+    child = Child(host.agent)
+    vm.guest.execute(0xC000_0000)
+    child.end()
+    entry = int.from_bytes(tables.read(3 * 8, 8), "little")
+    assert entry == GuestStage1.leaf(DATA, 1), "the flag, and nothing else"
+    assert stage2(vm).leaf(TABLES).writable
+    assert host.needs_no_icache_maintenance or not stage2(vm).leaf(TABLES).executable

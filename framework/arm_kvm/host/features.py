@@ -14,10 +14,10 @@ from arm_kvm.vmm.memory import BLOCK, Advice, File, Memory
 
 
 class Feature:
-    """``since``: the release that brought it, for the words of a skip; whether a host has it is asked of the host."""
+    """``source``: what brings it, for the words of a skip; whether a host has it is asked of the host."""
 
-    def __init__(self, since: str, ask: Callable[[Host], bool]) -> None:
-        self.since = since
+    def __init__(self, source: str, ask: Callable[[Host], bool]) -> None:
+        self.source = source
         self.on: Once[Host, bool] = Once(ask)
 
 
@@ -59,14 +59,14 @@ def _sets_access_flags(host: Host) -> bool:
 
 #: By the name that the mark ``feature`` of a case takes.
 FEATURES = {
-    "MADV_COLD": Feature("5.4", _takes(Advice.COLD)),
-    "MADV_PAGEOUT": Feature("5.4", _takes(Advice.PAGEOUT)),
-    "MADV_COLLAPSE": Feature("6.1", _collapses),
-    "PAGEMAP_SCAN": Feature("6.7", _scans_pagemap),
-    "dirty-ring": Feature("6.2", _has_extension(223)),  # KVM_CAP_DIRTY_LOG_RING_ACQ_REL
-    "inject-abort": Feature("5.5", _has_extension(178)),  # KVM_CAP_ARM_INJECT_EXT_DABT
-    "nisv-to-user": Feature("5.5", _has_extension(177)),  # KVM_CAP_ARM_NISV_TO_USER
-    "FEAT_HAFDBS": Feature("a CPU that has it", _sets_access_flags),
+    "MADV_COLD": Feature("Linux 5.4", _takes(Advice.COLD)),
+    "MADV_PAGEOUT": Feature("Linux 5.4", _takes(Advice.PAGEOUT)),
+    "MADV_COLLAPSE": Feature("Linux 6.1", _collapses),
+    "PAGEMAP_SCAN": Feature("Linux 6.7", _scans_pagemap),
+    "dirty-ring": Feature("Linux 6.2", _has_extension(223)),  # KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+    "inject-abort": Feature("Linux 5.5", _has_extension(178)),  # KVM_CAP_ARM_INJECT_EXT_DABT
+    "nisv-to-user": Feature("Linux 5.5", _has_extension(177)),  # KVM_CAP_ARM_NISV_TO_USER
+    "FEAT_HAFDBS": Feature("newer CPUs", _sets_access_flags),
 }
 
 
@@ -80,5 +80,5 @@ def lacking(host: Host, name: str) -> str:
     return (
         ""
         if has(host, name)
-        else f"{host.config.name} with Linux {host.release} has no {name} (since {FEATURES[name].since})"
+        else f"{host.config.name} with Linux {host.release} has no {name}: it comes with {FEATURES[name].source}"
     )
