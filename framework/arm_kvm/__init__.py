@@ -1,17 +1,16 @@
 """arm-kvm: a test lab for KVM/ARM whose judge stands outside the machine.
 
-The rooms; imports go down only, from line to line::
+A room imports rooms below it only (``lint-imports``, in pyproject.toml, checks that)::
 
-    plugin, cli                      the doors: pytest's, and the command line's
-    sequences, mutants, conform      what tests the kernel at random, the suite, and the model
-    recorder                         sees VTTBR writes, invalidations and entries, and makes a trace of them
-    oracle, events                   hold stage-2 tables, and traces, against the model
-    host                             a Linux with KVM, and its VMs
-    machine, guest                   the board; the payload
-    model                            stage 2, VMIDs and notifiers as they have to be; imports nothing
+    cli, pytest_plugin                       the front doors: the command line's, and pytest's
+    vocabulary, testing                      what test cases are written with
+    hosts, mutants, sequences, conform       the hosts of a run; the suite tested; the kernel and the model at random
+    recorder                                 sees VTTBR writes, invalidations and guest entries, and makes a trace
+    oracle, events                           hold stage-2 tables, and traces, against the model
+    host                                     a Linux with KVM: kernel, root file system, boot, snapshots
+    vmm                                      its VMM: the agent's client, memory, VMs, vCPUs, VGIC
+    machine, guest, agent                    the board; the payload in a VM; what runs inside the host
+    model, support                           stage 2, VMIDs and notifiers as they have to be; errors, cache, programs
 
-``agent`` runs inside the host, on the standard library alone: it is copied into the root file
-system, and only its wire format is used on this side. ``pool`` has the hosts of a run, ``spares``
-those to come; ``errors``, ``cache``, ``progress``, ``guardian``, ``lab`` and ``config`` serve all
-rooms but the model.
+``agent`` is copied into the host's root file system and stands on the standard library alone.
 """
