@@ -1,0 +1,79 @@
+"""Allocation failures of single calls (fault injection, fail-nth): the n-th allocation that a call makes fails.
+
+For hosts whose kernel has it (``can: [fail-nth]``). The kernel counts what the calling thread allocates, but not from
+high memory. Each function carries out one call, and returns what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from arm_kvm.guest.driver import Order
+from arm_kvm.guest.payload import MAILBOX_SIZE
+from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.vmm.client import Agent
+from arm_kvm.vmm.vm import Vcpu, Vm
+
+_PAGE = 0x1000
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of a call whose n-th allocation was to fail."""
+
+    injected: bool  #: whether there was an n-th allocation
+    errno: int  #: what the call answered; 0: it succeeded, perhaps with a fallback
+    result: object = None  #: of a call that succeeded
+
+
+def _attempt(agent: Agent, n: int, op: str, **args: object) -> Attempt:
+    return Attempt(*agent("fail_nth", n=n, op=op, args=args))
+
+
+def create_vm(agent: Agent, n: int) -> Attempt:
+    """KVM_CREATE_VM; the VM that comes of it is closed again."""
+    attempt = _attempt(agent, n, "vm_create")
+    if attempt.errno == 0:
+        agent("vm_destroy", vm=attempt.result)
+    return attempt
+
+
+def set_memslot(vm: Vm, slot: Memslot, n: int) -> Attempt:
+    """KVM_SET_USER_MEMORY_REGION; the memslot that comes of it is deleted again."""
+    where = {"vm": vm.id, "slot": slot.slot, "ipa": slot.ipa, "hva": slot.hva}
+    attempt = _attempt(vm.agent, n, "vm_memslot", size=slot.size, flags=int(slot.flags), **where)
+    if attempt.errno == 0:
+        vm.agent("vm_memslot", size=0, flags=0, **where)
+    return attempt
+
+
+def store(vcpu: Vcpu, ipa: int, n: int) -> Attempt:
+    """KVM_RUN of a vCPU whose guest stores the word ``ipa`` at ``ipa``; counted are the allocations of KVM_RUN alone.
+
+    After a failure the vCPU is at the payload's entry again.
+    """
+    vm, guest = vcpu.vm, vcpu.vm.guests[vcpu.index]
+    orders = guest.mailbox([Order("fill", ipa, 0, 1, _PAGE, wrote=(ipa, 4))])
+    vm.mailboxes.write(vcpu.index * MAILBOX_SIZE, orders)
+    attempt = _attempt(vm.agent, n, "vcpu_run", vm=vm.id, vcpu=vcpu.index)
+    guest.running = False
+    if attempt.errno:
+        vcpu.restart()  # or it would go on where it failed
+    return attempt
+
+
+def every_failure(attempt: Callable[[int], Attempt], most: int = 200) -> list[int]:
+    """The errnos of a call whose first allocation fails, then its second, ... until it makes no more: all but the last.
+
+    Raises AssertionError for a call that makes more than ``most`` allocations, or fails without a failed allocation.
+    """
+    answers = []
+    for n in range(1, most + 1):
+        made = attempt(n)
+        if not made.injected:
+            if made.errno:
+                raise AssertionError(f"errno {made.errno} though none of {n - 1} allocations failed")
+            return answers
+        answers.append(made.errno)
+    raise AssertionError(f"more than {most} allocations")
