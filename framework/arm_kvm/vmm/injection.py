@@ -7,11 +7,11 @@ high memory. Each function carries out one call, and returns what came of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arm_kvm.guest.driver import Order
 from arm_kvm.guest.payload import MAILBOX_SIZE
-from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.model.kvm.memslots import Memslot, SlotFlags
 from arm_kvm.vmm.client import Agent
 from arm_kvm.vmm.vm import Vcpu, Vm
 
@@ -41,10 +41,10 @@ def create_vm(agent: Agent, n: int) -> Attempt:
 
 def set_memslot(vm: Vm, slot: Memslot, n: int) -> Attempt:
     """KVM_SET_USER_MEMORY_REGION; the memslot that comes of it is deleted again."""
-    where = {"vm": vm.id, "slot": slot.slot, "ipa": slot.ipa, "hva": slot.hva}
-    attempt = _attempt(vm.agent, n, "vm_memslot", size=slot.size, flags=int(slot.flags), **where)
+    place = {"slot": slot.slot, "ipa": slot.ipa, "hva": slot.hva}
+    attempt = _attempt(vm.agent, n, "vm_memslot", vm=vm.id, size=slot.size, flags=int(slot.flags), **place)
     if attempt.errno == 0:
-        vm.agent("vm_memslot", size=0, flags=0, **where)
+        vm.set_memslot(replace(slot, size=0, flags=SlotFlags.NONE))
     return attempt
 
 
@@ -68,7 +68,7 @@ def every_failure(attempt: Callable[[int], Attempt], most: int = 200) -> list[in
 
     Raises AssertionError for a call that makes more than ``most`` allocations, or fails without a failed allocation.
     """
-    answers = []
+    answers: list[int] = []
     for n in range(1, most + 1):
         made = attempt(n)
         if not made.injected:
