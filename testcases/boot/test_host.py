@@ -5,27 +5,24 @@ registers read from outside the machine.
 """
 
 import pytest
+from arm_kvm.host.selfchecks import kernel_log
 from arm_kvm.oracle.sight import guests_on_cpus
 
 pytestmark = pytest.mark.usefixtures("host")
 
 
-def boot_log(host):
-    return host.ssh.run("dmesg")
-
-
 @pytest.mark.needs("a15")
 def test_a15_starts_in_hyp_mode(host):
-    assert "All CPU(s) started in HYP mode" in boot_log(host)
+    assert "All CPU(s) started in HYP mode" in kernel_log(host)
 
 
 @pytest.mark.needs("arm64")
 def test_arm64_starts_at_el2(host):
-    assert "All CPU(s) started at EL2" in boot_log(host)
+    assert "All CPU(s) started at EL2" in kernel_log(host)
 
 
 def test_kvm_is_initialised(host):
-    said = boot_log(host)
+    said = kernel_log(host)
     assert any(words in said for words in ("Hyp mode initialized", "Hyp nVHE mode initialized", "VHE mode initialized"))
     assert host.has_kvm
 
@@ -33,9 +30,9 @@ def test_kvm_is_initialised(host):
 @pytest.mark.no_kvm
 def test_hyp_mode_without_kvm(host):
     """Debian's armhf kernel starts in HYP mode, as the board lets it, and has no KVM."""
-    assert "All CPU(s) started in HYP mode" in boot_log(host)
+    assert "All CPU(s) started in HYP mode" in kernel_log(host)
     assert not host.has_kvm
-    assert "Hyp mode initialized" not in boot_log(host)
+    assert "Hyp mode initialized" not in kernel_log(host)
 
 
 def test_all_cpus_are_online(host):

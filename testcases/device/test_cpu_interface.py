@@ -237,7 +237,7 @@ def test_dirty_logging_of_the_memslot(vm, covered, stage2, host, known_fault):
         if not executable or not host.needs_no_icache_maintenance:
             raise
         vm.destroy()
-        known_fault("user_mem_abort() gives a device's leaf what the memslot's RAM allows: with DIC, execution (6.12)")
+        known_fault("executable-cpu-interface")
 
 
 def test_vm_that_never_ran(vm, vgic):

@@ -9,7 +9,7 @@ import time
 import pytest
 from arm_kvm.host import facilities
 from arm_kvm.model.kvm.memslots import Memslot
-from arm_kvm.vmm.client import op
+from arm_kvm.vmm import calls
 from arm_kvm.vmm.memory import PAGE, Advice
 from arm_kvm.vmm.vm import Mmio
 
@@ -52,7 +52,7 @@ def test_killed_while_its_guests_hammer_and_its_memory_goes(vmm_vm, make_vm, sta
     memory = vm.add_memory(IPA, 64 * PAGE)
     vm.guests[0].start_hammer(IPA, 64)
     vm.guests[1].start_hammer(IPA + 4, 64)
-    vm.agent(op.storm_begin, hva=memory.hva, size=memory.size, advice=int(Advice.DONTNEED))
+    memory.start_storm(Advice.DONTNEED)
     time.sleep(0.1)
     vmm.kill()
     assert works(make_vm, stage2)
@@ -71,37 +71,33 @@ def test_out_of_memory(vmm_vm, make_vm, stage2, host):
     assert works(make_vm, stage2)
 
 
-def test_notifier_during_destruction(make_vm, make_vms, host, stage2):
+def test_notifier_during_destruction(make_vm, stage2):
     """madvise of a VM's memory, again and again in another thread, while the VM is destroyed."""
     for _ in range(10):
         vm = make_vm()
         memory = vm.add_memory(IPA, 64 * PAGE)
         vm.guest.fill(IPA, 64)
-        host.agent(op.storm_begin, hva=memory.hva, size=memory.size, advice=int(Advice.DONTNEED))
-        vm.alive = False
-        try:
-            host.agent(op.vm_destroy, vm=vm.id)
-        finally:
-            blows = host.agent(op.storm_end)
-        assert blows > 0
+        with memory.storm(Advice.DONTNEED) as storm:
+            calls.close(vm)
+        assert storm.calls > 0
         memory.unmap()
     assert works(make_vm, stage2)
 
 
-def test_vm_closed_while_a_vcpu_runs(vm, host, tables, page_trace):
+def test_vm_closed_while_a_vcpu_runs(vm, tables, page_trace):
     """The VM's descriptor is closed under a running vCPU, which runs on: it holds the VM itself."""
     vm.add_memory(IPA, 4 * PAGE)
     vm.guest.fill(IPA, 4)
     own = tables(vm)
     with vm.guest.hammering(IPA, 4):
         with page_trace() as pages:
-            host.agent(op.vm_close, vm=vm.id, what="vm")
+            calls.close_part(vm, calls.Part.VM)
         assert not own & pages.freed
     assert vm.guest.read(IPA) > 0
     vm.alive = False
     with page_trace() as pages:
-        host.agent(op.vm_close, vm=vm.id, what="run")
-        host.agent(op.vm_close, vm=vm.id, what="vcpu")
+        calls.close_part(vm, calls.Part.RUN)
+        calls.close_part(vm, calls.Part.VCPU)
     assert own <= pages.freed
 
 

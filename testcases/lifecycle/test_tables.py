@@ -10,7 +10,8 @@ import itertools
 import numpy as np
 import pytest
 from arm_kvm.host.facilities import free_memory
-from arm_kvm.vmm.client import op
+from arm_kvm.vmm import calls
+from arm_kvm.vmm.calls import Part
 from arm_kvm.vmm.fleet import Fleet
 from arm_kvm.vmm.memory import PAGE, Advice, Child
 from arm_kvm.vmm.vgic import Frame
@@ -99,13 +100,17 @@ def test_tables_go_with_their_memslot(vm, page_trace, tables):
     assert added <= pages.freed and tables(vm) == before
 
 
-@pytest.mark.parametrize("parts", [("vm", "vcpu", "run"), ("vm", "vcpu", "run", "vgic")], ids="-".join)
-def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_trace, tables, host, parts):
+@pytest.mark.parametrize(
+    "parts",
+    [(Part.VM, Part.VCPU, Part.RUN), (Part.VM, Part.VCPU, Part.RUN, Part.VGIC)],
+    ids=lambda parts: "-".join(part.value for part in parts),
+)
+def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_trace, tables, parts):
     """The VM's descriptor, the vCPU's, the mapping of its run page and the VGIC's descriptor, in every order: the last
     one closed frees."""
     for order in itertools.permutations(parts):
         vm = make_vm()
-        if "vgic" in parts:
+        if Part.VGIC in parts:
             vgic = make_vgic(vm)
             vgic.place(Frame.DISTRIBUTOR, GICD)
             vgic.place(Frame.CPU_INTERFACE, GICC)
@@ -114,10 +119,10 @@ def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_tr
         vm.guest.write(IPA, 1)
         own = tables(vm)
         vm.alive = False
-        for number, what in enumerate(order, 1):
+        for number, part in enumerate(order, 1):
             with page_trace() as pages:
-                host.agent(op.vm_close, vm=vm.id, what=what)
-            assert own <= pages.freed if number == len(order) else not own & pages.freed, f"{order}, after {what}"
+                calls.close_part(vm, part)
+            assert own <= pages.freed if number == len(order) else not own & pages.freed, f"{order}, after {part}"
 
 
 def test_memory_unmapped_before_and_after_the_vm(make_vm, tables, page_trace):
@@ -134,13 +139,12 @@ def test_memory_unmapped_before_and_after_the_vm(make_vm, tables, page_trace):
         assert own <= pages.freed
 
 
-def test_destroyed_from_another_thread(vm, tables, page_trace, host):
+def test_destroyed_from_another_thread(vm, tables, page_trace):
     vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA, 16)
     own = tables(vm)
-    vm.alive = False
     with page_trace() as pages:
-        host.agent(op.vm_destroy_elsewhere, vm=vm.id)
+        calls.close_in_another_thread(vm)
     assert own <= pages.freed
 
 
@@ -152,9 +156,8 @@ def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
     try:
         vm.guest.fill(IPA, 16)
         own = tables(vm)
-        vm.alive = False
         with page_trace() as held:
-            host.agent(op.vm_destroy, vm=vm.id)
+            calls.close(vm)
     finally:
         with page_trace() as pages:
             child.end()

@@ -4,20 +4,19 @@
 complains of a sleeping allocation under kvm->mmu_lock, of lock order, of a freed page that is written.
 """
 
-import gzip
-
 import pytest
+from arm_kvm.host import selfchecks
 
 WANTED = ["PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_VM", "SLUB_DEBUG_ON", "PAGE_POISONING"]
 pytestmark = pytest.mark.needs("debug")
 
 
 def test_the_checks_are_compiled_in(host):
-    config = gzip.decompress(bytes.fromhex(host.ssh.run("od -An -v -tx1 /proc/config.gz"))).decode()
+    config = selfchecks.configuration(host)
     assert [name for name in WANTED if f"CONFIG_{name}=y" not in config] == []
 
 
 def test_the_checks_are_switched_on(host):
-    assert "page_poison=1" in host.ssh.run("cat /proc/cmdline")
-    assert host.ssh.run("cd /sys/kernel/slab; grep -L 1 kmalloc-*/poison kmalloc-*/sanity_checks", check=False) == ""
-    assert int(host.ssh.run("awk '/ debug_locks:/ {print $2}' /proc/lockdep_stats")) == 1
+    assert "page_poison=1" in selfchecks.command_line(host)
+    assert selfchecks.unchecked_caches(host) == []
+    assert selfchecks.lock_checking(host)

@@ -5,38 +5,18 @@ mapped half; the next run succeeds (virt/kvm/arm/mmu.c user_mem_abort, kvm_mmu_t
 """
 
 import errno
+from functools import partial
 
 import pytest
-from arm_kvm.guest.driver import Order
-from arm_kvm.guest.payload import MAILBOX_SIZE
 from arm_kvm.host.facilities import free_memory
 from arm_kvm.model.kvm.memcache import pages_needed
-from arm_kvm.vmm.client import op, request
+from arm_kvm.model.kvm.memslots import Memslot, SlotFlags
+from arm_kvm.vmm import injection
+from arm_kvm.vmm.injection import every_failure
 from arm_kvm.vmm.memory import BLOCK, PAGE
 
 IPA = 0x8000_0000
-MOST = 200  #: allocations of one call that are tried
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2), pytest.mark.needs("fail-nth")]
-
-
-def every_failure(host, wanted, undo, refused=lambda: None):
-    """Carry a request out with its first allocation failing, its second, ... until none is left: the errnos.
-
-    ``refused`` is called after each that answers one.
-    """
-    answers = []
-    for n in range(1, MOST):
-        injected, code, result = host.agent(op.fail_nth, n=n, op=wanted.name, args=wanted.args)
-        if not injected:
-            assert code == 0
-            undo(result)
-            return answers
-        answers.append(code)
-        if code == 0:  # a fallback served
-            undo(result)
-        else:
-            refused()
-    raise AssertionError(f"{wanted.name} makes more than {MOST} allocations")
 
 
 @pytest.fixture
@@ -47,42 +27,35 @@ def vm(vm):
 
 
 @pytest.fixture
-def store_failing(host, vm):
+def store_failing(vm):
     """``store_failing(n)``: vCPU 1 stores to IPA, and the n-th allocation of its KVM_RUN fails, if there is one."""
-
-    run = request(op.vcpu_run, vm=vm.id, vcpu=1)
-
-    def attempt(n):
-        guest = vm.guests[1]
-        vm.mailboxes.write(MAILBOX_SIZE, guest.issue([Order("fill", IPA, 0, 1, PAGE, wrote=(IPA, 4))]))
-        injected, code, _ = host.agent(op.fail_nth, n=n, op=run.name, args=run.args)
-        guest.running = False
-        if code:
-            vm.vcpus[1].restart()  # or it would go on where it failed
-        return injected, code
-
-    return attempt
+    return partial(injection.store, vm, 1, IPA)
 
 
 def test_table_pages_of_a_fault(vm, stage2, store_failing):
     """A far-apart page with an empty cache: each of the pages that fill it fails once."""
     vm.add_memory(IPA, PAGE).write(0, b"host")  # the page itself is there: only KVM allocates
     tables = len(stage2(vm).tables.pages)
-    refused = 0
-    while (answer := store_failing(refused + 1)) != (False, 0):
-        assert answer == (True, errno.ENOMEM)
-        refused += 1
-        now = stage2(vm)
-        assert now.leaf(IPA) is None and len(now.tables.pages) == tables
+
+    def attempt(n):
+        made = store_failing(n)
+        if made.errno:
+            now = stage2(vm)
+            assert now.leaf(IPA) is None and len(now.tables.pages) == tables
+        return made
+
+    answers = every_failure(attempt)
+    assert set(answers) == {errno.ENOMEM}
     # What was got before a failure is kept: the n-th try needs n - 1 pages less, so each page failed in about half.
-    assert refused >= pages_needed(stage2(vm).regime)
+    assert len(answers) >= pages_needed(stage2(vm).regime)
     assert stage2(vm).leaf(IPA).writable
     assert vm.guest.read(IPA) == IPA  # what fill stores
 
 
 def test_run_after_a_failure_succeeds(vm, store_failing):
     vm.add_memory(IPA, PAGE).write(0, b"host")
-    assert store_failing(1) == (True, errno.ENOMEM)
+    made = store_failing(1)
+    assert (made.injected, made.errno) == (True, errno.ENOMEM)
     vm.guests[1].write(IPA, 7)
     assert vm.guest.read(IPA) == 7
 
@@ -90,7 +63,8 @@ def test_run_after_a_failure_succeeds(vm, store_failing):
 def test_a_block_or_nothing(vm, stage2, store_failing):
     """A huge page whose table cannot be had is not mapped in part."""
     vm.add_memory(IPA, BLOCK, align=BLOCK, huge=True).write(0, b"host")
-    assert store_failing(1) == (True, errno.ENOMEM)
+    made = store_failing(1)
+    assert (made.injected, made.errno) == (True, errno.ENOMEM)
     assert stage2(vm).mapped(IPA, BLOCK) == []
     vm.guests[1].write(IPA, 7)
     assert stage2(vm).leaf(IPA).is_block
@@ -100,49 +74,48 @@ def test_page_of_the_host(vm, stage2, store_failing):
     """Nothing behind the address yet, so that the host allocates, too: a run that fails has mapped nothing."""
     vm.add_memory(IPA, PAGE, align=BLOCK)
     vm.guests[1].ping()
-    answers = set()
-    for n in range(1, MOST):
-        injected, code = store_failing(n)
-        if not injected:
-            break
-        answers.add(code)
-        assert code == 0 or stage2(vm).leaf(IPA) is None
+
+    def attempt(n):
+        made = store_failing(n)
+        assert made.errno == 0 or stage2(vm).leaf(IPA) is None
+        return made
+
+    answers = every_failure(attempt)
     # EFAULT: the page itself could not be had (hva_to_pfn: KVM_PFN_ERR_FAULT)
-    assert errno.ENOMEM in answers and answers <= {0, errno.ENOMEM, errno.EFAULT}
+    assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM, errno.EFAULT}
     assert stage2(vm).leaf(IPA).writable
 
 
 def test_creation_of_a_vm(host, vm):
     """KVM_CREATE_VM, its root table included: refused as a whole each time, and made in the end."""
-    answers = every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number))
+    answers = every_failure(partial(injection.create_vm, host.agent))
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
-def test_creation_of_a_memslot(host, vm, stage2):
+def test_creation_of_a_memslot(vm):
     """KVM_SET_USER_MEMORY_REGION: no memslot comes of a failure."""
     memory = vm.memory(64 * PAGE)
+    slot = Memslot(7, IPA, memory.size, memory.hva, SlotFlags.LOG_DIRTY_PAGES)
 
-    def memslot(size, flags):
-        return request(op.vm_memslot, vm=vm.id, slot=7, ipa=IPA, size=size, hva=memory.hva, flags=flags)
+    def attempt(n):
+        made = injection.set_memslot(vm, slot, n)
+        if made.errno:  # then nothing is there
+            vm.exits.clear()
+            vm.guest.read(IPA)
+            assert [exit_.ipa for exit_ in vm.exits] == [IPA]
+        return made
 
-    def delete(_):
-        host.agent.ask(memslot(size=0, flags=0))
-
-    def nothing_there():
-        vm.exits.clear()
-        vm.guest.read(IPA)
-        assert [exit_.ipa for exit_ in vm.exits] == [IPA]
-
-    answers = every_failure(host, memslot(memory.size, flags=1), delete, nothing_there)
+    answers = every_failure(attempt)
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
 def test_failures_leave_no_table_behind(host, make_vm):
     """200 VMs whose creation failed somewhere: less than a page each is missing afterwards."""
     make_vm()  # the process's first VM registers its notifier
-    every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number))
+    attempt = partial(injection.create_vm, host.agent)
+    every_failure(attempt)
     before = free_memory(host)
     failures = 0
     while failures < 200:
-        failures += len(every_failure(host, request(op.vm_create), lambda number: host.agent(op.vm_destroy, vm=number)))
+        failures += len(every_failure(attempt))
     assert before - free_memory(host) < failures * PAGE

@@ -5,13 +5,14 @@ be unmapped or lose a right; a guest's access must set the flag again, and the h
 """
 
 import pytest
+from arm_kvm.host import facilities
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.kvm.notifier import Call, Operation
-from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 idle = pytest.mark.needs("idle-tracking")
 
 
@@ -20,24 +21,27 @@ def young(scene, page):
 
 
 @idle
+@resting
 def test_marking_idle_clears_the_access_flag(scene):
     with scene.host_does(Operation.AGE, 8, 16):
         scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
-    if not scene.busy:
-        assert not any(young(scene, page) for page in range(8, 24))
-        assert young(scene, 7) and young(scene, 24)
+    assert not any(young(scene, page) for page in range(8, 24))
+    assert young(scene, 7) and young(scene, 24)
     scene.settle()
 
 
 @idle
+@hammering
+def test_marking_idle_while_guests_write(scene):
+    with scene.host_does(Operation.AGE, 8, 16):
+        scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
+    scene.settle()
+
+
+@idle
+@resting
 def test_the_guests_access_is_seen(scene):
     scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
-    if scene.busy:
-        with scene.guests_at_work():
-            pass
-        assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [False] * 16
-        scene.settle()
-        return
     assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [True] * 16
     scene.vm.guest.read(IPA + 8 * PAGE)
     scene.vm.guest.write(IPA + 9 * PAGE, 1)
@@ -46,32 +50,58 @@ def test_the_guests_access_is_seen(scene):
 
 
 @idle
+@hammering
+def test_the_stores_of_both_guests_are_seen(scene):
+    scene.memory.mark_idle(8 * PAGE, 16 * PAGE)
+    scene.guests_write_every_page()
+    assert scene.memory.idle(8 * PAGE, 16 * PAGE) == [False] * 16
+    scene.settle()
+
+
+@idle
+@resting
 def test_the_entry_is_as_it_was_after_the_next_access(scene):
     """The access sets the flag again, and nothing else."""
-    if scene.busy:
-        with scene.guests_at_work():
-            for _ in range(8):
-                scene.memory.mark_idle()
-        scene.settle()
-        return
     leaf = scene.leaf(8)
     scene.memory.mark_idle(8 * PAGE, PAGE)
     scene.vm.guest.read(IPA + 8 * PAGE)
     assert scene.leaf(8) == leaf
 
 
-@pytest.mark.feature("MADV_PAGEOUT")
-def test_reclaim_ages_first(scene, host, swap):
-    """Up to 6.8 MADV_PAGEOUT asks whether a page was used before it takes it: clear_flush_young."""
+@idle
+@hammering
+def test_marking_idle_again_and_again(scene):
+    with scene.guests_at_work():
+        for _ in range(8):
+            scene.memory.mark_idle()
+    scene.settle()
+
+
+@pytest.fixture
+def pageout_ages(host, swap):
+    """Up to 6.8 the first MADV_PAGEOUT asks whether a page was used, and takes none that was: clear_flush_young."""
     if host.kernel_version >= (6, 9):
         pytest.skip("since 6.9 MADV_PAGEOUT does not ask (mm/vmscan.c reclaim_folio_list, ignore_references)")
-    host.agent(op.memory_drain)
+
+
+@resting
+@pytest.mark.feature("MADV_PAGEOUT")
+def test_reclaim_ages_first(scene, host, pageout_ages):
+    facilities.drain_lru(host)
     with scene.host_does(Operation.AGE, 8, 16):
         scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
-    if not scene.busy:
-        assert not any(young(scene, page) for page in range(8, 24))
-        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
-        assert young(scene, 8) and not young(scene, 9)
+    assert not any(young(scene, page) for page in range(8, 24))
+    assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    assert young(scene, 8) and not young(scene, 9)
+    scene.settle()
+
+
+@hammering
+@pytest.mark.feature("MADV_PAGEOUT")
+def test_reclaim_ages_first_while_guests_write(scene, host, pageout_ages):
+    facilities.drain_lru(host)
+    with scene.host_does(Operation.AGE, 8, 16):
+        scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
     scene.settle()
 
 
@@ -81,7 +111,7 @@ def test_reclaim_asks_before_it_takes(scene, host, cgroup, swap, trace):
     more.write(0, bytes(4 << 20))
     scene.vm.add_memory(IPA + (1 << 24), 4 << 20, memory=more)
     scene.vm.guest.fill(IPA + (1 << 24), 1024)
-    with scene.hammering_if_busy(), trace(f"kvm:{Call.AGE.value}", f"kvm:{Call.UNMAP.value}") as events:
+    with scene.guest_activity(), trace(f"kvm:{Call.AGE.value}", f"kvm:{Call.UNMAP.value}") as events:
         cgroup.reclaim(2 << 20)
     calls = {Call(event.name) for event in events}
     assert Call.UNMAP in calls

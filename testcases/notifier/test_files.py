@@ -11,6 +11,7 @@ from arm_kvm.vmm.memory import BLOCK, PAGE, File
 
 IPA = 0x8000_0000
 SIZE = 64 * PAGE
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
@@ -37,11 +38,18 @@ def scene(make_scene, file):
     return make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file))
 
 
+@resting
 def test_punched_hole(scene, file):
     with scene.host_does(Operation.PUNCH_HOLE, 8, 16):
         file.punch_hole(8 * PAGE, 16 * PAGE)
-    if not scene.busy:
-        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
+    assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
+    scene.settle(lost=range(8, 24))
+
+
+@hammering
+def test_punched_hole_while_guests_write(scene, file):
+    with scene.host_does(Operation.PUNCH_HOLE, 8, 16):
+        file.punch_hole(8 * PAGE, 16 * PAGE)
     scene.settle(lost=range(8, 24))
 
 
@@ -52,13 +60,21 @@ def test_hole_of_parts_of_pages(scene, file):
     scene.settle(lost=[9, 10])
 
 
+@resting
 def test_truncated_and_grown_again(scene, file):
-    with scene.hammering_if_busy():
+    with scene.host_does(Operation.TRUNCATE, 32, 32):
+        file.truncate(32 * PAGE)
+    with pytest.raises(RunFailed):
+        scene.vm.guest.read(IPA + 32 * PAGE)
+    file.truncate(SIZE)
+    scene.settle(lost=range(32, 64))
+
+
+@hammering
+def test_truncated_and_grown_again_while_guests_write(scene, file):
+    with scene.guests_at_work():
         with scene.host_does(Operation.TRUNCATE, 32, 32):
             file.truncate(32 * PAGE)
-        if not scene.busy:
-            with pytest.raises(RunFailed):
-                scene.vm.guest.read(IPA + 32 * PAGE)
         file.truncate(SIZE)
     scene.settle(lost=range(32, 64))
 
@@ -83,13 +99,25 @@ def test_private_mapping_of_a_file(make_scene, file):
     scene.settle()
 
 
-def test_page_cache_eviction(make_scene, file_on_disk, reclaim):
-    """Pages that were written back are evicted and read again from the disk."""
+@pytest.fixture
+def written_back(make_scene, file_on_disk):
+    """64 pages of a file on a disk, written back."""
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
     with scene.host_does(Operation.WRITE_BACK):
         file_on_disk.sync()
-    scene.page_out(reclaim, Operation.FILE_OUT, 8, 16)
-    if not scene.busy:
-        assert not scene.memory.frames(8 * PAGE, 16 * PAGE).any()
-        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
-    scene.settle()
+    return scene
+
+
+@resting
+def test_page_cache_eviction(written_back, reclaim):
+    """Clean pages are evicted and read again from the disk."""
+    written_back.page_out(reclaim, Operation.FILE_OUT, 8, 16)
+    assert not written_back.memory.frames(8 * PAGE, 16 * PAGE).any()
+    assert written_back.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    written_back.settle()
+
+
+@hammering
+def test_page_cache_eviction_while_guests_write(written_back, reclaim):
+    written_back.page_out(reclaim, Operation.FILE_OUT, 8, 16)
+    written_back.settle()

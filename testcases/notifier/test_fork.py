@@ -9,23 +9,35 @@ from arm_kvm.model.kvm.notifier import Operation
 from arm_kvm.vmm.memory import PAGE
 
 IPA = 0x8000_0000
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
+@resting
 def test_fork_takes_write_permission(scene, fork):
     """What the guest may still write is not what the child has. (5.4.y copies for a guest that only reads, too:
     17839856fd58, "gup: document and work around 'COW can break either way' issue".)"""
     kept = scene.memory.frame()
-    with scene.hammering_if_busy():
+    with scene.host_does(Operation.FORK):
+        child = fork()
+    at_fork = child.read(scene.memory, 0, scene.memory.size)
+    scene.stage2()
+    assert scene.vm.guest.read(IPA + 8) == 1
+    assert not (scene.leaf(0).writable and scene.leaf(0).pa == kept)
+    scene.guests_write_every_page()
+    assert child.read(scene.memory, 0, scene.memory.size) == at_fork
+    scene.settle()
+
+
+@hammering
+def test_fork_while_guests_write(scene, fork):
+    """The child keeps what it had at the fork, whatever the guests write since."""
+    with scene.guests_at_work():
         with scene.host_does(Operation.FORK):
             child = fork()
         at_fork = child.read(scene.memory, 0, scene.memory.size)
         scene.stage2()
-    if not scene.busy:
-        assert scene.vm.guest.read(IPA + 8) == 1
-        assert not (scene.leaf(0).writable and scene.leaf(0).pa == kept)
-    with scene.guests_at_work():
-        pass
+    scene.guests_write_every_page()
     assert child.read(scene.memory, 0, scene.memory.size) == at_fork
     scene.settle()
 
@@ -39,21 +51,14 @@ def test_guest_writes_first(scene, fork):
     assert scene.leaf(5).writable
     assert scene.leaf(5).pa == scene.memory.frame(5 * PAGE) != kept
     assert scene.memory.read(5 * PAGE + 0x800, 2) == b"\xfe\xca"
-    with scene.guests_at_work():
-        pass
+    scene.guests_write_every_page()
     scene.settle()
 
 
+@resting
 def test_parent_writes_first(scene, fork):
     """Its copy replaces the old frame in stage 2: the guest sees what the parent wrote."""
     fork()
-    if scene.busy:
-        with scene.guests_at_work():
-            for page in range(16):
-                scene.memory.write(page * PAGE + 0x800, b"here")
-                scene.stage2()
-        scene.settle()
-        return
     assert scene.vm.guest.read(IPA + 8) == 1  # has a level 3 table made
     with scene.host_does(Operation.COW_COPY, 5, 1):
         scene.memory.write(5 * PAGE + 0x800, b"\xfe\xca\0\0")
@@ -61,30 +66,57 @@ def test_parent_writes_first(scene, fork):
     scene.settle()
 
 
+@hammering
+def test_parent_and_guests_write_at_once(scene, fork):
+    fork()
+    with scene.guests_at_work():
+        for page in range(16):
+            scene.memory.write(page * PAGE + 0x800, b"here")
+            scene.stage2()
+    scene.settle()
+
+
+@resting
 def test_child_writes_first(scene, fork):
     """The child gets the copy; parent and guest keep the frame, and KVM is told nothing."""
     child = fork()
     frame = scene.memory.frame(5 * PAGE)
     with scene.host_does(Operation.CHILD_WRITE, 5, 1):
         child.write(scene.memory, 5 * PAGE + 0x800, b"\xfe\xca\0\0")
-    if not scene.busy:
-        assert scene.vm.guest.read(IPA + 5 * PAGE + 0x800) == 0
-        assert scene.memory.frame(5 * PAGE) == frame
+    assert scene.vm.guest.read(IPA + 5 * PAGE + 0x800) == 0
+    assert scene.memory.frame(5 * PAGE) == frame
     scene.settle()
 
 
+@hammering
+def test_child_and_guests_write_at_once(scene, fork):
+    child = fork()
+    with scene.host_does(Operation.CHILD_WRITE, 5, 1):
+        child.write(scene.memory, 5 * PAGE + 0x800, b"\xfe\xca\0\0")
+    scene.settle()
+
+
+@resting
 def test_sole_owner_keeps_its_page(scene, fork):
-    """After the child's exit the parent may write without a copy: then nobody is told."""
+    """Once the child has a copy of its own, the parent may write without one: KVM is told nothing."""
     child = fork()
     assert scene.vm.guest.read(IPA + 5 * PAGE) >= 1
     child.write(scene.memory, 5 * PAGE, b"gone")
     frame = scene.memory.frame(5 * PAGE)
-    if not scene.busy:
-        with scene.host_does(Operation.COW_REUSE, 5, 1):
-            scene.memory.write(5 * PAGE + 0x800, b"here")
-        assert scene.memory.frame(5 * PAGE) == frame
-    with scene.guests_at_work():
-        pass
+    with scene.host_does(Operation.COW_REUSE, 5, 1):
+        scene.memory.write(5 * PAGE + 0x800, b"here")
+    assert scene.memory.frame(5 * PAGE) == frame
+    scene.guests_write_every_page()
+    scene.settle()
+
+
+@hammering
+def test_guests_of_the_sole_owner_write(scene, fork):
+    """The child has its copy of a page, which the guest has read before; then the guests write to it, and to all."""
+    child = fork()
+    assert scene.vm.guest.read(IPA + 5 * PAGE) >= 1
+    child.write(scene.memory, 5 * PAGE, b"gone")
+    scene.guests_write_every_page()
     scene.settle()
 
 

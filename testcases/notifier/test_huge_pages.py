@@ -6,14 +6,14 @@ collapse_huge_page moves 512 pages into one. A block must never map what is no l
 
 import numpy as np
 import pytest
+from arm_kvm.host import huge_pages
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
-from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
 
 IPA = 0x8000_0000
 IN_A_BLOCK = BLOCK // PAGE
-resting = pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
@@ -31,17 +31,24 @@ def huge(make_scene):
     return scene
 
 
+@resting
 def test_dontneed_of_a_page_in_a_block(huge):
     with huge.host_does(Operation.DONTNEED, 5, 1):
         huge.memory.advise(Advice.DONTNEED, 5 * PAGE, PAGE)
-    if not huge.busy:
-        assert huge.vm.guest.read(IPA + 5 * PAGE) == 0
-        assert not huge.leaf(5).is_block and huge.leaf(IN_A_BLOCK).is_block
+    assert huge.vm.guest.read(IPA + 5 * PAGE) == 0
+    assert not huge.leaf(5).is_block and huge.leaf(IN_A_BLOCK).is_block
+    huge.settle(lost=[5])
+
+
+@hammering
+def test_dontneed_of_a_page_in_a_block_while_guests_write(huge):
+    with huge.host_does(Operation.DONTNEED, 5, 1):
+        huge.memory.advise(Advice.DONTNEED, 5 * PAGE, PAGE)
     huge.settle(lost=[5])
 
 
 def test_protecting_a_page_in_a_block(huge):
-    with huge.hammering_if_busy():
+    with huge.guest_activity():
         with huge.host_does(Operation.MPROTECT_READ, 9, 1):
             huge.memory.protect(Prot.READ, 9 * PAGE, PAGE)
         with huge.host_does(Operation.MPROTECT_WIDER, 9, 1):
@@ -62,7 +69,7 @@ def test_split_by_moving_a_page(huge):
     """mremap of one page splits the block; its neighbours stay what and where they were."""
     elsewhere = huge.vm.memory(PAGE)
     page = huge.memory.part(7 * PAGE, PAGE)
-    with huge.hammering_if_busy():
+    with huge.guest_activity():
         with huge.host_does(Operation.MREMAP, 7, 1):
             page.move(elsewhere)
         elsewhere.move(page)
@@ -70,14 +77,20 @@ def test_split_by_moving_a_page(huge):
     huge.settle()
 
 
+@resting
 def test_split_of_the_page_itself(huge, host, ssh):
     """debugfs split_huge_pages: the frame is no longer one, and no block may map it."""
-    host.agent(op.memory_drain)  # a page that waits for the LRU is in use
     with huge.host_does(Operation.THP_SPLIT_PAGE):
-        ssh.run("echo 1 > /sys/kernel/debug/split_huge_pages")
-    if not huge.busy:
-        assert huge.vm.guest.read(IPA + 8) == 1
-        assert not huge.leaf(0).is_block
+        huge_pages.split_all(host)
+    assert huge.vm.guest.read(IPA + 8) == 1
+    assert not huge.leaf(0).is_block
+    huge.settle()
+
+
+@hammering
+def test_split_of_the_page_itself_while_guests_write(huge, host, ssh):
+    with huge.host_does(Operation.THP_SPLIT_PAGE):
+        huge_pages.split_all(host)
     huge.settle()
 
 
@@ -97,25 +110,13 @@ def test_copy_on_write_of_a_huge_page(huge, fork, host):
     huge.settle()
 
 
-@pytest.fixture
-def huge_files(host, ssh):
-    """Shared memory and memfds get huge pages."""
-    enabled = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    ssh.run(f"echo always > {enabled}")
-    yield
-    ssh.run(f"echo never > {enabled}")
-
-
-def test_split_of_a_huge_page_of_a_file(make_scene, huge_files, host, known_fault):
+def test_split_of_a_huge_page_of_a_file(make_scene, huge_files, known_fault):
     """Its mapping is not split but dropped: pages of a file are found again when they are asked for."""
     scene = make_scene(2 * IN_A_BLOCK, shared=True)
     frames = scene.memory.frames()
     in_a_row = frames[0] % BLOCK == 0 and (np.diff(frames[:IN_A_BLOCK]) == PAGE).all()
-    if in_a_row and not scene.leaf(0).is_block and host.kernel_version < (5, 4):
-        known_fault(
-            "huge pages of files are mapped page by page (until 169226f7e0d2, "
-            '"mm: thp: handle page cache THP correctly in PageTransCompoundMap", 5.4)'
-        )
+    if in_a_row and not scene.leaf(0).is_block:
+        known_fault("no-blocks-of-files")
     assert scene.leaf(0).is_block and scene.leaf(IN_A_BLOCK).is_block
     with scene.host_does(Operation.THP_SPLIT_FILE, 9, 1):
         scene.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
@@ -126,21 +127,30 @@ def slept(said):
     return "include/linux/mmu_notifier.h" in said and "Comm: khugepaged" in said
 
 
-SLEPT = "collapse_huge_page() ends the notifier's range while it has a page table mapped (5.4, HIGHPTE)"
-
-
-def test_collapse(make_scene, khugepaged, quiet):
-    """512 pages become a huge page: the old frames go, and the guest's next fault may map a block."""
+@pytest.fixture
+def collapsed(make_scene, khugepaged):
+    """1,024 pages that khugepaged has made two huge pages of: their old frames have gone."""
     scene = make_scene(2 * IN_A_BLOCK)
     assert not scene.leaf(0).is_block
     with scene.host_does(Operation.THP_COLLAPSE):
         scene.memory.advise(Advice.HUGEPAGE)
-        khugepaged()
-    if not scene.busy:
-        assert scene.vm.guest.read(IPA + 8) == 1
-        assert scene.leaf(0).is_block
-    scene.settle()
-    quiet(slept, SLEPT)
+        khugepaged.scan()
+    return scene
+
+
+@resting
+def test_collapse(collapsed, quiet):
+    """The guest's next fault maps a block."""
+    assert collapsed.vm.guest.read(IPA + 8) == 1
+    assert collapsed.leaf(0).is_block
+    collapsed.settle()
+    quiet(slept, "sleeps-with-page-table-mapped")
+
+
+@hammering
+def test_collapse_while_guests_write(collapsed, quiet):
+    collapsed.settle()
+    quiet(slept, "sleeps-with-page-table-mapped")
 
 
 @pytest.fixture
@@ -150,7 +160,7 @@ def asked(khugepaged, trace):
     def look(scene):
         with trace(*(f"kvm:{call.value}" for call in (Call.TEST, Call.UNMAP))) as events:
             scene.memory.advise(Advice.HUGEPAGE)
-            khugepaged()
+            khugepaged.scan()
         calls = [(call, start - scene.memory.hva & -BLOCK) for call, (start, _) in calls_in(events)]
         return [{at for call, at in calls if call is wanted} & {0, BLOCK} for wanted in (Call.TEST, Call.UNMAP)]
 
@@ -168,7 +178,7 @@ def test_what_only_the_guest_uses(make_scene, asked, quiet):
     scene.memory.advise(Advice.COLD)  # clears the host's own flags, and tells nobody
     assert asked(scene) == [{0, BLOCK}, {0, BLOCK}]
     scene.settle()
-    quiet(slept, SLEPT)
+    quiet(slept, "sleeps-with-page-table-mapped")
 
 
 @resting
@@ -187,7 +197,7 @@ def test_hugetlbfs(make_scene):
     """Explicit huge pages: taken away as a whole, given back as a whole."""
     scene = make_scene(2 * IN_A_BLOCK, huge=True)
     assert scene.leaf(0).is_block
-    with scene.hammering_if_busy():
+    with scene.guest_activity():
         with scene.host_does(Operation.MPROTECT_NONE, 0, IN_A_BLOCK):
             scene.memory.protect(Prot.NONE, 0, BLOCK)
         scene.memory.protect(Prot.READ_WRITE, 0, BLOCK)

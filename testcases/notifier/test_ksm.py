@@ -6,17 +6,16 @@ now shared (kvm_set_spte_hva): stage 2 may map it, read-only.
 
 import numpy as np
 import pytest
+from arm_kvm.host import facilities
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
-from arm_kvm.vmm.client import op, request
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
 SAME = range(8, 24)
 MANY = 2048  #: pages, so that the guests are at others most of the time
 _TRIES = 20
-#: Pages that are written all the time are not merged.
-resting = pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
@@ -30,10 +29,6 @@ def alike(scene):
     scene.memory.advise(Advice.UNMERGEABLE)
 
 
-def merge(scene):
-    return scene.vm.agent.ask(request(op.memory_merge), deadline=60.0)
-
-
 def frames(scene):
     return {int(frame) for frame in scene.memory.frames(SAME.start * PAGE, len(SAME) * PAGE)}
 
@@ -43,7 +38,7 @@ def test_merge(alike, host, witness):
     """All alike become one frame; the guest reads it there, and may not write it."""
     vm, before = alike.vm, alike.memory.frames()
     with witness(Operation.KSM_PROTECT, alike.memory, SAME.start * PAGE, len(SAME) * PAGE) as seen:
-        merge(alike)
+        facilities.merge_pages(host)
         for page in np.flatnonzero(alike.memory.frames() != before).tolist():
             seen.also(Operation.KSM_MERGE, alike.memory, page * PAGE, PAGE)
     assert len(frames(alike)) == 1
@@ -55,8 +50,8 @@ def test_merge(alike, host, witness):
 
 
 @resting
-def test_a_store_of_the_guest_unmerges(alike):
-    merge(alike)
+def test_a_store_of_the_guest_unmerges(alike, host):
+    facilities.merge_pages(host)
     alike.vm.guest.write(IPA + 9 * PAGE, 0xCAFE)
     assert alike.leaf(9).writable
     assert len(frames(alike)) == 2
@@ -65,8 +60,8 @@ def test_a_store_of_the_guest_unmerges(alike):
 
 
 @resting
-def test_a_store_of_the_host_unmerges(alike, witness):
-    merge(alike)
+def test_a_store_of_the_host_unmerges(alike, host, witness):
+    facilities.merge_pages(host)
     assert alike.vm.guest.read(IPA + 9 * PAGE) == alike.vm.guest.read(IPA + 10 * PAGE)
     with witness(Operation.KSM_UNSHARE, alike.memory, 9 * PAGE, PAGE):
         alike.memory.write(9 * PAGE, b"\xfe\xca\0\0")
@@ -74,7 +69,7 @@ def test_a_store_of_the_host_unmerges(alike, witness):
     assert alike.vm.guest.read(IPA + 10 * PAGE) == int.from_bytes(b"alik", "little")
 
 
-@pytest.mark.parametrize("busy", [True], indirect=True, ids=["hammering"])
+@hammering
 def test_merging_while_guests_write(make_scene, host, trace):
     """Pages alike but for the moment when a guest adds to one and not yet to the next, a round of many others away.
 
@@ -88,7 +83,7 @@ def test_merging_while_guests_write(make_scene, host, trace):
 
     def told():
         with trace(f"kvm:{Call.UNMAP.value}") as events:
-            merge(scene)
+            facilities.merge_pages(host)
             scene.stage2()
         return any(at <= hva - scene.memory.hva < at + size for _, (hva, _) in calls_in(events))
 
@@ -96,7 +91,7 @@ def test_merging_while_guests_write(make_scene, host, trace):
         merged = any(told() for _ in range(_TRIES))
         assert merged or host.kernel_version < (5, 0), "ksmd found no two pages alike"
         for _ in range(3):
-            merge(scene)
+            facilities.merge_pages(host)
             scene.stage2()
     scene.settle()
     scene.memory.advise(Advice.UNMERGEABLE, at, size)

@@ -7,16 +7,25 @@ import pytest
 from arm_kvm.model.kvm.notifier import Operation
 from arm_kvm.vmm.memory import PAGE, Advice
 
+IPA = 0x8000_0000
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
+@resting
 def test_dontneed(scene):
     """The pages are gone at once, and the guest finds zeroes."""
     with scene.host_does(Operation.DONTNEED, 8, 16) as seen:
         scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
-    if not scene.busy:
-        assert all(seen.after[scene.vm.id].leaf(0x8000_0000 + page * PAGE) is None for page in range(8, 24))
-        assert scene.vm.guest.read(0x8000_0000 + 8 * PAGE) == 0
+    assert all(seen.after[scene.vm.id].leaf(IPA + page * PAGE) is None for page in range(8, 24))
+    assert scene.vm.guest.read(IPA + 8 * PAGE) == 0
+    scene.settle(lost=range(8, 24))
+
+
+@hammering
+def test_dontneed_while_guests_write(scene):
+    with scene.host_does(Operation.DONTNEED, 8, 16):
+        scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     scene.settle(lost=range(8, 24))
 
 
@@ -41,6 +50,5 @@ def test_free_keeps_what_is_written_again(scene):
     """
     with scene.host_does(Operation.FREE, 0, 32):
         scene.memory.advise(Advice.FREE, 0, 32 * PAGE)
-    with scene.guests_at_work():
-        pass
+    scene.guests_write_every_page()
     scene.settle()

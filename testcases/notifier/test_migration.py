@@ -5,9 +5,9 @@ mm/migrate.c unmap_and_move, mm/compaction.c, mm/memory-failure.c soft_offline_p
 
 import numpy as np
 import pytest
+from arm_kvm.host import facilities
 from arm_kvm.model.kvm.notifier import Call, Operation
 from arm_kvm.oracle.witness import calls_in
-from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import BLOCK, PAGE, Advice
 
 IPA = 0x8000_0000
@@ -21,7 +21,7 @@ def test_soft_offline(scene, host):
     """Each page leaves its frame, which is not used again; the content goes with it."""
     before = scene.memory.frames(8 * PAGE, 4 * PAGE)
     with scene.host_does(Operation.MIGRATE, 8, 4):
-        host.agent(op.memory_drain)  # a page that waits for the LRU on a CPU's list is busy
+        facilities.drain_lru(host)
         scene.memory.advise(Advice.SOFT_OFFLINE, 8 * PAGE, 4 * PAGE)
     assert not np.isin(scene.memory.frames(8 * PAGE, 4 * PAGE), before).any()
     scene.settle()
@@ -47,9 +47,9 @@ def test_compaction(make_scene, host, trace, ssh):
     kept = np.arange(0, PAGES, 8)
     for page in range(0, PAGES, 8):
         scene.memory.advise(Advice.DONTNEED, (page + 1) * PAGE, 7 * PAGE)
-    with scene.hammering_if_busy(), trace(f"kvm:{Call.UNMAP.value}") as events:
+    with scene.guest_activity(), trace(f"kvm:{Call.UNMAP.value}") as events:
         before = scene.memory.frames()[kept]
-        ssh.run("echo 1 > /proc/sys/vm/compact_memory")
+        facilities.compact_memory(host)
         scene.stage2()
     moved = kept[before != scene.memory.frames()[kept]]
     told = {start for _, (start, _) in calls_in(events)}

@@ -4,11 +4,12 @@ mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only w
 """
 
 import pytest
+from arm_kvm.host import facilities
 from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.client import op
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 #: With a host of their own: a page that was used after it was freed shows when it is given out again.
 pytestmark = [
     pytest.mark.native,
@@ -24,31 +25,33 @@ def accessed_late(said):
 
 
 @pytest.fixture
-def settle(scene, quiet, host):
+def settle(scene, quiet):
     """Settle the scene, and hear what the kernel has to say of pages that reclaim took from guests at work."""
 
     def end(**how):
         scene.settle(**how)
-        quiet(
-            accessed_late if host.kernel_version < (6, 13) else lambda said: False,
-            "kvm_set_pfn_accessed() of a page that reclaim has freed: handle_access_fault() has let the lock go (until "
-            '2362506f7cff, "KVM: arm64: Don\'t mark "struct page" accessed when making SPTE young", 6.13)',
-        )
+        quiet(accessed_late, "accessed-after-reclaim")
 
     return end
 
 
+@resting
 def test_out_and_back(scene, settle, reclaim):
     scene.page_out(reclaim, Operation.SWAP_OUT, 8, 32)
-    if not scene.busy:
-        assert not scene.memory.frames(8 * PAGE, 32 * PAGE).any()
-        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    assert not scene.memory.frames(8 * PAGE, 32 * PAGE).any()
+    assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 9
+    settle()
+
+
+@hammering
+def test_out_and_back_while_guests_write(scene, settle, reclaim):
+    scene.page_out(reclaim, Operation.SWAP_OUT, 8, 32)
     settle()
 
 
 def test_in_by_the_host(scene, settle, reclaim):
     """The host's own touch brings the page back; KVM is told nothing, and maps it when the guest asks."""
-    with scene.hammering_if_busy():
+    with scene.guest_activity():
         scene.page_out(reclaim, Operation.SWAP_OUT, 8, 8)
         with scene.host_does(Operation.SWAP_IN, 8, 8):
             scene.memory.read(8 * PAGE, 8 * PAGE)
@@ -56,33 +59,40 @@ def test_in_by_the_host(scene, settle, reclaim):
 
 
 def test_out_again_and_again(scene, settle, reclaim):
-    with scene.hammering_if_busy():
+    with scene.guest_activity():
         for _ in range(4):
             scene.page_out(reclaim, Operation.SWAP_OUT)
             scene.memory.read(0, scene.memory.size)
     settle()
 
 
+@resting
 def test_freed_pages_are_reclaimed(scene, settle, reclaim):
     """Given up with MADV_FREE and not written since: reclaim drops them, and the guest finds zeroes."""
-    with scene.hammering_if_busy():
-        with scene.host_does(Operation.FREE, 8, 16):
-            scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
-        scene.page_out(reclaim, Operation.FREE_RECLAIMED, 8, 16)
-    if not scene.busy:
-        assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
+    with scene.host_does(Operation.FREE, 8, 16):
+        scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
+    scene.page_out(reclaim, Operation.FREE_RECLAIMED, 8, 16)
+    assert scene.vm.guest.read(IPA + 8 * PAGE + 8) == 0
     settle(lost=range(8, 24))
 
 
+@hammering
+def test_freed_pages_are_reclaimed_while_guests_write(scene, settle, reclaim):
+    with scene.guests_at_work():
+        with scene.host_does(Operation.FREE, 8, 16):
+            scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
+        scene.page_out(reclaim, Operation.FREE_RECLAIMED, 8, 16)
+    settle(lost=range(8, 24))
+
+
+@resting
 @pytest.mark.feature("MADV_PAGEOUT")  # which looks but once, if asked but once
-@pytest.mark.parametrize("busy", [False], indirect=True, ids=["resting"])
 def test_freed_pages_that_were_written_since_are_kept(scene, settle, host):
     """Reclaim takes the mapping of each, finds it dirty, and puts it back: the frame stays, this time."""
     scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
-    with scene.guests_at_work():
-        pass
+    scene.guests_write_every_page()
     frames = scene.memory.frames(8 * PAGE, 16 * PAGE)
-    host.agent(op.memory_drain)
+    facilities.drain_lru(host)
     with scene.host_does(Operation.RECLAIM_GIVEN_UP, 8, 16):
         for _ in range(1 if host.kernel_version >= (6, 9) else 2):  # up to 6.8 the first only ages
             scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)

@@ -13,17 +13,13 @@ from arm_kvm.support.errors import HostOsError
 from arm_kvm.vmm.memory import PAGE, Advice
 
 IPA = 0x8000_0000
+resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
+@resting
 def test_missing_pages_are_filled_in(scene):
     """The guest waits in its fault until the VMM has given the page, and then finds its content."""
-    if scene.busy:
-        with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults, scene.guests_at_work():
-            scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
-            scene.wait_for_a_round()
-        assert {offset // PAGE for offset, _ in faults.seen} == set(range(8, 24))
-        return
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults:
         got = [scene.vm.guest.read(IPA + page * PAGE) for page in range(8, 24)]
@@ -32,8 +28,17 @@ def test_missing_pages_are_filled_in(scene):
     scene.stage2()
 
 
-def test_write_protected_pages(scene, host):
-    """Stores wait for the VMM's permission; loads do not."""
+@hammering
+def test_missing_pages_are_filled_in_while_guests_write(scene):
+    with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults, scene.guests_at_work():
+        scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
+        scene.wait_for_a_round()
+    assert {offset // PAGE for offset, _ in faults.seen} == set(range(8, 24))
+
+
+@pytest.fixture
+def protectable(scene, host):
+    """The scene, on a kernel whose userfaultfd can write-protect."""
     if host.kernel_version < (5, 14):
         pytest.skip("userfaultfd of arm64 takes write protection in 5.10, and does nothing about it")
     try:
@@ -43,28 +48,52 @@ def test_write_protected_pages(scene, host):
         if e.errno != errno.EINVAL:
             raise
         pytest.skip(f"userfaultfd of this kernel cannot write-protect ({e.call})")
+    return scene
+
+
+@resting
+def test_write_protected_pages(protectable):
+    """Stores wait for the VMM's permission; loads do not."""
+    scene = protectable
     with ExitStack() as stack:
         with scene.host_does(Operation.UFFD_PROTECT, 8, 16):
             faults = stack.enter_context(scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True))
-        if scene.busy:
-            with scene.guests_at_work():
-                pass
-        else:
-            scene.vm.guest.read(IPA + 8 * PAGE)
-            assert not scene.leaf(8).writable
-            scene.vm.guest.fill(IPA + 8 * PAGE + 0x800, 4)
+        scene.vm.guest.read(IPA + 8 * PAGE)
+        assert not scene.leaf(8).writable
+        scene.vm.guest.fill(IPA + 8 * PAGE + 0x800, 4)
     assert {page // PAGE for page, _ in faults.seen} >= set(range(8, 12))
     scene.settle()
 
 
+@hammering
+def test_write_protected_pages_while_guests_write(protectable):
+    scene = protectable
+    with ExitStack() as stack:
+        with scene.host_does(Operation.UFFD_PROTECT, 8, 16):
+            faults = stack.enter_context(scene.memory.userfaults(8 * PAGE, 16 * PAGE, protect=True))
+        scene.guests_write_every_page()
+    assert {page // PAGE for page, _ in faults.seen} >= set(range(8, 12))
+    scene.settle()
+
+
+@resting
 def test_dontneed_under_userfaultfd(scene):
     """A page that is dropped again and again is asked for again and again."""
-    with scene.memory.userfaults(8 * PAGE, PAGE) as faults, scene.hammering_if_busy():
+    with scene.memory.userfaults(8 * PAGE, PAGE) as faults:
         for _ in range(3):
             with scene.host_does(Operation.DONTNEED, 8, 1):
                 scene.memory.advise(Advice.DONTNEED, 8 * PAGE, PAGE)
-            if not scene.busy:
-                scene.vm.guest.read(IPA + 8 * PAGE)
-    assert len(faults.seen) >= (1 if scene.busy else 3)
+            scene.vm.guest.read(IPA + 8 * PAGE)
+    assert len(faults.seen) >= 3
+    assert {offset for offset, _ in faults.seen} == {8 * PAGE}
+    scene.stage2()
+
+
+@hammering
+def test_dontneed_under_userfaultfd_while_guests_write(scene):
+    with scene.memory.userfaults(8 * PAGE, PAGE) as faults, scene.guests_at_work():
+        for _ in range(3):
+            with scene.host_does(Operation.DONTNEED, 8, 1):
+                scene.memory.advise(Advice.DONTNEED, 8 * PAGE, PAGE)
     assert {offset for offset, _ in faults.seen} == {8 * PAGE}
     scene.stage2()

@@ -57,7 +57,7 @@ def test_incongruent_memory_is_mapped_by_pages(vm, stage2):
     assert [stage2(vm).leaf(IPA + PAGE + i * PAGE).level for i in range(4)] == [3] * 4
 
 
-def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, host, stage2, known_fault):
+def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, stage2, known_fault):
     """The huge page reaches beyond the memslot: so would a block (6794ad5443a2)."""
     memory = vm.memory(BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
@@ -67,13 +67,10 @@ def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, host, stage2, known
         leaf = stage2(vm).leaf
     except Violation as violation:
         beyond = [(finding.kind, finding.ipa, finding.size) for finding in violation.findings]
-        if host.kernel_version >= (5, 0) or beyond != [(Verdict.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
+        if beyond != [(Verdict.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
             raise
         vm.destroy()
-        known_fault(
-            "a block reaches beyond its memslot (until 6794ad5443a2, "
-            '"KVM: arm/arm64: Fix unintended stage 2 PMD mappings", 5.0)'
-        )
+        known_fault("block-beyond-memslot")
     assert not leaf(IPA).is_block
     assert leaf(IPA + BLOCK - PAGE) is None
 

@@ -117,5 +117,5 @@ def test_injected_abort_has_a_clean_syndrome(vm, known_fault):
         vm.guest.execute(0x3000_0000)
     upper = caught.value.syndrome >> 32
     if upper == 0xFFFF_FFFF:
-        known_fault('ESR_EL1 is sign-extended ("arm64: esr: Define ESR_ELx_EC_* constants as UL", 2024)')
+        known_fault("injected-syndrome-sign-extended")
     assert upper == 0

@@ -34,7 +34,7 @@ def test_geometry_is_what_kvm_promises(vm, stage2):
     assert regime.vmid_bits in (8, 16) and 0 < regime.vmid < 1 << regime.vmid_bits
 
 
-def test_last_page(vm, host, stage2, known_fault):
+def test_last_page(vm, stage2, known_fault):
     """The guest reaches the top of the IPA space through its own stage 1: A32 has no other way."""
     vm.guest.ping()
     size = stage2(vm).regime.input_size
@@ -44,16 +44,13 @@ def test_last_page(vm, host, stage2, known_fault):
     try:
         memory = vm.add_memory(size - PAGE, PAGE)
     except HostOsError as e:
-        if e.errno != errno.EFAULT or host.kernel_version >= (5, 12):
+        if e.errno != errno.EFAULT:
             raise
-        known_fault(
-            "a memslot with the last page of the IPA space is refused (until 262b003d059c, "
-            '"KVM: arm64: Fix exclusive limit for IPA size", 5.12)'
-        )
+        known_fault("last-page-of-ipa-space-refused")
     vm.guest.enable_mmu(stage1)
     vm.guest.write(WINDOW + GIB - 4, 0x1A57)
     if [exit_.ipa for exit_ in vm.exits] == [(size - 4) & 0xFFFF_FFFF]:
-        known_fault("qemu-system-arm before 10.1 cuts HPFAR to a 32-bit IPA (s2addr); host a15-wide does not")
+        known_fault("qemu-arm-32-bit-hpfar")
     assert memory.read(PAGE - 4, 4) == b"\x57\x1a\0\0"
     assert stage2(vm).leaf(size - PAGE).pa == memory.frame()
 

@@ -55,10 +55,7 @@ def test_sign_extending_loads(vm, isa, known_fault, top_bit):
         if value != extended:
             lost_their_sign.append(access.name)
     if lost_their_sign:
-        known_fault(
-            f"{', '.join(lost_their_sign)}: vcpu_data_host_to_guest() masks the sign off again (arm64: since "
-            'b30070862edb; patch posted in 2026: "KVM: arm64: Fix sign-extension of MMIO loads")'
-        )
+        known_fault("mmio-load-without-sign", seen=", ".join(lost_their_sign))
 
 
 def test_every_register_can_be_loaded_and_stored(vm, isa):

@@ -62,10 +62,7 @@ def test_tables_in_a_read_only_memslot(vm, stage1, stage2, known_fault):
     except (RunFailed, GuestException) as e:
         assert e.errno == ENOSYS if isinstance(e, RunFailed) else e.kind == "data abort" and e.external
         assert stage2(vm).leaf(level2) is None
-        known_fault(
-            "a walk of tables in a read-only memslot is taken for a write: 32-bit KVM believes HSR.WnR, "
-            "arm64 did so until 406504c7b040"
-        )
+        known_fault("walk-of-read-only-tables-is-a-write")
     assert vm.guest.read(DATA) == 7
     assert vm.exits == []
     assert not stage2(vm).leaf(level2).writable
@@ -81,7 +78,7 @@ def test_walk_into_a_hole_is_the_guests_own_abort(vm, stage1, stage2, known_faul
         vm.guest.read(DATA)
     if isinstance(caught.value, RunFailed):
         assert caught.value.errno == ENOSYS and stage2(vm).leaf(hole) is None
-        known_fault("io_mem_abort() asks for a syndrome before S1PTW, and a walk never has one (5.4)")
+        known_fault("walk-into-a-hole-ends-the-run")
     assert caught.value.kind == "data abort" and caught.value.address == DATA
     assert vm.exits == []
     assert stage2(vm).leaf(hole) is None

@@ -6,6 +6,7 @@ Every recording is also held against the model's allocator and the rules of TLB 
 from itertools import pairwise
 
 import pytest
+from arm_kvm.host import facilities
 from arm_kvm.vmm.fleet import Fleet
 
 DATA = 0x8000_0000
@@ -64,7 +65,7 @@ def test_all_vcpus_share_one(make_vm, record, vmid):
 
 
 @unrolled
-def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
+def test_stable_over_exits_migration_and_idle_time(host, ssh, make_vms, record, vmid):
     """A hundred exits, ten moves between CPUs, a second in which the host runs no guest."""
     with record() as run:
         vm, other = make_vms(2)
@@ -74,7 +75,7 @@ def test_stable_over_exits_migration_and_idle_time(ssh, make_vms, record, vmid):
                 vm.vcpus[0].pin(turn // 10 % 2)
             vm.guest.write(DATA, turn)
         other.guest.ping()
-        ssh.run("sleep 1")
+        facilities.idle(host, seconds=1)
         vm.guest.ping()
         sampled = vmid(vm)
     assert run.vmids(vm) == [sampled]

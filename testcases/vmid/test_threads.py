@@ -28,11 +28,8 @@ def test_multiplexed_on_one_cpu(host, make_vm, record, vmid, known_fault):
         sampled = vmid(vm)
     assert run.vmids(vm) == [sampled]
     assert run.count(LOCAL[host.config.architecture.name]) in (12, 13)  # the sampling is one more change
-    if run.count(ICACHE[host.config.architecture.name]) == 0 and host.kernel_version < (5, 12):
-        known_fault(
-            "vCPUs of one VM share what the I-cache has under a virtual address (until 01dc9262ff57, "
-            '"KVM: arm64: Ensure I-cache isolation between vcpus of a same VM", 5.12)'
-        )
+    if run.count(ICACHE[host.config.architecture.name]) == 0:
+        known_fault("vcpus-share-icache")
     assert run.count(ICACHE[host.config.architecture.name]) == run.count(LOCAL[host.config.architecture.name])
     assert vm.guest.read(DATA + 0x2000) == 3
 

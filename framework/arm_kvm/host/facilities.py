@@ -1,4 +1,4 @@
-"""What the memory management of a host can be given for a while: swap, a file system, a memory cgroup."""
+"""What the memory management of a host is given for a while (swap, a file system, a memory cgroup) or told to do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 from arm_kvm.host import features
 from arm_kvm.host.host import Host
+from arm_kvm.vmm.client import op, request
 from arm_kvm.vmm.memory import PAGE, Memory
 
 _CGROUPS = "/sys/fs/cgroup"
 _GROUP = f"{_CGROUPS}/arm-kvm"
+_KSM_DEADLINE, _PATIENCE = 60.0, 30.0  #: seconds
 
 
 def free_memory(host: Host, looks: int = 8) -> int:
@@ -22,6 +24,32 @@ def free_memory(host: Host, looks: int = 8) -> int:
     pages = "awk '/pages free/ {n += $3} /count:/ {n += $2} END {print n}' /proc/zoneinfo"
     ask = f"echo 3 > /proc/sys/vm/drop_caches; {pages}; sleep 0.3"
     return max(int(host.ssh.run(ask)) for _ in range(looks)) * PAGE
+
+
+def drain_lru(host: Host) -> None:
+    """Put the pages that wait on a CPU's list onto the LRU.
+
+    Until then they count as in use: they are not reclaimed, aged, split, collapsed or migrated.
+    """
+    host.agent(op.memory_drain)
+
+
+def merge_pages(host: Host) -> None:
+    """Have ksmd merge what it can of the memory that was advised MADV_MERGEABLE: three passes over it.
+
+    Raises HostOsError (ETIMEDOUT) when ksmd makes no progress.
+    """
+    host.agent.ask(request(op.memory_merge), _KSM_DEADLINE)
+
+
+def compact_memory(host: Host) -> None:
+    """Compact the memory of the host: pages that can move go to one end of each zone, until it is done."""
+    host.ssh.run("echo 1 > /proc/sys/vm/compact_memory")
+
+
+def idle(host: Host, seconds: float) -> None:
+    """Wait this long, by the host's own clock."""
+    host.ssh.run(f"sleep {seconds}", timeout=seconds + _PATIENCE)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 
+from arm_kvm import known_faults
 from arm_kvm.events.violations import ProtocolBroken
 from arm_kvm.host import features
 from arm_kvm.host.host import Host
@@ -314,15 +316,25 @@ def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], 
 
 
 @pytest.fixture
-def known_fault() -> Callable[..., NoReturn]:
-    """``known_fault(text)``: the kernel shows exactly this fault, which its developers know; cite them.
+def known_fault(host: Host) -> Callable[..., NoReturn]:
+    """``known_fault("name")``: the host shows exactly this fault of ``arm_kvm/known_faults.py``.
 
-    Call it only where the very wrong result was recognised: the case is then reported as an expected
-    failure with ``text``. Any other wrong result must fail, and a mended kernel passes. ``fatal=True``: the fault took
-    the host along, which a case marked ``may_end_host`` has for itself.
+    Call it only where the very wrong result was recognised. On the kernels that are known to have the fault, the case
+    is then an expected failure; on any other it fails, with the exception being handled, if there is one. Any other
+    wrong result must fail, and a mended kernel passes. ``seen="..."`` goes before the fault's description.
+    ``fatal=True``: the fault took the host along, which a case marked ``may_end_host`` has for itself.
     """
 
-    def known(text: str, *, fatal: bool = False) -> NoReturn:
-        raise (KnownDeath if fatal else pytest.xfail.Exception)(text)
+    def known(name: str, *, seen: str = "", fatal: bool = False) -> NoReturn:
+        fault = known_faults.find(name)
+        text = f"{seen}: {fault.text}" if seen else fault.text
+        architecture = host.config.architecture.name
+        if fault.covers(host.kernel_version, architecture):
+            raise (KnownDeath if fatal else pytest.xfail.Exception)(text)
+        words = f"Linux {host.release} ({architecture}) shows a fault known of {fault.kernels} only: {text}"
+        if shown := sys.exception():
+            shown.add_note(words)
+            raise shown
+        raise pytest.fail.Exception(words)
 
     return known

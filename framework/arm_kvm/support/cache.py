@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from arm_kvm.support.limits import refusals_told
 from arm_kvm.support.paths import cache_root
 from arm_kvm.support.progress import note
-from filelock import FileLock, Timeout
 
 
 def key_of(*inputs: object) -> str:

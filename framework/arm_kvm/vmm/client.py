@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
 import paramiko
+
 from arm_kvm.agent import wire
 from arm_kvm.agent.operations import Operations
 from arm_kvm.machine.machine import Machine

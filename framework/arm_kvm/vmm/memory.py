@@ -8,9 +8,10 @@ from enum import IntEnum
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
+
 from arm_kvm.vmm.client import Agent, Request, op, request
 from arm_kvm.vmm.ioctls import Descriptor
-from numpy.typing import NDArray
 
 PAGE = 0x1000
 BLOCK = 0x20_0000
@@ -86,6 +87,20 @@ class Memory:
                 stack.callback(partial(self._agent, op.memory_unlock, **part))
             yield
 
+    @contextmanager
+    def storm(self, advice: Advice) -> Iterator[Storm]:
+        """Within the block a thread of the VMM gives this advice on all of it, again and again."""
+        self.start_storm(advice)
+        storm = Storm()
+        try:
+            yield storm
+        finally:
+            storm.calls = self._agent(op.storm_end)
+
+    def start_storm(self, advice: Advice) -> None:
+        """Begin what :meth:`storm` does, for a VMM that will not live to see its end."""
+        self._agent(op.storm_begin, advice=int(advice), **self._at(0, None))
+
     def protect(self, prot: Prot, offset: int = 0, size: int | None = None) -> None:
         """mprotect(2) on part of it."""
         self._agent(op.memory_protect, prot=int(prot), **self._at(offset, size))
@@ -159,6 +174,13 @@ class UserFaults:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
+
+
+class Storm:
+    """``calls``: how often :meth:`Memory.storm` gave its advice; known when its block is over."""
+
+    def __init__(self) -> None:
+        self.calls = 0
 
 
 class File(Descriptor):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from arm_kvm.model.kvm.memslots import Memslot
 from numpy.typing import NDArray
+
+from arm_kvm.model.kvm.memslots import Memslot
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from arm_kvm.guest.driver import Guest
 from arm_kvm.guest.exits import Mmio
 from arm_kvm.guest.isa import Isa
@@ -199,10 +200,11 @@ class Vm:
 
     def set_memslot(self, slot: Memslot) -> None:
         """KVM_SET_USER_MEMORY_REGION: create, move, change flags, or (size 0) delete."""
-        self.agent.ask(self._memslot(slot))
+        self.agent.ask(self.memslot_request(slot))
         self.memslots.record(slot)
 
-    def _memslot(self, slot: Memslot) -> Request[None]:
+    def memslot_request(self, slot: Memslot) -> Request[None]:
+        """The request that sets the memslot; it is not recorded."""
         return request(
             op.vm_memslot,
             vm=self.id,
@@ -216,7 +218,7 @@ class Vm:
     def record_memslot(self, slot: Memslot) -> Request[None]:
         """Record the memslot and return the request that sets it."""
         self.memslots.record(slot)
-        return self._memslot(slot)
+        return self.memslot_request(slot)
 
     def slot_at(self, ipa: int) -> Memslot:
         """The memslot that covers ``ipa``; KeyError when none does."""

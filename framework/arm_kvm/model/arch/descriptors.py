@@ -15,6 +15,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+
 from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL, Granule
 
 Bits = TypeVar("Bits", int, np.ndarray)

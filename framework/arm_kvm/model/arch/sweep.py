@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.descriptors import Format
 from arm_kvm.model.arch.faults import Access, FaultType

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, IntFlag
 
 import numpy as np
+
 from arm_kvm.model.arch.granule import KIB4
 
 _PAGE = KIB4.size

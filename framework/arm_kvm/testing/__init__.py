@@ -1,0 +1,1 @@
+"""What several test cases share beyond fixtures: the scene of the notifier cases."""
