@@ -83,7 +83,7 @@ def test_running_what_reaches_beyond_the_ipa_space(vm, vgic, host, oracle, known
     assert stage2.leaf(last).pa == vgic.windows[0].pa
     if findings == [] and "a15" in host.config.can:
         known_fault(BEHIND_THE_ROOT, fatal=True)  # the second page is mapped, and nowhere in this VM's tables
-    assert [(finding.kind, finding.ipa) for finding in findings] == [(Verdict.OUTSIDE_MEMSLOTS, 0)]
+    assert [(finding.verdict, finding.ipa) for finding in findings] == [(Verdict.OUTSIDE_MEMSLOTS, 0)]
     vm.destroy()
     known_fault("5.4 arm64: the second page of the CPU interface is mapped at IPA 0")
 

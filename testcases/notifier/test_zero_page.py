@@ -20,7 +20,7 @@ def stale(host, scene, known_fault):
     def judge(violation):
         known = "arm64" in host.config.can and host.kernel_version < CHANGE_PTE_GONE
         dropped = all(IPA + 8 * PAGE <= finding.ipa < IPA + 24 * PAGE for finding in violation.findings)
-        if not known or not dropped or violation.kinds != {Verdict.WRONG_FRAME}:
+        if not known or not dropped or violation.verdicts != {Verdict.WRONG_FRAME}:
             raise violation
         scene.vm.destroy()
         known_fault(
