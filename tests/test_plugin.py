@@ -36,11 +36,11 @@ class Run:
     def argv(self, suite, *options):
         (self.folder / "test_suite.py").write_text(suite)
         (self.folder / "pytest.ini").write_text("[pytest]\naddopts = -ra --tb=short -p no:logging\n")
-        plain = ["-p", "arm_kvm.pytest_plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
+        plain = ["-c", "pytest.ini", "--artifacts", "artifacts"]
         return [*HEARS_CTRL_C, sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
 
     def start(self, suite, *options, **environment):
-        env = outside_pytest(os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+        env = outside_pytest(os.environ | environment)
         env.pop("CI", None)  # where pytest repeats every failure in full
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.argv(suite, *options), cwd=self.folder, env=env, **how)
