@@ -61,7 +61,9 @@ class Outcome:
 class Cases(Protocol):
     """The cases that a mutant is tried with, and the one host that they run on."""
 
-    names: Sequence[str]  #: in the order in which they are to run
+    @property
+    def names(self) -> Sequence[str]:
+        """In the order in which they are to run."""
 
     def build(self) -> None:
         """Make what the broken host needs and what may take long: a kernel. Raises as :meth:`host`."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 class MutantItem(pytest.Item):
     """A mutant on one host, and the cases that are to notice it."""
 
-    def __init__(self, *, mutant: Mutant, host: str, cases: list[pytest.Item], **of_pytest) -> None:
+    def __init__(self, *, mutant: Mutant, host: str, cases: list[pytest.Item], **of_pytest: Any) -> None:
         super().__init__(**of_pytest)
         self.mutant, self.host, self.cases = mutant, host, cases
 
@@ -165,7 +166,7 @@ class _PytestCases:
         self.names = list(self._items)
         self._usual = item.config.stash[POOL]
         self._broken: Pool | None = None
-        self._kernel: Kernel | None = None  # that of the catalogue's host, for a mutant that is put in while it runs
+        self._kernel: Kernel | None = None  # the host's own, for a mutant that is put into a running kernel
 
     def build(self) -> None:
         if self._mutant.edits:
