@@ -19,6 +19,9 @@ from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.recorder.probe import Probe
 from arm_kvm.vmm.vm import Vm
 
+#: The fixture behind our ``vm``. A case that has it gets our VM; one with a ``vm`` of its own may do without.
+OUR_VM = "_lab_vm"
+
 
 def plugin_for(item: pytest.Item) -> MakePlugin | None:
     """What is loaded into the QEMU of the host that this case needs."""
@@ -43,7 +46,7 @@ def _furnish(item: pytest.Item, host: Host) -> None:
     host.agent("kernel_log")  # what it said when it was restored is nobody's
     if "ssh" in item.fixturenames:
         _ = host.ssh
-    if host.has_kvm and _asks_for_vm(item):
+    if host.has_kvm and OUR_VM in item.fixturenames:
         host.vm_ahead = first_vm(item, host)
 
 
@@ -58,13 +61,3 @@ def first_vm(item: pytest.Item, host: Host) -> Vm:
         for index, vcpu in enumerate(vm.vcpus):
             vcpu.pin(index % host.config.board.cpus)
     return vm
-
-
-def _asks_for_vm(item: pytest.Item) -> bool:
-    """Whether the case uses our ``vm`` fixture: not one of its own under that name that does without ours."""
-    for fixture in reversed(getattr(item, "_fixtureinfo").name2fixturedefs.get("vm", ())):  # noqa: B009
-        if fixture.func.__module__.startswith("framework."):
-            return "isa" in item.callspec.params
-        if "vm" not in fixture.argnames:
-            return False
-    return False

@@ -20,7 +20,7 @@ from arm_kvm.oracle import Oracle
 from arm_kvm.oracle import ftrace as trace_
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.witness import Witness
-from arm_kvm.pytest_plugin.ahead import expect_next, first_vm, plugin_for, with_probe
+from arm_kvm.pytest_plugin.ahead import OUR_VM, expect_next, first_vm, plugin_for, with_probe
 from arm_kvm.pytest_plugin.artifacts import TestFolder
 from arm_kvm.pytest_plugin.failures import ContractBroken, HostLost, HostUnusable, KnownDeath, VmsLeft
 from arm_kvm.pytest_plugin.judgement import HostSession
@@ -181,13 +181,18 @@ def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
         vmm.end()
 
 
+@pytest.fixture(name=OUR_VM)
+def _vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+    return first_vm(request.node, host)
+
+
 @pytest.fixture
-def vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+def vm(_lab_vm: Vm) -> Vm:
     """A VM with no memory but the payload's own, and one vCPU, or as many as the mark ``vcpus(n)`` says.
 
     With ``vcpus(n, pinned=True)`` each is bound to a CPU of the host. See ``make_vm``.
     """
-    return first_vm(request.node, host)
+    return _lab_vm
 
 
 @pytest.fixture
