@@ -10,6 +10,11 @@ from .test_plugin import Run
 SUITE = """
 import pytest
 
+@pytest.fixture(autouse=True)
+def what_is_there(host, request):
+    with open("there", "a") as f:
+        f.write(f"{request.node.name.partition('[')[0]} {len(host.vms)}\\n")
+
 def test_first(vm, host):
     assert host.vms == [vm] and len(vm.vcpus) == 1
 
@@ -73,6 +78,10 @@ def test_each_case_has_its_own_and_no_more(run, tmp_path):
     logs = {path.parent.name: path.read_text() for path in tmp_path.glob("artifacts/**/test_suite.*/agent.log")}
     ahead = [name for name, log in logs.items() if log.count("> 3 kernel_log") and "restored" in log]
     assert len(logs) == 5 and len(ahead) == 4  # all but the first in line
+    there = dict(line.split() for line in (tmp_path / "there").read_text().splitlines())
+    with_vm = {test for test, vms in there.items() if int(vms) == 1}
+    asked = {"test_first", "test_two", "test_more"}
+    assert with_vm == {test for test in asked if any(test in name for name in ahead)} and len(with_vm) >= 2
 
 
 def test_what_kvm_refuses_is_met_by_the_case_that_asks(run):

@@ -14,7 +14,8 @@ from arm_kvm.model.kvm import notifier
 from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
 from arm_kvm.oracle import ftrace as trace
 from arm_kvm.oracle import judge, splats, witness
-from arm_kvm.oracle.verdicts import Verdict, Violation
+from arm_kvm.oracle.verdicts import Reason, Verdict, Violation
+from arm_kvm.support.judged import Judged
 
 from .memory import Pages, Table
 
@@ -42,8 +43,8 @@ class World:
     def maps(self, page, pa, **kind):
         return self.stage2.put(IPA + page * PAGE, 3, d.encode(replace(d.LeafFields(pa, xn=d.Never.EL0_EL1), **kind), 3))
 
-    def kinds(self):
-        return [finding.kind for finding in self.findings()]
+    def verdicts(self):
+        return [finding.verdict for finding in self.findings()]
 
     def findings(self):
         tables = sweep.sweep(self.stage2.regime, self.ram)
@@ -73,21 +74,22 @@ def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
 def test_other_frame(world):
     world.maps(0, world.frame + PAGE)
     (finding,) = world.findings()
-    assert finding.kind is Verdict.WRONG_FRAME and finding.ipa == IPA
+    assert (finding.verdict, finding.reason, finding.ipa) == (Verdict.WRONG_FRAME, None, IPA)
     assert f"{world.frame:#x}" in finding.expected and f"{world.frame + PAGE:#x}" in finding.found
 
 
 def test_frame_where_the_host_has_none(world):
     world.maps(1, world.frame)
     (finding,) = world.findings()
-    assert finding.kind is Verdict.WRONG_FRAME and "the host has no page" in finding.expected
+    assert (finding.verdict, finding.reason) == (Verdict.WRONG_FRAME, Reason.HOST_HAS_NO_PAGE)
+    assert "the host has no page" in finding.expected
 
 
 def test_writable_where_the_host_is_read_only(world):
     world.host_maps(0, world.frame, writable=False)
     world.maps(0, world.frame)
     (finding,) = world.findings()
-    assert finding.kind is Verdict.EXCESS_PERMISSION and " ro at HVA" in finding.expected
+    assert finding.verdict is Verdict.EXCESS_PERMISSION and " ro at HVA" in finding.expected
 
 
 def test_writable_in_a_read_only_memslot():
@@ -95,7 +97,7 @@ def test_writable_in_a_read_only_memslot():
     w.host_maps(0, w.frame)
     w.maps(0, w.frame)
     (finding,) = w.findings()
-    assert finding.kind is Verdict.EXCESS_PERMISSION and "read-only" in finding.expected
+    assert finding.verdict is Verdict.EXCESS_PERMISSION and "read-only" in finding.expected
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -104,18 +106,18 @@ def test_writable_while_clean_in_the_dirty_log(written):
     w.written = written
     w.host_maps(0, w.frame)
     w.maps(0, w.frame)
-    assert w.kinds() == ([] if written else [Verdict.EXCESS_PERMISSION])
+    assert w.verdicts() == ([] if written else [Verdict.EXCESS_PERMISSION])
 
 
 def test_outside_every_memslot(world):
     world.stage2.put(IPA - PAGE, 3, d.encode(d.LeafFields(world.frame), 3))
-    assert world.kinds() == [Verdict.OUTSIDE_MEMSLOTS]
+    assert world.verdicts() == [Verdict.OUTSIDE_MEMSLOTS]
 
 
 @pytest.mark.parametrize("how", [{"memattr": d.MemAttr.DEVICE_nGnRE}, {"sh": d.Shareability.NON}])
 def test_ram_of_the_wrong_memory_type(world, how):
     world.maps(0, world.frame, **how)
-    assert world.kinds() == [Verdict.WRONG_MEMORY_TYPE]
+    assert world.verdicts() == [Verdict.WRONG_MEMORY_TYPE]
 
 
 def test_device_is_device_memory_and_never_executable(world):
@@ -123,14 +125,14 @@ def test_device_is_device_memory_and_never_executable(world):
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
     assert world.findings() == []
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NOBODY)
-    assert world.kinds() == [Verdict.EXCESS_PERMISSION]
+    assert world.verdicts() == [Verdict.EXCESS_PERMISSION]
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
-    assert world.kinds() == [Verdict.WRONG_MEMORY_TYPE]
+    assert world.verdicts() == [Verdict.WRONG_MEMORY_TYPE]
 
 
 def test_malformed_entry(world):
     world.ram.store(world.maps(0, world.frame), world.frame | 1)
-    assert world.kinds() == [Verdict.MALFORMED_ENTRY]
+    assert world.verdicts() == [Verdict.MALFORMED_ENTRY]
 
 
 def test_block_is_judged_page_by_page(world):
@@ -141,7 +143,7 @@ def test_block_is_judged_page_by_page(world):
     assert world.findings() == []
     world.host_maps(77, world.frame + 78 * PAGE)
     (finding,) = world.findings()
-    assert (finding.kind, finding.ipa, finding.size) == (Verdict.WRONG_FRAME, IPA + 77 * PAGE, PAGE)
+    assert (finding.verdict, finding.ipa, finding.size) == (Verdict.WRONG_FRAME, IPA + 77 * PAGE, PAGE)
 
 
 def test_neighbouring_bad_pages_are_one_finding(world):
@@ -159,7 +161,7 @@ def test_table_page_with_two_users():
     one.ram.store(two.stage2.regime.root + 2 * 8, shared)
     tables = {name: sweep.sweep(w.stage2.regime, one.ram) for name, w in (("VM 1", one), ("VM 2", two))}
     found = judge.shared_tables(tables)
-    assert {f.kind for f in found["VM 1"] + found["VM 2"]} == {Verdict.SHARED_TABLE}
+    assert {f.verdict for f in found["VM 1"] + found["VM 2"]} == {Verdict.SHARED_TABLE}
     assert "VM 1, VM 2" in found["VM 1"][0].found
 
 
@@ -168,7 +170,7 @@ def test_table_page_a_guest_can_reach(world):
     table = d.decode(world.ram.load(world.stage2.regime.root + 2 * 8), 1).address
     world.maps(1, table)
     found = judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)})["VM 1"]
-    assert [(f.kind, f.ipa) for f in found] == [(Verdict.SHARED_TABLE, IPA + PAGE)]
+    assert [(f.verdict, f.ipa) for f in found] == [(Verdict.SHARED_TABLE, IPA + PAGE)]
 
 
 def test_no_table_is_shared_in_a_good_world(world):
@@ -181,6 +183,14 @@ def test_the_diff_says_what_a_kernel_developer_needs(world):
     text = str(Violation("stage 2 of VM 1", world.findings(), "Last requests to the agent:\n  > 7 vcpu_run"))
     for part in ("wrong-frame", f"IPA [{IPA:#x}", "expected", "found", "level 3", "HVA 0x10000000", "> 7 vcpu_run"):
         assert part in text
+
+
+def test_a_violation_carries_its_verdicts(world):
+    world.maps(0, world.frame + PAGE)
+    world.stage2.put(IPA - PAGE, 3, d.encode(d.LeafFields(world.frame), 3))
+    broken = Violation("stage 2", world.findings())
+    assert isinstance(broken, Judged) and broken.verdicts == {Verdict.WRONG_FRAME, Verdict.OUTSIDE_MEMSLOTS}
+    assert broken.verdicts == {"wrong-frame", "outside-memslots"}, "names, for who does not know the oracle"
 
 
 def test_a_long_list_of_findings_is_cut_with_a_count(world):
@@ -224,14 +234,14 @@ def test_a_window_over_a_memslot_is_no_wrong_frame(world):
 )
 def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):
     window.maps(page, pa, **kind)
-    assert window.kinds() == [verdict]
+    assert window.verdicts() == [verdict]
 
 
 # -- operations of the host -----------------------------------------------------------------------------------------
 
 
 def test_every_breach_of_the_notifier_model_is_a_verdict():
-    assert {breach.name for breach in notifier.BreachKind} <= {kind.name for kind in Verdict}
+    assert [Verdict.of(kind).name for kind in notifier.BreachKind] == [kind.name for kind in notifier.BreachKind]
 
 
 def test_notifier_calls_are_read_from_the_trace():
@@ -258,5 +268,7 @@ def test_notifier_calls_are_read_from_the_trace():
     ],
 )
 def test_a_complaint_of_the_kernel(text):
-    assert [f.kind for f in splats.find(f"4,1,2,-;{text}\n6,2,3,-;all is well\n".encode())] == [Verdict.KERNEL_SPLAT]
+    (finding,) = splats.find(f"4,1,2,-;{text}\n6,2,3,-;all is well\n".encode())
+    assert (finding.verdict, finding.ipa) == (Verdict.KERNEL_SPLAT, None)
+    assert str(finding).splitlines()[:2] == ["  kernel-splat", "      expected  a quiet kernel log"]
     assert splats.find(b"6,2,3,-;all is well\n") == []

@@ -8,11 +8,11 @@ import errno
 
 import pytest
 from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.oracle.verdicts import Verdict as Verdict
-from arm_kvm.oracle.verdicts import Violation
+from arm_kvm.oracle.verdicts import Verdict, Violation
 from arm_kvm.sequences.player import Player, SequenceBroken
 from arm_kvm.sequences.search import search
 from arm_kvm.sequences.steps import Step, StepKind
+from arm_kvm.sequences.world import Complaint
 from arm_kvm.support.errors import HostOsError
 from arm_kvm.vmm.memory import Advice
 
@@ -36,7 +36,7 @@ def shortest(host, oracle, isa):
     def look():
         with pytest.raises(SequenceBroken) as found:
             search(lambda: Player(host, oracle, isa), sequences=ENOUGH)
-        return found.value.steps, "\n".join(found.value.complaints)
+        return found.value.steps, "\n".join(map(str, found.value.complaints))
 
     return look
 
@@ -99,7 +99,7 @@ def test_a_witness_names_it(without, vm, witness):
     vm.guest.write(0x8000_0000, 1)
     with pytest.raises(Violation) as found, without(*UNMAP, value=0), witness(Operation.DONTNEED, memory):
         memory.advise(Advice.DONTNEED)
-    assert found.value.kinds & {Verdict.STALE, Verdict.WRONG_FRAME}
+    assert found.value.verdicts & {Verdict.STALE, Verdict.WRONG_FRAME}
     vm.destroy()
 
 
@@ -156,4 +156,4 @@ def test_what_does_not_repeat_is_told_all_the_same(host, oracle, isa):
 
     with pytest.raises(SequenceBroken, match="fork: ENOMEM") as found:
         search(lambda: Once(host, oracle, isa), sequences=ENOUGH)
-    assert found.value.steps[-1].kind is StepKind.FORK and "(this did not repeat)" in found.value.complaints
+    assert found.value.steps[-1].kind is StepKind.FORK and Complaint("(this did not repeat)") in found.value.complaints

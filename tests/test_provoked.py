@@ -73,7 +73,7 @@ FLUSHES = ("__kvm_tlb_flush_vmid_ipa", "__kvm_tlb_flush_vmid", "__kvm_tlb_flush_
 
 
 def kinds(run):
-    return {violation.kind for violation in run.violations}
+    return {violation.rule for violation in run.violations}
 
 
 def number(vmid):

@@ -73,7 +73,7 @@ def test_what_goes_while_guests_run(vm, memory, host, witness, entry_of, stored)
             memory.advise(Advice.DONTNEED, 4 * PAGE, PAGE)
             with host.machine.gdb.pause() as gdb:
                 gdb.write_memory(pa, bytes(8))
-    assert [(f.kind, f.ipa) for f in caught.value.findings] == [(Verdict.LOST, IPA + 3 * PAGE)]
+    assert [(f.verdict, f.ipa) for f in caught.value.findings] == [(Verdict.LOST, IPA + 3 * PAGE)]
 
 
 CORRUPTIONS = {
@@ -89,7 +89,7 @@ def test_a_corrupted_leaf_is_caught_under_its_name(vm, memory, oracle, entry_of,
     with stored(pa, CORRUPTIONS[kind](desc), then=desc):
         with pytest.raises(Violation) as caught:
             oracle.stage2(vm)
-        assert caught.value.kinds == {kind}
+        assert caught.value.verdicts == {kind}
         assert caught.value.findings[0].ipa == IPA + 3 * PAGE
     assert oracle.examine(vm)[0][1] == []
 
@@ -99,7 +99,7 @@ def made_writable(vm, oracle, entry_of, stored, ipa):
     assert not d.s2_writable(desc)
     with stored(pa, desc | 1 << 7, then=desc):
         _, findings = oracle.examine(vm)[0]
-    return [(f.kind, f.ipa, f.expected.partition(" (")[0]) for f in findings]
+    return [(f.verdict, f.ipa, f.expected.partition(" (")[0]) for f in findings]
 
 
 def test_write_permission_in_a_read_only_memslot(vm, oracle, entry_of, stored):
@@ -130,7 +130,7 @@ def test_a_memslot_that_is_denied(vm, memory, oracle):
     del vm.slots[vm.slot_at(IPA).slot]
     _, findings = oracle.examine(vm)[0]
     vm.slots = truth
-    assert [(f.kind, f.ipa, f.size) for f in findings] == [(Verdict.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
+    assert [(f.verdict, f.ipa, f.size) for f in findings] == [(Verdict.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
 
 
 def test_a_memslot_that_is_lied_about(vm, memory, oracle):
@@ -140,7 +140,7 @@ def test_a_memslot_that_is_lied_about(vm, memory, oracle):
     vm.slots[slot.slot] = replace(slot, hva=slot.hva + PAGE)
     _, findings = oracle.examine(vm)[0]
     vm.slots = truth
-    assert {f.kind for f in findings} == {Verdict.WRONG_FRAME}
+    assert {f.verdict for f in findings} == {Verdict.WRONG_FRAME}
     assert sum(f.size for f in findings) == 8 * PAGE
 
 
@@ -149,7 +149,7 @@ def test_a_leaf_that_reaches_a_table(vm, memory, oracle, entry_of, stored):
     table = pa & ~(PAGE - 1)
     with stored(pa, desc & ~d.Format().address_field() | table, then=desc):
         _, findings = oracle.examine(vm)[0]
-    assert {f.kind for f in findings} == {Verdict.SHARED_TABLE, Verdict.WRONG_FRAME}
+    assert {f.verdict for f in findings} == {Verdict.SHARED_TABLE, Verdict.WRONG_FRAME}
 
 
 def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
@@ -161,7 +161,7 @@ def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
     slots = [oracle.sight.known(vm).root + (IPA >> 30) * 8 for vm in (one, two)]
     entries = [int(host.machine.ram.fetch(np.array([slot], dtype=np.uint64))[0]) for slot in slots]
     with stored(slots[1], entries[0], then=entries[1]):
-        assert Verdict.SHARED_TABLE in {f.kind for f in oracle.examine(two)[0][1]}
+        assert Verdict.SHARED_TABLE in {f.verdict for f in oracle.examine(two)[0][1]}
     assert oracle.examine(two)[0][1] == []
 
 
@@ -169,7 +169,7 @@ def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
     """A record as WARN_ON writes it, put into the real log of the real host."""
     host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at arch/arm/kvm/mmu.c:1 made_up+0x0/0x4' > /dev/kmsg")
     (finding,) = oracle.splats()
-    assert finding.kind is Verdict.KERNEL_SPLAT and "made_up" in finding.found
+    assert finding.verdict is Verdict.KERNEL_SPLAT and "made_up" in finding.found
     assert oracle.splats() == []
 
 

@@ -233,7 +233,7 @@ def test_dirty_logging_of_the_memslot(vm, covered, stage2, host, known_fault):
     try:
         stage2(vm)
     except Violation as e:
-        executable = e.kinds == {Verdict.EXCESS_PERMISSION} and [finding.ipa for finding in e.findings] == [GICC]
+        executable = e.verdicts == {Verdict.EXCESS_PERMISSION} and [finding.ipa for finding in e.findings] == [GICC]
         if not executable or not host.needs_no_icache_maintenance:
             raise
         vm.destroy()

@@ -81,7 +81,7 @@ def test_running_what_reaches_beyond_the_ipa_space(vm, vgic, oracle, known_fault
     assert stage2.leaf(last).pa == vgic.windows[0].pa
     if findings == []:  # the second page is mapped, and nowhere in this VM's tables
         known_fault("cpu-interface-behind-root-table", fatal=True)
-    assert [(finding.kind, finding.ipa) for finding in findings] == [(Verdict.OUTSIDE_MEMSLOTS, 0)]
+    assert [(finding.verdict, finding.ipa) for finding in findings] == [(Verdict.OUTSIDE_MEMSLOTS, 0)]
     vm.destroy()
     known_fault("cpu-interface-wraps-to-ipa-0")
 

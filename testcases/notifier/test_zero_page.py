@@ -34,7 +34,7 @@ def test_host_writes_first(scene, host):
 def stays_mapped(violation, pages):
     """Whether stage 2 maps some of these pages, which the host has dropped, and nothing else is wrong with it."""
     dropped = range(IPA + pages.start * PAGE, IPA + pages.stop * PAGE)
-    return violation.kinds == {Verdict.WRONG_FRAME} and all(found.ipa in dropped for found in violation.findings)
+    return violation.verdicts == {Verdict.WRONG_FRAME} and all(found.ipa in dropped for found in violation.findings)
 
 
 @hammering

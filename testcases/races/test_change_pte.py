@@ -41,7 +41,7 @@ def test_into_a_memslot_that_is_being_deleted(host, vm, oracle, taker, known_fau
     child.end()
 
     (stage2, findings) = oracle.examine(vm)[0]
-    if {finding.kind for finding in findings} == {Verdict.OUTSIDE_MEMSLOTS}:
+    if {finding.verdict for finding in findings} == {Verdict.OUTSIDE_MEMSLOTS}:
         assert [finding.ipa for finding in findings] == [IPA + 4 * PAGE]
         vm.destroy()
         known_fault("change-pte-in-deleted-memslot")
@@ -68,7 +68,7 @@ def test_of_a_page_that_is_being_dropped(host, vm, oracle, taker, known_fault):
 
     assert copy and memory.frame(4 * PAGE) == 0, "the copy was dropped"
     (stage2, findings) = oracle.examine(vm)[0]
-    if {finding.kind for finding in findings} == {Verdict.WRONG_FRAME} and host.kernel_version < CHANGE_PTE_GONE:
+    if {finding.verdict for finding in findings} == {Verdict.WRONG_FRAME} and host.kernel_version < CHANGE_PTE_GONE:
         assert [finding.ipa for finding in findings] == [IPA + 4 * PAGE]
         assert stage2.leaf(IPA + 4 * PAGE).pa == copy and not stage2.leaf(IPA + 4 * PAGE).writable
         vm.guest.write(IPA + 4 * PAGE, 0xCAFE)  # a permission fault, on the dropped frame

@@ -66,7 +66,7 @@ def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, stage2, known_fault
     try:
         leaf = stage2(vm).leaf
     except Violation as violation:
-        beyond = [(finding.kind, finding.ipa, finding.size) for finding in violation.findings]
+        beyond = [(finding.verdict, finding.ipa, finding.size) for finding in violation.findings]
         if beyond != [(Verdict.OUTSIDE_MEMSLOTS, IPA + BLOCK - PAGE, PAGE)]:
             raise
         vm.destroy()

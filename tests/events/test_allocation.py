@@ -42,7 +42,7 @@ def story(allocator: str, text: str, cpus: int = 2) -> Trace:
 def found(allocator: str, text: str, cpus: int = 2) -> list[TraceRule]:
     """What equality with the model alone finds."""
     trace = story(allocator, text, cpus)
-    return [v.kind for v in violations(trace, [Allocation(begin_of(trace), trace.cpus)])]
+    return [v.rule for v in violations(trace, [Allocation(begin_of(trace), trace.cpus)])]
 
 
 # -- both -------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ mutations = pytest.mark.parametrize(("name", "cpus"), [host for host in HOSTS if
 
 
 def kinds(trace: Trace) -> set[TraceRule]:
-    return {violation.kind for violation in violations(trace)}
+    return {violation.rule for violation in violations(trace)}
 
 
 @mutations

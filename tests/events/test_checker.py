@@ -15,6 +15,7 @@ from arm_kvm.events.operations import OPERATIONS, Reach, Span, span
 from arm_kvm.events.trace import Created, Destroyed, Enter, Exit, Invalidate, Trace, Vttbr, format_event
 from arm_kvm.events.violations import ProtocolBroken, TraceRule
 from arm_kvm.events.world import TraceState
+from arm_kvm.support.judged import Judged
 
 TRACES = Path(__file__).parent / "traces"
 GOOD = sorted(path.name.removesuffix(".good.trace") for path in TRACES.glob("*.good.trace"))
@@ -66,7 +67,7 @@ def test_a_good_trace_breaks_no_rule(name):
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_trace_breaks_its_rule_once_and_no_other(name):
-    assert [violation.kind for violation in violations(load(name, "bad"))] == [kind_of(name)]
+    assert [violation.rule for violation in violations(load(name, "bad"))] == [kind_of(name)]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -122,7 +123,9 @@ def test_a_violation_names_the_rule_the_event_and_the_reason():
 
 def test_the_report_shows_the_events_that_led_to_it():
     trace = load("vmid-shared", "bad")
-    text = str(ProtocolBroken(trace, violations(trace)))
+    broken = ProtocolBroken(trace, violations(trace))
+    text = str(broken)
+    assert isinstance(broken, Judged) and broken.verdicts == {TraceRule.VMID_SHARED}
     assert (
         text.count("\n        ") == 7 and "1 vttbr 0x00010000812a6000" in text and "created root=0x812a4000" not in text
     )
@@ -346,4 +349,4 @@ SUBTLE = {
 @pytest.mark.parametrize(("text", "expected"), SUBTLE.values(), ids=SUBTLE)
 def test_subtle_cases(text, expected):
     trace = Trace.parse(["arm-kvm-trace 1", "cpus=2", *(f"0 {line}" for line in text.splitlines())])
-    assert [violation.kind for violation in violations(trace)] == expected
+    assert [violation.rule for violation in violations(trace)] == expected

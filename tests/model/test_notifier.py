@@ -41,7 +41,7 @@ def leaf(n, level=3, **kind):
 
 
 def breaches(operation, before, after, **more):
-    return [v.breach for v in violations([notice(operation, **more)], [SLOT], before, after)]
+    return [v.kind for v in violations([notice(operation, **more)], [SLOT], before, after)]
 
 
 GO, RO, STAY = Duty.GO, Duty.READ_ONLY, Duty.STAY
@@ -191,7 +191,7 @@ def test_several_operations_between_two_looks():
     said = [notice(Operation.MPROTECT_READ), notice(Operation.DONTNEED, HVA + 600 * PAGE, HVA + 601 * PAGE)]
     both = leaf(5) | leaf(600)
     found = violations(said, [SLOT], both, both)
-    assert [v.breach for v in found] == [BreachKind.WRITABLE, BreachKind.STALE]
+    assert [v.kind for v in found] == [BreachKind.WRITABLE, BreachKind.STALE]
     assert violations(said, [SLOT], both, leaf(5, s2ap=d.Grant.READ)) == violations(said, [SLOT], both, {}) == []
 
 
@@ -199,7 +199,7 @@ def test_several_operations_between_two_looks():
 
 
 def heard(operation, before, *calls):
-    return [(v.breach, v.ipa) for v in unheard([notice(operation)], [SLOT], before, calls)]
+    return [(v.kind, v.ipa) for v in unheard([notice(operation)], [SLOT], before, calls)]
 
 
 def test_a_mapped_page_must_be_named():
@@ -315,13 +315,13 @@ def test_what_goes_must_have_been_named():
     calls = [(Call.UNMAP, PAGE_5), (Call.AGE, (HVA, HVA + 8 * PAGE))]
     assert unasked([SLOT], before, leaf(4) | leaf(6), calls) == unasked([SLOT], before, before, []) == []
     found = unasked([SLOT], before, {}, calls)
-    assert [(v.breach, v.ipa) for v in found] == [(BreachKind.LOST, IPA + 4 * PAGE), (BreachKind.LOST, IPA + 6 * PAGE)]
+    assert [(v.kind, v.ipa) for v in found] == [(BreachKind.LOST, IPA + 4 * PAGE), (BreachKind.LOST, IPA + 6 * PAGE)]
 
 
 def test_a_block_goes_whole_when_any_of_it_is_named():
     block = leaf(512, level=2)
     inside = (HVA + 700 * PAGE, HVA + 701 * PAGE)
     assert unasked([SLOT], block, {}, [(Call.SET, inside)]) == []
-    assert [v.breach for v in unasked([SLOT], block, {}, [(Call.UNMAP, PAGE_5)])] == [BreachKind.LOST]
+    assert [v.kind for v in unasked([SLOT], block, {}, [(Call.UNMAP, PAGE_5)])] == [BreachKind.LOST]
     pages = {ipa: word for n in range(512, 1024) for ipa, word in leaf(n).items()}
     assert unasked([SLOT], block, pages, []) == [], "broken up, and all there"

@@ -2,8 +2,11 @@
 
 import pytest
 from arm_kvm.model.arch import descriptors as d
+from arm_kvm.oracle.verdicts import Verdict
+from arm_kvm.sequences.player import SequenceBroken
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
 from arm_kvm.sequences.world import PAGE, PLACES, Answer, Look, Rights, VmModel, spare_tables
+from arm_kvm.support.judged import Judged
 
 HVA, PA = 0xB600_0000 - PAGES // 2 * PAGE, 0x5000_0000
 IPAS = {slot: places[0] for slot, places in PLACES.items()}
@@ -28,7 +31,7 @@ def complaints(step, before, after, of=None, owed=()):
 
 
 def only(found, words):
-    return len(found) == 1 and words in found[0]
+    return len(found) == 1 and words in found[0].words
 
 
 READ, WRITE = Step(StepKind.GUEST_READS, page=3), Step(StepKind.GUEST_WRITES, page=3)
@@ -68,6 +71,15 @@ def test_what_the_host_takes_must_be_gone():
     protect = Step(StepKind.PROTECT_READ, page=3, last=3)
     assert only(complaints(protect, look(leaf(3)), look(leaf(3))), "still writable")
     assert only(complaints(Step(StepKind.FORK), look(leaf(3)), look(leaf(3))), "still writable")
+
+
+def test_a_complaint_carries_the_verdict_of_its_breach():
+    drop = Step(StepKind.DONTNEED, page=2, last=4)
+    found = complaints(drop, look(leaf(3)), look(leaf(3) | leaf(9), spare=1))
+    assert [complaint.verdict for complaint in found] == [Verdict.STALE, Verdict.APPEARED, None]
+    broken = SequenceBroken([drop], found)
+    assert isinstance(broken, Judged) and broken.verdicts == {Verdict.STALE, Verdict.APPEARED}
+    assert SequenceBroken([drop], found[2:]).verdicts == frozenset()
 
 
 def test_change_pte_is_expected_up_to_6_9():

@@ -206,9 +206,9 @@ class Owners:
         owner = self._owner.get(vmid)
         if owner != self._life(root):
             if owner is not None and vmid:
-                kind, why = self._clash(vmid, owner, root, world)
-                yield kind, why
-                if kind is TraceRule.ROLLOVER_NOT_INVALIDATED:  # said once
+                rule, why = self._clash(vmid, owner, root, world)
+                yield rule, why
+                if rule is TraceRule.ROLLOVER_NOT_INVALIDATED:  # said once
                     self._owner, self._largest = {}, 0
             self._owner[vmid] = self._life(root)
             self._largest = max(self._largest, vmid)

@@ -32,6 +32,6 @@ def violations(trace: Trace, rules: Iterable[automata.Automaton] | None = None) 
     found = []
     for index, event in enumerate(trace.events):
         for rule in rules:
-            found += [RuleViolation(kind, index, event, why) for kind, why in rule.see(event, world)]
+            found += [RuleViolation(broken, index, event, why) for broken, why in rule.see(event, world)]
         world.after(event)
     return found

@@ -61,7 +61,7 @@ class History:
         self._inside: dict[int, Stay] = {}  # CPU -> the stay that has not ended yet
         broken = defaultdict(list)
         for violation in self.violations:
-            broken[violation.index].append(violation.kind.value)
+            broken[violation.index].append(violation.rule.value)
         world = TraceState()
         for index, event in enumerate(trace.events):
             self._see(event, world)

@@ -221,7 +221,7 @@ def _legend(y: float) -> Iterator[str]:
 def _footer(history: History, y: float) -> list[str]:
     """The violations in words."""
     found = history.violations
-    lines = [f"event {v.index}: {v.kind.value}: {v.why}" for v in found[:_LISTED]]
+    lines = [f"event {v.index}: {v.rule.value}: {v.why}" for v in found[:_LISTED]]
     if len(found) > _LISTED:
         lines.append(f"... and {len(found) - _LISTED} more")
     wrapped = [part for line in lines for part in textwrap.wrap(line, 180, subsequent_indent="    ")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from arm_kvm.events.trace import Event, Trace, format_event
+from arm_kvm.support.judged import Judged
 
 
-class TraceRule(Enum):
+class TraceRule(StrEnum):
     """A rule that was broken. The value is the name a report shows."""
 
     BREAK_BEFORE_MAKE = "break-before-make"  #: a valid entry became another valid one, nothing invalidated between
@@ -28,22 +29,23 @@ class TraceRule(Enum):
 class RuleViolation:
     """One broken rule: at event number ``index`` (from 0) of the trace, and why."""
 
-    kind: TraceRule
+    rule: TraceRule
     index: int
     event: Event
     why: str
 
     def __str__(self) -> str:
-        return f"  {self.kind.value:24} event {self.index}: {format_event(self.event)}\n      {self.why}"
+        return f"  {self.rule.value:24} event {self.index}: {format_event(self.event)}\n      {self.why}"
 
 
-class ProtocolBroken(AssertionError):
+class ProtocolBroken(AssertionError, Judged):
     """The hypervisor broke the protocol. ``str()`` shows the first violations with the events around them."""
 
     _SHOWN, _AROUND = 4, 6
 
     def __init__(self, trace: Trace, violations: list[RuleViolation]) -> None:
         self.violations = violations
+        self.verdicts = frozenset(violation.rule for violation in violations)
         lines = ["the hypervisor broke the rules of VMIDs and TLB maintenance:"]
         for violation in violations[: self._SHOWN]:
             lines += [str(violation), *self._context(trace, violation.index)]

@@ -22,11 +22,10 @@ from arm_kvm.model.arch.granule import KIB4
 from arm_kvm.model.arch.sweep import Leaves, PhysicalMemory, Tables
 from arm_kvm.model.kvm.memslots import Memslot, Window, covering
 from arm_kvm.oracle.stage2 import permissions
-from arm_kvm.oracle.verdicts import Finding, Verdict
+from arm_kvm.oracle.verdicts import Finding, Reason, Verdict
 
 _PAGE = np.uint64(KIB4.size)
 _OFFSET = np.uint64(KIB4.size - 1)
-NO_PAGE = "the host has no page"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Case:
         """All that is wrong with this VM's own leaves."""
         out = [
             Finding(
-                Verdict.MALFORMED_ENTRY, m.ia, 1 << KIB4.level_shift(m.level), "invalid, or a meaning", _malformed(m)
+                Verdict.MALFORMED_ENTRY, "invalid, or a meaning", _malformed(m), m.ia, 1 << KIB4.level_shift(m.level)
             )
             for m in self.tables.malformed
         ]
@@ -117,7 +116,7 @@ class Case:
 
     def _wrong_frame(self) -> list[Finding]:
         bad = (self.view.slot >= 0) & ~self._device & (self.view.host_pa & ~_OFFSET != self.view.pa)
-        return self._ranges(Verdict.WRONG_FRAME, bad, self._host_words)
+        return self._ranges(Verdict.WRONG_FRAME, bad, self._host_words, self._reason)
 
     def _excess(self) -> list[Finding]:
         view, desc = self.view, self.tables.leaves.desc[self.view.leaf]
@@ -146,6 +145,9 @@ class Case:
             Verdict.WRONG_MEMORY_TYPE, bad_device, lambda i: "a device type: this is not RAM"
         )
 
+    def _reason(self, page: int) -> Reason | None:
+        return None if self.view.host_desc[page] else Reason.HOST_HAS_NO_PAGE
+
     # -- words ----------------------------------------------------------------------------------
 
     def _host_words(self, page: int) -> str:
@@ -153,7 +155,7 @@ class Case:
         slot = self.slots[view.slot[page]]
         hva = slot.hva_of(int(view.ipa[page]))
         if not view.host_desc[page]:
-            return f"nothing mapped: {NO_PAGE} at HVA {hva:#x} ({slot})"
+            return f"nothing mapped: the host has no page at HVA {hva:#x} ({slot})"
         rights = "rw" if self.host_writable[page] else "ro"
         return f"PA {int(view.host_pa[page]):#x}, {rights} at HVA {hva:#x} ({slot})"
 
@@ -165,14 +167,27 @@ class Case:
             f"level {leaves.level[i]}, descriptor {desc:#018x}"
         )
 
-    def _ranges(self, kind: Verdict, bad: np.ndarray, expected: Callable[[int], str]) -> list[Finding]:
-        """One finding for each run of neighbouring bad pages."""
+    def _ranges(
+        self,
+        verdict: Verdict,
+        bad: np.ndarray,
+        expected: Callable[[int], str],
+        reason: Callable[[int], Reason | None] = lambda page: None,
+    ) -> list[Finding]:
+        """One finding for each run of neighbouring bad pages; its words and its reason are those of the first."""
         at = np.flatnonzero(bad)
         if not len(at):
             return []
         runs = np.split(at, np.flatnonzero(np.diff(self.view.ipa[at]) != _PAGE) + 1)
         return [
-            Finding(kind, int(self.view.ipa[run[0]]), len(run) * KIB4.size, expected(run[0]), self._found_words(run[0]))
+            Finding(
+                verdict,
+                expected(run[0]),
+                self._found_words(run[0]),
+                int(self.view.ipa[run[0]]),
+                len(run) * KIB4.size,
+                reason(run[0]),
+            )
             for run in runs
         ]
 
@@ -209,4 +224,4 @@ def _reachable(leaves: Leaves, pages: np.ndarray) -> list[Finding]:
 
 
 def _shared(ipa: int, pa: int, why: str) -> Finding:
-    return Finding(Verdict.SHARED_TABLE, ipa, KIB4.size, "one use for each table page", f"table page PA {pa:#x}: {why}")
+    return Finding(Verdict.SHARED_TABLE, "one use for each table page", f"table page PA {pa:#x}: {why}", ipa, KIB4.size)

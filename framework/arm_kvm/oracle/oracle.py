@@ -16,7 +16,7 @@ from arm_kvm.model.kvm.memslots import Memslot
 from arm_kvm.oracle import judge, splats
 from arm_kvm.oracle.sight import Sight
 from arm_kvm.oracle.stage2 import Stage2
-from arm_kvm.oracle.verdicts import Finding, Verdict, Violation
+from arm_kvm.oracle.verdicts import Finding, Reason, Violation
 from arm_kvm.vmm.client import op
 from arm_kvm.vmm.vm import Vm
 
@@ -70,8 +70,7 @@ class Oracle:
         """
         for _ in range(_LOOKS):
             seen = self.look(*vms).judged()
-            odd = [f for _, found in seen for f in found]
-            if not any(f.kind is Verdict.WRONG_FRAME and judge.NO_PAGE in f.expected for f in odd):
+            if not any(f.reason is Reason.HOST_HAS_NO_PAGE for _, found in seen for f in found):
                 break
             time.sleep(_BETWEEN_LOOKS)
         return seen

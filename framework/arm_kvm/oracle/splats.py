@@ -31,5 +31,5 @@ def find(kmsg: bytes) -> list[Finding]:
     for i, text in enumerate(texts):
         if i >= skip_to and SPLAT.search(text):
             skip_to = i + _FOLLOWING
-            found.append(Finding(Verdict.KERNEL_SPLAT, 0, 0, "a quiet kernel log", "\n        ".join(texts[i:skip_to])))
+            found.append(Finding(Verdict.KERNEL_SPLAT, "a quiet kernel log", "\n        ".join(texts[i:skip_to])))
     return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum, auto
+
+from arm_kvm.model.kvm.notifier import BreachKind
+from arm_kvm.support.judged import Judged
 
 _SHOWN = 8
 
 
-class Verdict(Enum):
+class Verdict(StrEnum):
     """What can be wrong. The value is the name a report shows."""
 
     WRONG_FRAME = "wrong-frame"  #: a leaf differs from the host's frame for that address
@@ -27,26 +30,41 @@ class Verdict(Enum):
     TOLD = "told"  #: the notifier was called where nothing is owed
     KERNEL_SPLAT = "kernel-splat"  #: BUG, WARNING, lockdep, RCU stall in the host's kernel log
 
+    @classmethod
+    def of(cls, breach: BreachKind) -> Verdict:
+        """The verdict on a breach of the notifier model, which has the same name."""
+        return cls[breach.name]
+
+
+class Reason(Enum):
+    """Why a finding is one, where the oracle has to know."""
+
+    HOST_HAS_NO_PAGE = auto()  #: stage 2 maps an address at which the host's own page table maps nothing
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One wrong range of one VM. ``ipa`` and ``size`` in bytes."""
+    """One thing that is wrong: with ``size`` bytes of one VM at ``ipa``, or with the kernel as a whole (None)."""
 
-    kind: Verdict
-    ipa: int
-    size: int
+    verdict: Verdict
     expected: str
     found: str
+    ipa: int | None = None
+    size: int = 0
+    reason: Reason | None = None
 
     def __str__(self) -> str:
-        return (
-            f"  {self.kind.value:18} IPA [{self.ipa:#x}, {self.ipa + self.size:#x})\n"
-            f"      expected  {self.expected}\n"
-            f"      found     {self.found}"
+        where = "" if self.ipa is None else f"IPA [{self.ipa:#x}, {self.ipa + self.size:#x})"
+        return "\n".join(
+            (
+                f"  {self.verdict.value:18} {where}".rstrip(),
+                f"      expected  {self.expected}",
+                f"      found     {self.found}",
+            )
         )
 
 
-class Violation(AssertionError):
+class Violation(AssertionError, Judged):
     """The kernel broke the contract. ``findings`` are all that is wrong, ``str()`` the diff.
 
     ``context`` is what happened before: the last operations and the kernel's trace.
@@ -54,13 +72,10 @@ class Violation(AssertionError):
 
     def __init__(self, title: str, findings: list[Finding], context: str = "") -> None:
         self.findings = findings
+        self.verdicts = frozenset(finding.verdict for finding in findings)
         lines = [title, *map(str, findings[:_SHOWN])]
         if len(findings) > _SHOWN:
             lines.append(f"  ... and {len(findings) - _SHOWN} more")
         if context:
             lines.append(context)
         super().__init__("\n".join(lines))
-
-    @property
-    def kinds(self) -> set[Verdict]:
-        return {finding.kind for finding in self.findings}

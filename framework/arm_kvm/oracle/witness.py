@@ -119,7 +119,7 @@ class Witness:
         if exact:
             broken += notifier.violations(notices, slots, before, after)
         else:
-            broken = [b for b in broken if b.breach is not notifier.BreachKind.TOLD]  # guests have their own reasons
+            broken = [b for b in broken if b.kind is not notifier.BreachKind.TOLD]  # guests have their own reasons
         broken += notifier.unasked(slots, before, after | leaves_of(later[vm.id]), seen.calls)
         yield from _findings(broken, seen.before[vm.id], seen.after[vm.id])
 
@@ -134,5 +134,5 @@ def leaves_of(stage2: Stage2) -> Leaves:
 def _findings(broken: Iterable[notifier.Breach], before: Stage2, after: Stage2) -> Iterator[Finding]:
     for violation in broken:
         was, now = before.leaf(violation.ipa), after.leaf(violation.ipa)
-        expected = f"not this: {violation.breach.value} (before: {was or 'nothing mapped'})"
-        yield Finding(Verdict[violation.breach.name], violation.ipa, _PAGE, expected, str(now or "nothing mapped"))
+        expected = f"not this: {violation.kind.value} (before: {was or 'nothing mapped'})"
+        yield Finding(Verdict.of(violation.kind), expected, str(now or "nothing mapped"), violation.ipa, _PAGE)

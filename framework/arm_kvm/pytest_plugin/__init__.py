@@ -6,6 +6,7 @@ selection    which case runs on which host, and who shares a host with whom
 order        the slow ones first, and workers (pytest -n) that share what takes long to make
 ahead        what the next tests begin with, made while this one runs
 judgement    what is held against the model after each test
+failures     what the plugin itself fails a test with
 fixtures     what a test case is written with
 mutation     --mutate: the catalogue of mutants against the cases
 ending       --keep

@@ -23,6 +23,8 @@ from arm_kvm.vmm.vm import Vm
 
 #: VMs that were made for the ``vm`` fixture of a test to come.
 _AHEAD: WeakKeyDictionary[Host, Vm] = WeakKeyDictionary()
+#: The fixture behind our ``vm``. A case that has it gets our VM; one with a ``vm`` of its own may do without.
+OUR_VM = "_lab_vm"
 
 
 def plugin_for(item: pytest.Item) -> MakePlugin | None:
@@ -48,7 +50,7 @@ def _furnish(item: pytest.Item, host: Host) -> None:
     host.agent(op.kernel_log)  # what it said when it was restored is nobody's
     if "ssh" in item.fixturenames:
         _ = host.ssh
-    if host.has_kvm and _asks_for_vm(item):
+    if host.has_kvm and OUR_VM in item.fixturenames:
         _AHEAD[host] = first_vm(item, host)
 
 
@@ -62,13 +64,3 @@ def first_vm(item: pytest.Item, host: Host) -> Vm:
         for index, vcpu in enumerate(vm.vcpus):
             vcpu.pin(index % host.config.board.cpus)
     return vm
-
-
-def _asks_for_vm(item: pytest.Item) -> bool:
-    """Whether the case uses our ``vm`` fixture: not one of its own under that name that does without ours."""
-    for fixture in reversed(getattr(item, "_fixtureinfo").name2fixturedefs.get("vm", ())):  # noqa: B009
-        if fixture.func.__module__.startswith("framework."):
-            return "isa" in item.callspec.params
-        if "vm" not in fixture.argnames:
-            return False
-    return False

@@ -69,7 +69,7 @@ def _end_fixtures(session: pytest.Session) -> None:
     pytest would do it later, and leave reports unwritten over such a failure.
     """
     with suppress(BaseException):
-        session._setupstate.teardown_exact(None)
+        session.config.pluginmanager.getplugin("runner").pytest_sessionfinish(session)
 
 
 def _wait_with(pool: Pool, config: pytest.Config) -> None:

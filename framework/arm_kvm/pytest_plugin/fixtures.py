@@ -22,9 +22,10 @@ from arm_kvm.oracle import Oracle
 from arm_kvm.oracle import ftrace as trace_
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.witness import Witness
-from arm_kvm.pytest_plugin.ahead import expect_next, first_vm, plugin_for, with_probe
+from arm_kvm.pytest_plugin.ahead import OUR_VM, expect_next, first_vm, plugin_for, with_probe
 from arm_kvm.pytest_plugin.artifacts import TestFolder
-from arm_kvm.pytest_plugin.judgement import HostLost, HostSession, KnownDeath, contract
+from arm_kvm.pytest_plugin.failures import ContractBroken, HostLost, HostUnusable, KnownDeath, VmsLeft
+from arm_kvm.pytest_plugin.judgement import HostSession
 from arm_kvm.pytest_plugin.selection import owner_of
 from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, POOL, SESSION
 from arm_kvm.recorder.breakpoints import Breakpoints
@@ -37,14 +38,6 @@ from arm_kvm.vmm.vgic import Vgic
 from arm_kvm.vmm.vm import Vm
 
 _RECORDERS: WeakKeyDictionary[Host, Recorder] = WeakKeyDictionary()
-
-
-class HostUnusable(pytest.fail.Exception):
-    """There is no such host to run the test on, because of ``cause``."""
-
-    def __init__(self, words: str, cause: LabError) -> None:
-        super().__init__(words, pytrace=False)
-        self.cause = cause
 
 
 @pytest.fixture
@@ -109,16 +102,12 @@ def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> 
     if not host.machine.alive:
         session.folder.write("lost.txt", str(host.machine.lost()))
     _collect(node, session)
-    if isinstance(why, _VmsLeft | HostLost):
+    if isinstance(why, VmsLeft | HostLost):
         pool.discard(host.config.name)
     else:
         pool.done(host)
     if why and not failed:
         raise why
-
-
-class _VmsLeft(pytest.fail.Exception):
-    """The kernel, or the agent, did not let a VM go."""
 
 
 def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
@@ -127,11 +116,10 @@ def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
         said = session.destroy_vms()
     except LabError as e:
         if session.host.machine.alive and session.host.agent.usable:
-            return _VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
+            return VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
         return HostLost("while the test's VMs were destroyed, its host was lost", e)
     if said:
-        words = contract(said, "the kernel complained after the test, while its VMs were destroyed")
-        return pytest.fail.Exception(words, pytrace=False)
+        return ContractBroken("the kernel complained after the test, while its VMs were destroyed", said)
     return None
 
 
@@ -195,13 +183,18 @@ def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
         vmm.end()
 
 
+@pytest.fixture(name=OUR_VM)
+def _vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+    return first_vm(request.node, host)
+
+
 @pytest.fixture
-def vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
+def vm(_lab_vm: Vm) -> Vm:
     """A VM with no memory but the payload's own, and one vCPU, or as many as the mark ``vcpus(n)`` says.
 
     With ``vcpus(n, pinned=True)`` each is bound to a CPU of the host. See ``make_vm``.
     """
-    return first_vm(request.node, host)
+    return _lab_vm
 
 
 @pytest.fixture

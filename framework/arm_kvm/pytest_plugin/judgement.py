@@ -12,24 +12,13 @@ from arm_kvm.host.host import Host
 from arm_kvm.oracle import Oracle
 from arm_kvm.oracle.verdicts import Finding
 from arm_kvm.pytest_plugin.artifacts import TestFolder
+from arm_kvm.pytest_plugin.failures import ContractBroken, HostLost, KnownDeath
 from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, SESSION
 from arm_kvm.support.errors import LabError
 
 _ORACLES: WeakKeyDictionary[Host, Oracle] = WeakKeyDictionary()
 _DUMPED = 16  #: VMs of one test whose tables are written down; of more, only those with findings
 _AFTER = "after the test, the kernel's state breaks the contract"
-
-
-class HostLost(pytest.fail.Exception):
-    """The test passed, and its host is gone, or was when its VMs were destroyed, because of ``cause``."""
-
-    def __init__(self, when: str, cause: LabError) -> None:
-        super().__init__(f"{when}: {cause}", pytrace=False)
-        self.cause = cause
-
-
-class KnownDeath(pytest.xfail.Exception):
-    """A known fault, which took the host along: there is nothing left to judge."""
 
 
 class HostSession:
@@ -93,7 +82,7 @@ def _judge_passed(session: HostSession) -> None:
     if lost is not None:
         raise HostLost("after the test, its host is lost", lost)
     if findings:
-        pytest.fail(contract(findings, _AFTER), pytrace=False)
+        raise ContractBroken(_AFTER, findings)
 
 
 def _judge_failed(item: pytest.Item, session: HostSession, known: bool) -> None:
@@ -103,13 +92,7 @@ def _judge_failed(item: pytest.Item, session: HostSession, known: bool) -> None:
         return
     with suppress(Exception):  # whatever the test left behind, its own failure is the one to show
         if findings := session.judge():
-            item.add_report_section("call", "arm-kvm", contract(findings, _AFTER))
-
-
-def contract(findings: list[Finding], when: str) -> str:
-    """What a failure says of these findings."""
-    text = "\n".join(map(str, findings))
-    return f"{when}:\n{text}"
+            item.add_report_section("call", "arm-kvm", str(ContractBroken(_AFTER, findings)))
 
 
 @pytest.hookimpl(wrapper=True)

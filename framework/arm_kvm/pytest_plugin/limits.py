@@ -10,18 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from arm_kvm.hosts.pool import HostBroken
+from arm_kvm.pytest_plugin.failures import CausedFailure, Refused
 from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.support import interrupt
-from arm_kvm.support.errors import DiskFull, LabError, LimitReached
+from arm_kvm.support.errors import DiskFull, LimitReached
 from arm_kvm.support.limits import is_limit, told
-
-
-class Refused(pytest.fail.Exception):
-    """This machine, not the host and not the case, is why the test ends, because of ``cause``."""
-
-    def __init__(self, cause: LabError) -> None:
-        super().__init__(f"this machine does not let the test go on: {cause}", pytrace=False)
-        self.cause = cause
 
 
 @contextmanager
@@ -29,7 +23,9 @@ def _in_a_test(item: pytest.Item) -> Iterator[None]:
     try:
         yield
     except (Exception, pytest.fail.Exception) as e:
-        cause = told(e, item.config.stash[POOL].artifacts) if is_limit(e) else getattr(e, "cause", e)
+        cause = e.cause if isinstance(e, CausedFailure | HostBroken) else e
+        if is_limit(e):
+            cause = told(e, item.config.stash[POOL].artifacts)
         if isinstance(cause, DiskFull | LimitReached) and not isinstance(e, Refused):
             raise Refused(cause) from e
         raise

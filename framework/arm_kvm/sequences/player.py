@@ -16,24 +16,27 @@ from arm_kvm.host import facilities, features
 from arm_kvm.host.host import Host
 from arm_kvm.model.kvm.memslots import Memslot
 from arm_kvm.oracle.oracle import Oracle, Sighting
+from arm_kvm.oracle.verdicts import Finding
 from arm_kvm.oracle.witness import leaves_of
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
-from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Look, VmModel, spare_tables
+from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Complaint, Look, VmModel, spare_tables
 from arm_kvm.support.errors import LabError
+from arm_kvm.support.judged import Judged
 from arm_kvm.vmm.client import Request, op, request
 from arm_kvm.vmm.memory import BLOCK, Advice, Child, Memory, Prot
 from arm_kvm.vmm.vm import Vm
 
 
-class SequenceBroken(AssertionError):
+class SequenceBroken(AssertionError, Judged):
     """A step after which the host is not as the models say. ``steps`` are all that led there, it included.
 
     ``lost`` says why that host takes no other sequence, when it does not.
     """
 
-    def __init__(self, steps: list[Step], complaints: list[str], lost: LabError | None = None) -> None:
+    def __init__(self, steps: list[Step], complaints: list[Complaint], lost: LabError | None = None) -> None:
         self.steps = list(steps)
         self.complaints = complaints
+        self.verdicts = frozenset(complaint.verdict for complaint in complaints if complaint.verdict)
         self.lost = lost
         lines = [f"after step {len(steps)}:", *(f"    {complaint}" for complaint in complaints), "the sequence:"]
         super().__init__("\n".join([*lines, *(f"    {step}" for step in steps)]))
@@ -62,7 +65,8 @@ class Player:
         self._child: Child | None = None
         self._swap: ExitStack | None = None  # once a step has needed it
         self._unjudged: _Unjudged | None = None
-        self._complaints, self._judged = [], 0  # of the step that was judged last, and its number
+        self._complaints: list[Complaint] = []  # of the step that was judged last
+        self._judged = 0  # its number
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
         self._memory = _memory(self._vm)
@@ -88,7 +92,7 @@ class Player:
         self.broken = True
         self.world = self._new_world()
         self._before, findings = _reading(self._see())
-        self._demand(findings + [f"IPA {ipa:#x} is mapped at the beginning" for ipa in self._before.leaves])
+        self._demand(findings + [Complaint(f"IPA {ipa:#x} is mapped at the beginning") for ipa in self._before.leaves])
         self.broken = False
 
     def begin_anew(self) -> None:
@@ -165,7 +169,7 @@ class Player:
         usable = self._host.machine.alive and self._host.agent.usable
         lost = failure if isinstance(failure, LabError) and not usable else None
         step = self.steps[-1] if self.steps else "before the first step"
-        return SequenceBroken(self.steps, [f"{step}: {failure}"], lost)
+        return SequenceBroken(self.steps, [Complaint(f"{step}: {failure}")], lost)
 
     def finish(self) -> None:
         """Judge the last step, and what the kernel has said of all of them. Raises SequenceBroken."""
@@ -175,7 +179,7 @@ class Player:
         except LabError as e:
             self.broken = True
             raise self._stopped_by(e) from e
-        self._demand([str(finding) for finding in said])
+        self._demand(_complaints(said))
 
     def settle(self) -> None:
         """Judge the last step, if it was not judged yet. Raises SequenceBroken."""
@@ -190,7 +194,7 @@ class Player:
             complaints = self.world.complaints(last.step, self._before, after, last.owed)
             self._before, self._complaints, self._judged = after, findings or complaints, last.number
 
-    def _demand(self, complaints: list[str], steps: int | None = None) -> None:
+    def _demand(self, complaints: list[Complaint], steps: int | None = None) -> None:
         """After so many steps (all) there is nothing to complain of. Raises SequenceBroken."""
         if complaints:
             self.broken = True
@@ -233,7 +237,7 @@ class Player:
             answer = Answer.MMIO
         expected = self.world.answer(step)
         if answer is not expected:
-            self._demand([f"{step}: {answer.value}, where {expected.value} was due"])
+            self._demand([Complaint(f"{step}: {answer.value}, where {expected.value} was due")])
         if answer is Answer.DONE:
             self._saw(step, value, got)
 
@@ -250,7 +254,8 @@ class Player:
         if step.kind in (StepKind.GUEST_WRITES, StepKind.HOST_WRITES):
             self.world.stored(step, value)
         elif got not in (may := self.world.content[step.page]):
-            self._demand([f"page {step.page} reads {got:#x}, where {' or '.join(map(hex, sorted(may)))} was stored"])
+            stored = " or ".join(map(hex, sorted(may)))
+            self._demand([Complaint(f"page {step.page} reads {got:#x}, where {stored} was stored")])
 
     def _host_operation(self, step: Step) -> None:
         memory, (offset, size) = self._memory, (step.page * PAGE, (step.last + 1 - step.page) * PAGE)
@@ -304,7 +309,7 @@ class Player:
         pages, _ = self.world.slots.take_dirty_log(step.slot)
         expected = [ipa + page * PAGE for page in pages]
         if found != expected:
-            self._demand([f"the dirty log says {_hex(found)}, guests have written {_hex(expected)}"])
+            self._demand([Complaint(f"the dirty log says {_hex(found)}, guests have written {_hex(expected)}")])
 
     def _new_vm(self) -> None:
         self._vm.destroy()
@@ -320,13 +325,17 @@ class Player:
         return self._oracle.look(self._vm, hvas=self._hvas)
 
 
-def _reading(sighting: Sighting) -> tuple[Look, list[str]]:
+def _reading(sighting: Sighting) -> tuple[Look, list[Complaint]]:
     """What the world is held against; and what safety says of it."""
     ((stage2, findings),) = sighting.judged()
     leaves = leaves_of(stage2)
     spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
     watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
-    return Look(watched, spare, sighting.frames), [str(finding) for finding in findings]
+    return Look(watched, spare, sighting.frames), _complaints(findings)
+
+
+def _complaints(findings: Iterable[Finding]) -> list[Complaint]:
+    return [Complaint(str(finding), finding.verdict) for finding in findings]
 
 
 def _watched(ipa: int) -> bool:

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from arm_kvm.sequences.player import Player, SequenceBroken
 from arm_kvm.sequences.steps import PAGES, SLOTS, Step, StepKind, every
+from arm_kvm.sequences.world import Complaint
 from arm_kvm.support.paths import cache_root
 
 _LENGTH = 20  #: steps of a sequence, at most
@@ -74,7 +75,7 @@ def search(make_player: Callable[[], Player], profile: Profile = Profile.QUICK, 
             raise
         if first.lost:  # nothing can repeat
             raise first from e
-        raise SequenceBroken(first.steps, [*first.complaints, "(this did not repeat)"]) from e
+        raise SequenceBroken(first.steps, [*first.complaints, Complaint("(this did not repeat)")]) from e
     finally:
         players.end()
     return tally

@@ -15,6 +15,7 @@ from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL
 from arm_kvm.model.kvm import notifier
 from arm_kvm.model.kvm.memslots import Memslot, Memslots, SlotFlags
 from arm_kvm.model.kvm.notifier import Kernel, Leaves, Notice, Operation
+from arm_kvm.oracle.verdicts import Verdict
 from arm_kvm.sequences.steps import PAGES, SLOTS, Step, StepKind
 
 PAGE = KIB4.size
@@ -51,6 +52,17 @@ class Look:
     leaves: Leaves
     spare_tables: int  #: table pages that nothing needs
     frames: tuple[int, ...]  #: physical address of each page; 0: none
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """What is wrong after a step, in words, and its verdict if it has one."""
+
+    words: str
+    verdict: Verdict | None = None
+
+    def __str__(self) -> str:
+        return self.words
 
 
 @dataclass
@@ -252,7 +264,9 @@ class VmModel:
 
     # -- the verdict ----------------------------------------------------------------------------------------------
 
-    def complaints(self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()) -> list[str]:
+    def complaints(
+        self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()
+    ) -> list[Complaint]:
         """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
         own = self.ipa(step)
         tried = step.kind in (StepKind.GUEST_READS, StepKind.GUEST_WRITES)
@@ -260,7 +274,7 @@ class VmModel:
         gone = {ipa for start, size in owed for ipa in range(start, start + size, PAGE)}
         was = {ipa: leaf for ipa, leaf in before.leaves.items() if ipa not in gone}
         now = {ipa: leaf for ipa, leaf in after.leaves.items() if ipa not in gone}
-        out = [f"IPA {ipa:#x} is still mapped" for ipa in after.leaves if ipa in gone]
+        out = [Complaint(f"IPA {ipa:#x} is still mapped") for ipa in after.leaves if ipa in gone]
         if accessed:
             out += self._accessed(step, own, now.pop(own, None))
             was.pop(own, None)
@@ -269,19 +283,19 @@ class VmModel:
         was = self._protected(step, was)
         found = [notifier.violations(notices, self.slots, was, now) for notices in self.notices(step, before, after)]
         broken = min(found, key=len)
-        out += [f"IPA {v.ipa:#x}: {v.breach.value}" for v in broken if not (accessed and v.ipa == own)]
+        out += [_complaint(breach) for breach in broken if not (accessed and breach.ipa == own)]
         if after.spare_tables:
-            out.append(f"{after.spare_tables} table pages map nothing")
+            out.append(Complaint(f"{after.spare_tables} table pages map nothing"))
         return out + self._aged(step, after)
 
-    def _accessed(self, step: Step, ipa: int, leaf: tuple[int, int] | None) -> list[str]:
+    def _accessed(self, step: Step, ipa: int, leaf: tuple[int, int] | None) -> list[Complaint]:
         """The page that a guest has just used."""
         if leaf is None:
-            return [f"IPA {ipa:#x} is not mapped after the guest's access"]
+            return [Complaint(f"IPA {ipa:#x} is not mapped after the guest's access")]
         if not d.AF.of(leaf[1]):
-            return [f"IPA {ipa:#x} is not young after the guest's access"]
+            return [Complaint(f"IPA {ipa:#x} is not young after the guest's access")]
         if step.kind is StepKind.GUEST_WRITES and not d.s2_writable(leaf[1]):
-            return [f"IPA {ipa:#x} is not writable after the guest's store"]
+            return [Complaint(f"IPA {ipa:#x} is not writable after the guest's store")]
         return []
 
     def _protected(self, step: Step, leaves: Leaves) -> Leaves:
@@ -293,7 +307,7 @@ class VmModel:
         unwritable = ~d.S2AP.put(d.Grant.WRITE)
         return {i: (n, w & unwritable if start <= i < end else w) for i, (n, w) in leaves.items()}
 
-    def _aged(self, step: Step, after: Look) -> list[str]:
+    def _aged(self, step: Step, after: Look) -> list[Complaint]:
         """Ageing must reach the guest's accessed flag; with a child about, the host may leave a page out."""
         if step.kind is not StepKind.AGE or self.child:
             return []
@@ -301,7 +315,7 @@ class VmModel:
         pages = [p for p in self.pages(step) if self.rights[p] is Rights.WRITE and ZERO not in self.content[p]]
         aged = {start + page * PAGE for start in self.starts.values() for page in pages}
         young = [ipa for ipa in sorted(aged & after.leaves.keys()) if d.AF.of(after.leaves[ipa][1])]
-        return [f"IPA {ipa:#x} is still young" for ipa in young]
+        return [Complaint(f"IPA {ipa:#x} is still young") for ipa in young]
 
 
 #: What gives KVM a memslot.
@@ -329,6 +343,10 @@ _OPERATIONS = {
     StepKind.PROTECT_WRITE: Operation.MPROTECT_WIDER,
     StepKind.CHILD_WRITES: Operation.CHILD_WRITE,
 }
+
+
+def _complaint(breach: notifier.Breach) -> Complaint:
+    return Complaint(f"IPA {breach.ipa:#x}: {breach.kind.value}", Verdict.of(breach.kind))
 
 
 def _young(leaf: tuple[int, int] | None) -> tuple[int, int] | None:

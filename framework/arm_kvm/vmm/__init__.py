@@ -1,1 +1,1 @@
-"""The VMM inside the host, as the lab holds it: its agent, memory, VMs, vCPUs, VGIC, and what it does at the same time."""
+"""The VMM inside the host, as the lab holds it: its agent, memory, VMs, vCPUs, VGIC, and what it does at once."""

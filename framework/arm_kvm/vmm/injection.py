@@ -48,7 +48,7 @@ def set_memslot(vm: Vm, slot: Memslot, n: int) -> Attempt:
 
 
 def store(vm: Vm, index: int, ipa: int, n: int) -> Attempt:
-    """KVM_RUN of the VM's vCPU ``index``, whose guest stores the word ``ipa`` at ``ipa``; counted are the allocations of KVM_RUN alone.
+    """KVM_RUN of vCPU ``index``, whose guest stores the word ``ipa`` at ``ipa``; only KVM_RUN's allocations count.
 
     After a failure the vCPU is at the payload's entry again.
     """

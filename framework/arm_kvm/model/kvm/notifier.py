@@ -254,7 +254,7 @@ class BreachKind(Enum):
 class Breach:
     """One page of guest memory that is wrong after an operation."""
 
-    breach: BreachKind
+    kind: BreachKind
     ipa: int
 
 
