@@ -40,7 +40,7 @@ class Run:
         return [*HEARS_CTRL_C, sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
 
     def start(self, suite, *options, **environment):
-        env = outside_pytest(os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+        env = outside_pytest(os.environ | environment)
         env.pop("CI", None)  # where pytest repeats every failure in full
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.argv(suite, *options), cwd=self.folder, env=env, **how)

@@ -16,9 +16,8 @@ from arm_kvm.support.errors import ConfigError
 from arm_kvm.support.paths import ROOT, TESTCASES, cache_root
 
 _MUTATED = ("a15", "arm64")
-_CONFIGURATION = ROOT / "pyproject.toml"  #: of a checkout; an installed package has none
-#: What the suites need, or are read best with; pyproject.toml has the same for pytest in a checkout.
-OPTIONS = ("-ra", "--strict-markers", "--import-mode=importlib", "--tb=short", "-p", "no:logging")
+#: pytest's configuration. It is always named: pytest would look for one in the folder that the user happens to be in.
+_CHECKOUT, _INSTALLED = ROOT / "pyproject.toml", ROOT / "pytest.ini"
 _EXAMPLES = """\
 All arguments are pytest's. Paths and node ids may be relative to this folder or to the suites; without any, all
 suites are run. There is a worker for each CPU, unless -n says otherwise. For example:
@@ -89,18 +88,15 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
 
 def _settings() -> list[str]:
-    """How pytest is configured: by the checkout, or, for an installed package, here and by no file at all.
-
-    (A file that pytest found by itself would be of the project in whose folder the user happens to be.)
-    """
-    if _CONFIGURATION.is_file():
-        return ["-c", str(_CONFIGURATION)]
-    return ["-c", os.devnull, *OPTIONS, "-o", f"cache_dir={cache_root() / 'pytest'}"]
+    if _CHECKOUT.is_file():
+        return ["-c", str(_CHECKOUT), "--rootdir", str(ROOT)]
+    # pytest would keep its cache beside its configuration, which is in site-packages.
+    return ["-c", str(_INSTALLED), "--rootdir", str(ROOT), "-o", f"cache_dir={cache_root() / 'pytest'}"]
 
 
 def _pytest(where: Path, *arguments: str) -> int:
     """Run pytest on a folder of the lab's, from where the user is; its exit code."""
-    argv = [sys.executable, "-m", "pytest", *_settings(), "--rootdir", str(ROOT), str(where), *arguments]
+    argv = [sys.executable, "-m", "pytest", *_settings(), str(where), *arguments]
     process, interrupted = subprocess.Popen(argv), False
     while True:
         try:

@@ -14,14 +14,17 @@ from arm_kvm.support.paths import ROOT, TESTCASES, is_there
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if asked := [arg for arg in config.args if arg != str(TESTCASES)]:
+    asked = [arg for arg in config.args if arg != str(TESTCASES)]
+    if asked and not config.getoption("pyargs"):  # else they are names of modules
         config.args = [_found(arg, config.invocation_params.dir) for arg in asked]
 
 
 def _found(arg: str, here: Path) -> str:
-    """The path or node id as pytest finds it: in the user's folder, among the suites, or as pytest prints it."""
+    """The path or node id in the user's folder, among the suites, or as pytest prints it. Raises UsageError."""
     path, colons, case = arg.partition("::")
     for folder in (here, TESTCASES, ROOT):
         if is_there(folder / path):
             return f"{folder / path}{colons}{case}"
-    return arg
+    raise pytest.UsageError(
+        f"{path}: there is no such file or folder, neither here nor among the suites in {TESTCASES}"
+    )
