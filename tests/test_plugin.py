@@ -28,7 +28,7 @@ def test_vm_runs(vm, stage2):
 
 
 class Run:
-    """Runs pytest on ``suite`` with the plugin and nothing of this repository's own options."""
+    """Runs pytest on ``suite`` with the plugin, as it is installed, and nothing of this repository's own options."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -36,7 +36,7 @@ class Run:
     def argv(self, suite, *options):
         (self.folder / "test_suite.py").write_text(suite)
         (self.folder / "pytest.ini").write_text("[pytest]\naddopts = -ra --tb=short -p no:logging\n")
-        plain = ["-p", "arm_kvm.pytest_plugin", "-c", "pytest.ini", "--artifacts", "artifacts"]
+        plain = ["-c", "pytest.ini", "--artifacts", "artifacts"]
         return [*HEARS_CTRL_C, sys.executable, "-m", "pytest", *plain, *options, "test_suite.py"]
 
     def start(self, suite, *options, **environment):
