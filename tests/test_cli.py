@@ -17,13 +17,20 @@ from arm_kvm.support.errors import ConfigError, KernelError, NoLiveMachine, Port
 from .conftest import HEARS_CTRL_C, outside_pytest
 
 COMMANDS = ["setup", "doctor", "hosts", "kernel list", "kernel fetch", "kernel build", "boot", "stage2", "conform"]
-COMMANDS += ["mutate", "bench", "cache", "cache clean", "replay", "trace check"]
+COMMANDS += ["test", "mutate", "bench", "cache", "cache clean", "replay", "trace check"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(arm_kvm, command):
     done = arm_kvm(*command.split(), "--help")
     assert done.returncode == 0 and "usage: arm-kvm" in done.stdout
+
+
+def test_what_takes_long_to_load_is_not_loaded_for_help():
+    """Nor for `arm-kvm test`, whose pytest loads it."""
+    slow = "{'numpy', 'paramiko', 'hypothesis', 'pytest', 'rich', 'yaml'}"
+    code = f"import sys; from arm_kvm.cli import parser; parser().format_help(); print({slow} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 MISTAKES = {

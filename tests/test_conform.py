@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from arm_kvm.cli.main import main
 from arm_kvm.conform import case, departures, silicon
 from arm_kvm.conform.case import Probe, Registers, Silicon, TableWorld
 from arm_kvm.conform.departures import Departure
@@ -334,10 +335,8 @@ def test_the_command_lists_the_departures(arm_kvm):
 
 
 def test_a_difference_has_an_exit_code_and_a_way_to_repeat_it(monkeypatch, capsys):
-    from arm_kvm import cli
-
     monkeypatch.setattr(d, "s2_executable", lambda desc, **how: True)
-    assert cli.main(["conform", "--host", "a15", "--cases", "50000", "--seed", "6"]) == NonConformance.exit_code
+    assert main(["conform", "--host", "a15", "--cases", "50000", "--seed", "6"]) == NonConformance.exit_code
     said = capsys.readouterr().err
     assert "a15: model and silicon differ" in said and "--cases 50000 --seed 6" in said and "stage 2 level 3" in said
 

@@ -29,9 +29,8 @@ def run(tmp_path):
 
 def shell(line, **how):
     """A line of shell in which ``arm-kvm`` is the command line; exit code and what was said on stderr."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     line = f'arm_kvm() {{ {" ".join(ARM_KVM)} "$@"; }}; {line}'
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env, timeout=120, **how)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, **how)
     assert "Traceback" not in done.stdout + done.stderr
     return done.returncode, done.stderr
 
@@ -174,8 +173,7 @@ def few_files():
 
 def test_a_suite_with_few_files(run, tmp_path):
     argv = run.argv(PASSING, "--host", "arm64")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, preexec_fn=few_files)
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, preexec_fn=few_files)
     assert done.returncode == 1 and "this process may have 25 open at a time" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 

@@ -28,7 +28,7 @@ def test_vm_runs(vm, stage2):
 
 
 class Run:
-    """Runs pytest on ``suite`` with the plugin and nothing of this repository's own options."""
+    """Runs pytest on ``suite`` with the plugin, as it is installed, and nothing of this repository's own options."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -18,7 +18,7 @@ def main() -> int:
     try:
         _open_streams()
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that this locale has no letters for, as on stderr
-        from arm_kvm.cli import main
+        from arm_kvm.cli.main import main
 
         code = main()
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ def attach(console: socket.socket, alive: Callable[[], bool]) -> None:
             tty.setraw(keyboard)
         _shuttle(console, keyboard, alive)
     finally:
-        if saved is not None:
+        if keyboard is not None and saved is not None:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, saved)
 
 
@@ -39,7 +39,7 @@ def _await_end(alive: Callable[[], bool]) -> None:
 
 
 def _shuttle(console: socket.socket, keyboard: int | None, alive: Callable[[], bool]) -> None:
-    sources = [console] if keyboard is None else [console, keyboard]
+    sources: list[socket.socket | int] = [console] if keyboard is None else [console, keyboard]
     while alive():
         ready, _, _ = select.select(sources, [], [], 0.5)
         if console in ready:
@@ -48,7 +48,7 @@ def _shuttle(console: socket.socket, keyboard: int | None, alive: Callable[[], b
                 _await_end(alive)
                 return
             os.write(sys.stdout.fileno(), data)
-        if keyboard in ready:
+        if keyboard is not None and keyboard in ready:
             data = os.read(keyboard, 4096)
             if _ESCAPE in data:
                 return

@@ -1,6 +1,7 @@
 """The pytest front door.
 
 interrupts   Ctrl-C, from now on
+markers      the marks of test cases
 options      --host, --kernel, --isolation, ...; kernels are had before the first test
 selection    which case runs on which host, and who shares a host with whom
 order        the slow ones first, and workers (pytest -n) that share what takes long to make
@@ -11,6 +12,7 @@ fixtures     what a test case is written with
 mutation     --mutate: the catalogue of mutants against the cases
 ending       --keep
 limits       what this machine refuses a run
+suites       `arm-kvm test` only: which of the lab's own cases
 """
 
 from arm_kvm.support import interrupt
@@ -21,6 +23,7 @@ interrupt.leave_when_heard(2)  # no traceback of what is being loaded just now
 
 pytest_plugins = [
     "arm_kvm.pytest_plugin.interrupts",
+    "arm_kvm.pytest_plugin.markers",
     "arm_kvm.pytest_plugin.selection",
     "arm_kvm.pytest_plugin.order",
     "arm_kvm.pytest_plugin.options",
