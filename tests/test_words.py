@@ -210,7 +210,7 @@ def test_held_cpu(host, vm):
     memory = vm.memory(PAGE)
     memory.write(0, b"here")
     actor = host.actor(cpu=1)
-    with host.hold("unmap_page_range", cpu=1) as held:
+    with host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held:
         job = actor.begin(op.memory_advise, hva=memory.hva, size=PAGE, advice=Advice.DONTNEED)
         held.wait()
         assert memory.read(0, 4) == b"here" and not job.done(0.2)
@@ -220,7 +220,7 @@ def test_held_cpu(host, vm):
 
 def test_another_cpu_passes_by_the_one_that_is_waited_for(host, vm):
     memory = vm.memory(PAGE)
-    with host.hold("unmap_page_range", cpu=1) as held:
+    with host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held:
         for _ in range(5):  # on CPU 0
             memory.write(0, b"here")
             memory.advise(Advice.DONTNEED)
@@ -228,7 +228,10 @@ def test_another_cpu_passes_by_the_one_that_is_waited_for(host, vm):
 
 
 def test_cpu_that_does_not_come(host):
-    with host.hold("unmap_page_range", cpu=1) as held, pytest.raises(HoldFailed, match="did not come to unmap_page"):
+    with (
+        host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held,
+        pytest.raises(HoldFailed, match="did not come to unmap_page"),
+    ):
         held.wait(seconds=0.5)
 
 
@@ -237,7 +240,7 @@ def test_cpu_that_is_held_for_too_long(host, vm):
     memory.write(0, b"here")
     actor = host.actor(cpu=1)
     too_long = pytest.raises(HoldFailed, match="held at unmap_page_range for 1 s")
-    with too_long, host.hold("unmap_page_range", cpu=1, seconds=1.0) as held:
+    with too_long, host.hold("unmap_page_range", "__zap_vma_range", cpu=1, seconds=1.0) as held:
         job = actor.begin(op.memory_advise, hva=memory.hva, size=PAGE, advice=Advice.DONTNEED)
         held.wait()
         job.result(seconds=5.0)  # it has been let go
@@ -245,7 +248,10 @@ def test_cpu_that_is_held_for_too_long(host, vm):
 
 
 def test_what_cannot_be_held(host):
-    with pytest.raises(ConfigError, match="CPU 0 cannot be held"), host.hold("unmap_page_range", cpu=0):
+    with (
+        pytest.raises(ConfigError, match="CPU 0 cannot be held"),
+        host.hold("unmap_page_range", "__zap_vma_range", cpu=0),
+    ):
         pass
     with pytest.raises(KernelError, match="no symbol no_such_function"), host.hold("no_such_function", cpu=1):
         pass

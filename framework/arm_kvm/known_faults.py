@@ -135,6 +135,19 @@ _ALL = (
         architecture="armv8",
     ),
     KnownFault(
+        "stale-page-until-next-fault",
+        "a change_pte between another invalidation's start and its end maps a page that goes; the next permission "
+        "fault maps the right one (user_mem_abort() of virt/kvm/arm/mmu.c, 5.4)",
+        architecture="armv7",
+    ),
+    KnownFault(
+        "page-in-deleted-memslot-after-change-pte",
+        "change_pte maps a page into a memslot that is being deleted (until 2230f9e1171a, "
+        '"KVM: Avoid illegal stage2 mapping on invalid memory slot", 6.4)',
+        commit="2230f9e1171a",
+        until=(6, 4),
+    ),
+    KnownFault(
         "sleeps-with-page-table-mapped",
         "collapse_huge_page() ends the notifier's range while it has a page table mapped (5.4, HIGHPTE)",
         architecture="armv7",

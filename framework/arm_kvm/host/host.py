@@ -199,15 +199,18 @@ class Host:
         """Physical address of the board's virtual CPU interface, as its device tree says (fourth range of the GIC)."""
         return _gicv(self)
 
-    def symbol(self, name: str) -> int:
-        """Virtual address of a symbol of the kernel, ``name+0x10`` of an instruction after it. Raises KernelError."""
-        name, _, offset = name.partition("+")
-        said = self.ssh.run(f"awk '$3 == \"{name}\" {{print $1; exit}}' /proc/kallsyms").strip()
-        if not said:
-            raise KernelError(
-                f"Linux {self.release} has no symbol {name}", remedy="it may be inlined there: choose a caller"
-            )
-        return int(said, 16) + int(offset or "0", 0)
+    def symbol(self, *names: str) -> int:
+        """Virtual address of the first of these symbols that the kernel has: releases rename them.
+
+        ``name+0x10`` is an instruction after one. Raises KernelError.
+        """
+        for name, _, offset in (name.partition("+") for name in names):
+            if said := self.ssh.run(f"awk '$3 == \"{name}\" {{print $1; exit}}' /proc/kallsyms").strip():
+                return int(said, 16) + int(offset or "0", 0)
+        raise KernelError(
+            f"Linux {self.release} has no symbol {' or '.join(names)}",
+            remedy="it may be inlined there: choose a caller",
+        )
 
     # -- more than one thing at a time -------------------------------------------------------------------
 
@@ -216,8 +219,10 @@ class Host:
         return Actor(self.agent, cpu)
 
     @contextmanager
-    def hold(self, symbol: str, cpu: int, seconds: float = 10.0) -> Iterator[Hold]:
+    def hold(self, *symbols: str, cpu: int, seconds: float = 10.0) -> Iterator[Hold]:
         """Within the block ``cpu`` is held when it comes to this symbol of the kernel, the others going on.
+
+        Of several symbols it is the first that the kernel has.
 
         ``held.wait()`` returns when it stands there; at the end of the block it goes on, or after so many seconds,
         and then the block fails. CPU 0, on which the agent and ssh live, cannot be held. Raises HoldFailed.
@@ -226,7 +231,7 @@ class Host:
             raise ConfigError(
                 f"{self.config.name}: CPU {cpu} cannot be held", remedy="hold one above 0, where the agent and ssh live"
             )
-        held = Hold(self.machine.gdb, self.symbol(symbol), cpu, symbol, seconds)
+        held = Hold(self.machine.gdb, self.symbol(*symbols), cpu, symbols[0], seconds)
         try:
             yield held
         except BaseException:
