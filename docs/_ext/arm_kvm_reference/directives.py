@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from enum import Enum
+from types import ModuleType
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -26,6 +27,7 @@ _PAGES: dict[str, Callable[..., str]] = {
     "command-line": pages.command_line,
     "pytest-options": pages.pytest_options,
     "hosts": pages.hosts,
+    "features": pages.features,
     "host-keys": pages.host_keys,
     "errors": pages.errors,
     "mutants": pages.mutants,
@@ -70,10 +72,20 @@ def _autodoc(name: str, made: bool = True) -> str:
     if isinstance(found, type):
         signature = "" if made and not issubclass(found, Enum) else "()"
         return f".. autoclass:: {name}{signature}\n   :members:\n   :undoc-members:\n"
+    if isinstance(found, ModuleType):
+        return f".. automodule:: {found.__name__}\n   :members:\n   :undoc-members:\n"
     if callable(found):
         return f".. autofunction:: {name}\n"
-    shown = f"{found:#x}" if isinstance(found, int) else repr(found)
-    return f".. py:data:: {attribute}\n   :value: {shown}\n"
+    return f".. py:data:: {attribute}\n{_value(found)}"
+
+
+def _value(found: object) -> str:
+    """The value of a constant, or of what kind an object is."""
+    if isinstance(found, int):
+        return f"   :value: {found:#x}\n"
+    if isinstance(found, str | tuple):
+        return f"   :value: {found!r}\n"
+    return f"   :type: {type(found).__name__}\n"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

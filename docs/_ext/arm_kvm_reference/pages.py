@@ -19,6 +19,7 @@ from arm_kvm import cli, pytest_plugin
 from arm_kvm.conform import departures as known_departures
 from arm_kvm.events.violations import TraceRule
 from arm_kvm.host import config, keys
+from arm_kvm.host.features import FEATURES
 from arm_kvm.model.kvm import notifier
 from arm_kvm.mutants import catalogue
 from arm_kvm.mutants.score import Fate
@@ -114,6 +115,10 @@ def _marks(*options: str) -> list[tuple[str, str]]:
     argv = [sys.executable, "-m", "pytest", "--markers", *options]
     said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return re.findall(r"^@pytest\.mark\.(.+?): (.*)$", said, re.M)
+
+
+def features() -> str:
+    return _table(("feature", "what brings it"), ((_code(name), one.source) for name, one in FEATURES.items()))
 
 
 # -- command line ---------------------------------------------------------------------------------------------
