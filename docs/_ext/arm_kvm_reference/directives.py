@@ -20,6 +20,7 @@ _PAGES: dict[str, Callable[..., str]] = {
     "trace-rules": pages.trace_rules,
     "fates": pages.fates,
     "departures": pages.departures,
+    "known-faults": pages.known_faults,
     "notifier-table": pages.notifier_table,
     "steps": pages.steps,
     "fixtures": pages.fixtures,

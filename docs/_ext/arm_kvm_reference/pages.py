@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -20,6 +21,7 @@ from arm_kvm.conform import departures as known_departures
 from arm_kvm.events.violations import TraceRule
 from arm_kvm.host import config, keys
 from arm_kvm.host.features import FEATURES
+from arm_kvm.known_faults import KNOWN_FAULTS, KnownFault
 from arm_kvm.model.kvm import notifier
 from arm_kvm.mutants import catalogue
 from arm_kvm.mutants.score import Fate
@@ -105,15 +107,16 @@ def fixtures(where: str = "arm_kvm.pytest_plugin.fixtures") -> str:
 
 
 def marks() -> str:
-    """What ``pytest --markers`` says with the plugin and does not say without it."""
-    with_plugin, without = _marks(), _marks("-p", "no:arm_kvm", "-c", "/dev/null")
+    """What ``pytest --markers`` says with the plugin and the notifier cases, and does not say without them."""
+    with_plugin, without = _marks("-p", "arm_kvm.pytest_plugin", "testcases/notifier"), _marks()
     mine = [mark for mark in with_plugin if mark not in without]
     return _table(("mark", "meaning"), ((_code(name), text) for name, text in mine))
 
 
-def _marks(*options: str) -> list[tuple[str, str]]:
-    argv = [sys.executable, "-m", "pytest", "--markers", *options]
-    said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def _marks(*arguments: str) -> list[tuple[str, str]]:
+    argv = [sys.executable, "-m", "pytest", "--markers", "-c", "/dev/null", *arguments]
+    plain = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    said = subprocess.run(argv, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout
     return re.findall(r"^@pytest\.mark\.(.+?): (.*)$", said, re.M)
 
 
@@ -176,6 +179,15 @@ def pytest_options() -> str:
         if add := getattr(importlib.import_module(module.name), "pytest_addoption", None):
             add(seen)
     return _table(("option", "meaning"), seen.rows)
+
+
+def known_faults() -> str:
+    """The registry, with the kernels that each fault is excused on."""
+    return _table(("name", "fault", "excused on", "mended by"), map(_known_fault, KNOWN_FAULTS.values()))
+
+
+def _known_fault(fault: KnownFault) -> Row:
+    return _code(fault.name), fault.text, fault.kernels, _code(fault.commit) if fault.commit else ""
 
 
 # -- hosts, errors, mutants -------------------------------------------------------------------------------
