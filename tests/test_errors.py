@@ -17,15 +17,9 @@ def test_exit_codes_are_distinct():
     assert len(set(codes)) == len(codes) and 0 not in codes
 
 
-def test_the_drawing_names_every_kind_with_its_code():
+def test_every_kind_says_what_went_wrong():
     for kind in kinds():
-        line = next(
-            line
-            for line in errors.__doc__.splitlines()
-            if f" {kind.__name__} " in line or line.strip() == kind.__name__
-        )
-        if "exit_code" in vars(kind) and kind is not LabError:
-            assert f" {kind.exit_code} " in line, line
+        assert "__doc__" in vars(kind) and kind.__doc__, kind
 
 
 def test_message_remedy_and_evidence_in_one_text():

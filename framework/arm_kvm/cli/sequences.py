@@ -52,7 +52,7 @@ def cmd_replay(args: argparse.Namespace) -> int:
 
 
 def cmd_obligations(args: argparse.Namespace) -> int:
-    """The notifier model as a table: docs/notifiers.md is what this prints."""
+    """The notifier model as a table in Markdown."""
     from arm_kvm.model.kvm import notifier
 
     print(notifier.document(), end="")

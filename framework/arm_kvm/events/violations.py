@@ -12,17 +12,28 @@ from arm_kvm.support.judged import Judged
 class TraceRule(StrEnum):
     """A rule that was broken. The value is the name a report shows."""
 
-    BREAK_BEFORE_MAKE = "break-before-make"  #: a valid entry became another valid one, nothing invalidated between
-    NOT_INVALIDATED = "not-invalidated"  #: an entry or a permission was taken away, and TLBs may still hold it
-    VMID_REUSED = "vmid-reused"  #: the number of a destroyed VM went to another in the same generation
-    VMID_SHARED = "vmid-shared"  #: two VMs that exist have one number
-    VMID_SPLIT = "vmid-split"  #: two vCPUs of one VM run under different numbers
-    VMID_ZERO = "vmid-zero"  #: a guest was entered with the host's number
-    OLD_GENERATION = "old-generation"  #: a guest was entered with the number it had before the rollover
-    ROLLOVER_NOT_INVALIDATED = "rollover-not-invalidated"  #: numbers began anew without the full invalidation
-    STALE_VTTBR = "stale-vttbr"  #: VTTBR points at the root of a VM that was destroyed
-    NO_LOCAL_FLUSH = "no-local-flush"  #: another vCPU of the VM ran on this CPU, and its translations are still there
-    WRONG_VMID = "wrong-vmid"  #: none of the above, but not the number the reference allocator gives
+    #: a valid entry became another valid one, and nothing was invalidated in between
+    BREAK_BEFORE_MAKE = "break-before-make"
+    #: an entry or a permission was taken away, and TLBs may still hold it when the kernel's operation is done
+    NOT_INVALIDATED = "not-invalidated"
+    #: the VMID of a destroyed VM went to another VM in the same generation
+    VMID_REUSED = "vmid-reused"
+    #: two VMs that exist have one VMID
+    VMID_SHARED = "vmid-shared"
+    #: two vCPUs of one VM run under different VMIDs
+    VMID_SPLIT = "vmid-split"
+    #: a guest was entered with VMID 0, which is the host's
+    VMID_ZERO = "vmid-zero"
+    #: a guest was entered with the VMID that it had before the rollover
+    OLD_GENERATION = "old-generation"
+    #: VMIDs began anew without the full invalidation
+    ROLLOVER_NOT_INVALIDATED = "rollover-not-invalidated"
+    #: VTTBR points at the root of a VM that was destroyed
+    STALE_VTTBR = "stale-vttbr"
+    #: another vCPU of the VM ran on this CPU last, and its translations are still there
+    NO_LOCAL_FLUSH = "no-local-flush"
+    #: none of the other rules is broken, but the VMID is not the one that the model's allocator gives
+    WRONG_VMID = "wrong-vmid"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from arm_kvm.guest.isa import ISAS
+from arm_kvm.host.keys import BOARD, CAPABILITIES, KERNEL, KERNEL_REQUIRED, TIMEOUTS, TOP
 from arm_kvm.machine.board import Board
 from arm_kvm.machine.emulator import Emulator
 from arm_kvm.model.arch.regime import ARMV7, ARMV8, Architecture
@@ -18,20 +19,6 @@ from arm_kvm.support.errors import ConfigError
 from arm_kvm.support.paths import CONFIGS, plain_file, written_path
 
 _SIZES = {"K": 10, "M": 20, "G": 30}
-_TOP = ("board", "kernel", "rootfs", "cmdline", "can", "guests", "timeouts", "emulator", "boot_afresh")
-_BOARD = ("qemu", "machine", "cpu", "cpus", "memory")
-_KERNEL = {
-    "file": ("image",),
-    "deb": ("package", "suite", "modules"),
-    "tarball": ("url", "path", "sha256", "fragments"),
-    "tree": ("path", "patches", "fragments"),
-}
-_REQUIRED = {
-    "file": ("image",),
-    "deb": ("package", "suite"),
-    "tarball": ("sha256", "fragments"),
-    "tree": ("path", "fragments"),
-}
 #: How the text of some keys is spelt.
 _SPELT = {
     "package": (r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package"),
@@ -42,18 +29,12 @@ _SPELT = {
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
 #: What each QEMU program can carry: the 64-bit one has the 32-bit boards too.
 PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
-#: What a host can, for cases to need: see docs/writing-tests.md.
-CAPABILITIES = (
-    *("kvm", "a15", "arm64", "vmid8", "vmid16", "hotplug", "idle-tracking", "fail-nth", "memory-failure", "debug"),
-)
 _CPUS_32 = ("cortex-a7", "cortex-a15")
 #: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), with the 0 at the end.
 _CMDLINE = {"arm": 1024, "arm64": 2048}
 #: What the lab says of a root file system and its first process; another would never be heard of.
 _LABS_WORDS = ("root", "rdinit", "initrd", "noinitrd", "armkvm")
 _OWN_WORDS = len(" armkvm.shell")
-#: Seconds a boot may stay in each state; see framework/arm_kvm/host/boot.py.
-TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}
 
 
 @dataclass(frozen=True)
@@ -121,7 +102,7 @@ class Node:
     def wrong(self, key: str, message: str) -> ConfigError:
         return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")
 
-    def check_keys(self, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    def check_keys(self, known: Collection[str], required: Iterable[str]) -> None:
         for key in self.values:
             if key not in known:
                 near = hint(str(key), known, "known keys", cutoff=0.5)
@@ -190,7 +171,7 @@ def _memory(node: Node) -> int:
 
 
 def _board(node: Node, can: list[str]) -> Board:
-    node.check_keys(_BOARD, _BOARD)
+    node.check_keys(BOARD, BOARD)
     qemu = node.one_of("qemu", PROGRAMS)
     machine = node.text("machine")
     size = _memory(node)
@@ -208,9 +189,9 @@ def _board(node: Node, can: list[str]) -> Board:
 
 def _kernel(node: Node) -> dict:
     if "source" not in node.values:
-        raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(_KERNEL)})")
-    source = node.one_of("source", _KERNEL)
-    node.check_keys(("source", *_KERNEL[source]), _REQUIRED[source])
+        raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(KERNEL)})")
+    source = node.one_of("source", KERNEL)
+    node.check_keys(("source", *KERNEL[source]), KERNEL_REQUIRED[source])
     for key in node.values:
         if key in ("fragments", "modules", "patches"):
             node.names(key)
@@ -272,7 +253,7 @@ def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
 def load(path: Path) -> HostConfig:
     """Read one host file. Raises ConfigError with file, line and the nearest right word."""
     top = document(path, "the host file")
-    top.check_keys(_TOP, ("board", "kernel", "rootfs"))
+    top.check_keys(TOP, ("board", "kernel", "rootfs"))
     can = top.names("can")
     for capability in can:
         if capability not in CAPABILITIES:
@@ -285,7 +266,7 @@ def load(path: Path) -> HostConfig:
     timeouts = TIMEOUTS
     if "timeouts" in top.values:
         own = top.child("timeouts", "timeouts")
-        own.check_keys(tuple(TIMEOUTS), ())
+        own.check_keys(TIMEOUTS, ())
         timeouts = TIMEOUTS | {key: float(own.integer(key, 1, 3600, "seconds")) for key in own.values}
     board, rootfs = _board(top.child("board", "board"), can), top.one_of("rootfs", _ROOTFS)
     kernel = _kernel(top.child("kernel", "kernel"))

@@ -15,7 +15,7 @@ class Fate(Enum):
     SURVIVED = "survived"  #: every case passed
     EXPLAINED = "survived, as explained"  #: every case passed, and the catalogue says why
     WRONGLY_KILLED = "wrongly killed"  #: the host went down, which the catalogue does not expect
-    NOT_APPLICABLE = "not applicable"
+    NOT_APPLICABLE = "not applicable"  #: this kernel, or this host, cannot be broken this way
     NOT_RUN = "not run"  #: no host to break, no case to run, one that fails without the mutant, or the run ended
 
 

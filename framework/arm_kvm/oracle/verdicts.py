@@ -14,21 +14,36 @@ _SHOWN = 8
 class Verdict(StrEnum):
     """What can be wrong. The value is the name a report shows."""
 
-    WRONG_FRAME = "wrong-frame"  #: a leaf differs from the host's frame for that address
-    EXCESS_PERMISSION = "excess-permission"  #: more than memslot, host mapping or dirty log allow
-    OUTSIDE_MEMSLOTS = "outside-memslots"  #: a leaf where the VM has no memory
-    WRONG_MEMORY_TYPE = "wrong-memory-type"  #: RAM not mapped as normal memory, or a device mapped as such
-    SHARED_TABLE = "shared-table"  #: a table page used twice, or reachable by a guest
-    MALFORMED_ENTRY = "malformed-entry"  #: an entry the architecture gives no meaning
-    STALE = "stale"  #: after an operation of the host, a leaf still maps the frame it took away
-    WRITABLE = "writable"  #: ... is still writable
-    ALTERED = "altered"  #: ... was changed though nobody was told
-    APPEARED = "appeared"  #: ... is there though no guest had asked
-    LOST = "lost"  #: ... is gone beyond what the notifiers may take
-    NOT_MAPPED = "not-mapped"  #: change_pte did not map the new frame
-    NOT_TOLD = "not-told"  #: the notifier was not called for a mapped page
-    TOLD = "told"  #: the notifier was called where nothing is owed
-    KERNEL_SPLAT = "kernel-splat"  #: BUG, WARNING, lockdep, RCU stall in the host's kernel log
+    #: a leaf maps another frame than the host's own page table does for that address
+    WRONG_FRAME = "wrong-frame"
+    #: a leaf allows more than memslot, host mapping or dirty log; or a device can be executed
+    EXCESS_PERMISSION = "excess-permission"
+    #: a leaf where the VM has no memory
+    OUTSIDE_MEMSLOTS = "outside-memslots"
+    #: RAM that is not mapped as normal write-back inner-shareable memory, or a device mapped as RAM
+    WRONG_MEMORY_TYPE = "wrong-memory-type"
+    #: a table page that is used twice, or that a guest can reach
+    SHARED_TABLE = "shared-table"
+    #: an entry that the architecture gives no meaning
+    MALFORMED_ENTRY = "malformed-entry"
+    #: after an operation of the host, a leaf still maps the frame that the operation took away
+    STALE = "stale"
+    #: after an operation of the host, a leaf is still writable and must not be
+    WRITABLE = "writable"
+    #: after an operation of the host, a leaf has changed and the operation gives no reason
+    ALTERED = "altered"
+    #: after an operation of the host, there is a new leaf that no guest asked for
+    APPEARED = "appeared"
+    #: after an operation of the host, a leaf is gone that the notifiers did not name
+    LOST = "lost"
+    #: up to 6.9: change_pte did not map the new frame, though a level 3 table was left
+    NOT_MAPPED = "not-mapped"
+    #: the notifier's trace event is missing for a page that stage 2 mapped
+    NOT_TOLD = "not-told"
+    #: the notifier was called for a page, and no operation gives a reason
+    TOLD = "told"
+    #: BUG, WARNING, lockdep or RCU stall in the host's kernel log during the test
+    KERNEL_SPLAT = "kernel-splat"
 
     @classmethod
     def of(cls, breach: BreachKind) -> Verdict:

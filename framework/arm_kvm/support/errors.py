@@ -1,50 +1,7 @@
-"""Every error the lab raises, in one tree. Each class says whose fault it is.
+"""Every error the lab raises, in one tree. The docstring of each class says what went wrong, and whose fault it is.
 
-::
-
-    LabError
-     +-- ConfigError          2  a host file or an option is wrong (the user's)
-     +-- SetupError           3  a program or package is missing on this machine
-     |    +-- Unending            ... a program of it does not end
-     +-- KernelError          4  a kernel cannot be had, or cannot be used
-     |    +-- Offline         5    ... because ARM_KVM_OFFLINE forbids the download
-     |    +-- DownloadFailed  6    ... because the server did not deliver it
-     |    +-- ArchiveSilent  34    ... because Debian's archive cannot be reached
-     |    +-- WrongChecksum   7    ... because what it delivered is something else
-     |    +-- BuildFailed     8    ... because it did not compile
-     |    +-- NoKvm           9    ... because it boots, but has no KVM in it
-     +-- EmulatorError       31  a QEMU cannot be had, or is not one for this host
-     +-- NoProbe             32  the recorder's probe cannot be had for this QEMU
-     +-- PackageError        33  Debian's archive does not have a package
-     |    +-- NoArchive           ... cannot be reached, or does not deliver
-     +-- RootfsError         10  the root file system cannot be made
-     +-- DiskFull            11  a disk is full: the cache's, or another
-     +-- CacheUnusable       25  the cache cannot be written
-     +-- LimitReached        35  this machine gives the lab too few files, processes, bytes
-     +-- MachineError        12  QEMU itself
-     |    +-- QemuRefused    13    ... did not accept the board
-     |    +-- PortBusy       14    ... could not have the port for ssh
-     |    +-- QemuDied       15    ... ended while the lab needed it
-     |    |    +-- QemuKilled      ... because somebody else ended it: another may live
-     |    +-- ProgramSilent  26    ... runs, but the conformance program in it does not answer
-     +-- HostError           16  the Linux on the board
-     |    +-- HostPanic      17    ... panicked
-     |    +-- HostOops       18    ... oopsed, or hit a BUG
-     |    +-- HostLockup     19    ... a CPU or task hangs, says its own watchdog
-     |    +-- HostSilent     20    ... did not reach the next boot state in time
-     |    +-- SshUnreachable 21    ... does not answer on ssh
-     +-- AgentError          22  the agent inside the host
-     |    +-- AgentTimeout   23    ... gave no answer before the request's deadline
-     |    +-- AgentFault          ... failed with an exception of its own
-     |    +-- HostOsError         ... a system call answered with an errno
-     +-- NoLiveMachine       24  a command needs a running machine, and none runs
-     +-- NonConformance      27  the reference model and the emulated CPU differ
-     +-- TraceError          28  a saved trace cannot be read, or the kernel's lacks events
-     +-- ProtocolViolation   29  a trace breaks the rules of VMIDs and TLB maintenance
-     +-- SequenceFailed      30  a replayed sequence: the host is not as the models say
-
-Catch a meaning (``except KernelError``), not an enumeration of causes. The number is the
-exit code of ``arm-kvm``; pytest keeps its own.
+Catch a meaning (``except KernelError``), not an enumeration of causes. ``exit_code`` is the exit code of ``arm-kvm``; a
+class without one of its own has its parent's. pytest keeps its own exit codes.
 """
 
 from __future__ import annotations
@@ -54,7 +11,7 @@ import os
 
 
 class LabError(Exception):
-    """The root. ``str()`` is one message with its cause; ``remedy`` says what to do about it."""
+    """The root of the tree. ``str()`` is one message with its cause; ``remedy`` says what to do about it."""
 
     exit_code = 1
 
@@ -80,30 +37,42 @@ class LabError(Exception):
 
 
 class ConfigError(LabError):
+    """A host file, an option or an argument is wrong: the user's fault."""
+
     exit_code = 2
 
 
 class SetupError(LabError):
+    """A program or package is missing on this machine, or a file cannot be used."""
+
     exit_code = 3
 
 
 class Unending(SetupError):
-    """A program did not end in time, and was ended."""
+    """A program of this machine did not end in time, and was ended."""
 
 
 class KernelError(LabError):
+    """A kernel cannot be obtained, or cannot be used."""
+
     exit_code = 4
 
 
 class Offline(KernelError):
+    """ARM_KVM_OFFLINE forbids the download of a kernel."""
+
     exit_code = 5
 
 
 class DownloadFailed(KernelError):
+    """The server did not deliver the kernel."""
+
     exit_code = 6
 
 
 class ArchiveSilent(KernelError):
+    """Debian's archive cannot be reached for a kernel package."""
+
     exit_code = 34
 
 
@@ -112,71 +81,95 @@ UNAVAILABLE = (Offline, DownloadFailed, ArchiveSilent)
 
 
 class WrongChecksum(KernelError):
+    """What was delivered as a kernel is something else."""
+
     exit_code = 7
 
 
 class BuildFailed(KernelError):
+    """A kernel, or a patch to it, did not build."""
+
     exit_code = 8
 
 
 class NoKvm(KernelError):
+    """The kernel boots, but has no KVM in it."""
+
     exit_code = 9
 
 
 class EmulatorError(LabError):
+    """A QEMU cannot be obtained, or does not suit this host."""
+
     exit_code = 31
 
 
 class NoProbe(LabError):
-    """What records cannot run; everything else can."""
+    """The recorder's probe cannot be obtained for this QEMU; cases that record nothing still run."""
 
     exit_code = 32
 
 
 class PackageError(LabError):
-    """There is no such suite, or no such package in it."""
+    """Debian has no such suite, or the suite has no such package."""
 
     exit_code = 33
 
 
 class NoArchive(PackageError):
-    """The index of a suite cannot be read now, or a package is not delivered: another time may do."""
+    """Debian's archive cannot be reached, or does not deliver: try again later."""
 
 
 class RootfsError(LabError):
+    """The root file system cannot be made."""
+
     exit_code = 10
 
 
 class DiskFull(LabError):
+    """A disk is full: the one that holds the cache, or another."""
+
     exit_code = 11
 
 
 class CacheUnusable(LabError):
+    """The cache cannot be written."""
+
     exit_code = 25
 
 
 class LimitReached(LabError):
+    """This machine gives the lab too few files, processes or bytes of memory."""
+
     exit_code = 35
 
 
 class MachineError(LabError):
+    """QEMU itself failed."""
+
     exit_code = 12
 
 
 class QemuRefused(MachineError):
+    """QEMU did not accept the board."""
+
     exit_code = 13
 
 
 class PortBusy(MachineError):
+    """QEMU could not have the port for ssh."""
+
     exit_code = 14
 
 
 class QemuDied(MachineError):
+    """QEMU ended while the lab needed it."""
+
     exit_code = 15
 
 
 class QemuKilled(QemuDied):
-    """By SIGKILL or SIGTERM: a person, or this machine for want of memory."""
+    """QEMU was ended by SIGKILL or SIGTERM: by a person, or by this machine for want of memory."""
 
 
 class HoldFailed(MachineError):
@@ -186,38 +179,56 @@ class HoldFailed(MachineError):
 
 
 class ProgramSilent(MachineError):
+    """The conformance program in QEMU does not answer."""
+
     exit_code = 26
 
 
 class HostError(LabError):
+    """The Linux on the board failed."""
+
     exit_code = 16
 
 
 class HostPanic(HostError):
+    """The host panicked."""
+
     exit_code = 17
 
 
 class HostOops(HostError):
+    """The host oopsed, or hit a BUG."""
+
     exit_code = 18
 
 
 class HostLockup(HostError):
+    """A CPU or task of the host hangs, says the host's own watchdog."""
+
     exit_code = 19
 
 
 class HostSilent(HostError):
+    """The host did not reach the next boot state in time."""
+
     exit_code = 20
 
 
 class SshUnreachable(HostError):
+    """The host does not answer on ssh."""
+
     exit_code = 21
 
 
 class AgentError(LabError):
+    """The agent inside the host failed."""
+
     exit_code = 22
 
 
 class AgentTimeout(AgentError):
+    """The agent gave no answer before the request's deadline."""
+
     exit_code = 23
 
 
@@ -236,10 +247,14 @@ class HostOsError(AgentError):
 
 
 class NoLiveMachine(LabError):
+    """A command needs a running machine, and none runs."""
+
     exit_code = 24
 
 
 class NonConformance(LabError):
+    """The reference model and the emulated CPU differ."""
+
     exit_code = 27
 
 
@@ -250,12 +265,12 @@ class TraceError(LabError):
 
 
 class ProtocolViolation(LabError):
-    """The hypervisor broke the rules of VMIDs and TLB maintenance, says a recorded trace."""
+    """A recorded trace breaks the rules of VMIDs and TLB maintenance."""
 
     exit_code = 29
 
 
 class SequenceFailed(LabError):
-    """A replayed sequence ended with a host that is not as the models say."""
+    """After a replayed sequence the host is not in the state that the models predict."""
 
     exit_code = 30

@@ -213,7 +213,7 @@ def _around(start: int, end: int, size: int) -> Span:
 
 
 def document() -> str:
-    """docs/notifiers.md, whole."""
+    """The rules as a page in Markdown: a heading, what the table says, and the table."""
     text = """# What the host's memory management owes to stage 2
 
 Made by `arm-kvm obligations` from the reference model (`arm_kvm.model.kvm.notifier`), which names the kernel's sources.
