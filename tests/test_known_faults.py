@@ -110,7 +110,7 @@ def test_fatal(host, known_fault):
 
 def test_violation(host, known_fault):
     try:
-        raise Violation("wrong tables", [Finding(Verdict.OUTSIDE_MEMSLOTS, 0x4000, 0x1000, "less", "more")])
+        raise Violation("wrong tables", [Finding(Verdict.OUTSIDE_MEMSLOTS, "less", "more", 0x4000, 0x1000)])
     except Violation:
         known_fault("of-old")
 """
