@@ -14,6 +14,7 @@ from arm_kvm.guest.driver import RUN_DEADLINE, Guest
 from arm_kvm.guest.isa import A32, Isa
 from arm_kvm.guest.payload import CODE, CODE_SIZE, DOORBELL, MAILBOX, MAILBOX_SIZE, assemble
 from arm_kvm.model.arch.regime import Regime
+from arm_kvm.model.kvm import memslots
 from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
 from arm_kvm.support.errors import AgentTimeout, ConfigError
 from arm_kvm.vmm.client import Agent, Request
@@ -162,8 +163,9 @@ class Written:
     def add(self, ipa: int, size: int) -> None:
         self.ranges.append((ipa, ipa + size))
 
-    def forget(self, slot: Memslot) -> None:
-        outside = [((a, min(b, slot.ipa)), (max(a, slot.end), b)) for a, b in self.ranges]
+    def forget(self, ipa: int, size: int) -> None:
+        """``[ipa, ipa + size)``, bytes, is clean."""
+        outside = [((a, min(b, ipa)), (max(a, ipa + size), b)) for a, b in self.ranges]
         self.ranges = [(a, b) for pair in outside for a, b in pair if a < b]
 
     def pages(self, ipas: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -306,11 +308,9 @@ class Vm:
         old = self.slots.pop(slot.slot, None)
         if slot.size:
             self.slots[slot.slot] = slot
-        moved = old is not None and bool(slot.size) and old.ipa != slot.ipa
-        if moved:
-            self.written.forget(old)
-        if slot.logging and (moved or old is None or not old.logging):
-            self.written.forget(slot)
+        owed = memslots.owed(old, slot)
+        for ipa, size in owed.must_go + owed.must_be_read_only:
+            self.written.forget(ipa, size)
         return self._memslot(slot)
 
     def expect_write(self, ipa: int, size: int) -> None:
@@ -343,7 +343,7 @@ class Vm:
         """KVM_GET_DIRTY_LOG of the slot that covers ``ipa``: IPAs of its dirty pages; they are clean after."""
         slot = self.slot_at(ipa)
         raw = self.agent("vm_dirty_log", vm=self.id, slot=slot.slot, pages=slot.pages)
-        self.written.forget(slot)
+        self.written.forget(slot.ipa, slot.size)
         bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")
         return [slot.ipa + int(page) * PAGE for page in np.flatnonzero(bits[: slot.pages])]
 
