@@ -17,7 +17,7 @@ from arm_kvm.model.kvm.memslots import NOTHING_OWED, Memslot, Owed
 from arm_kvm.oracle.oracle import Oracle, Sighting
 from arm_kvm.oracle.witness import leaves_of
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
-from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Look, VmModel, spare_tables
+from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Look, VmModel
 from arm_kvm.support.errors import LabError
 from arm_kvm.vmm.client import Request
 from arm_kvm.vmm.memory import BLOCK, Advice, Child, Memory, Prot
@@ -324,9 +324,8 @@ def _reading(sighting: Sighting) -> tuple[Look, list[str]]:
     """What the world is held against; and what safety says of it."""
     ((stage2, findings),) = sighting.judged()
     leaves = leaves_of(stage2)
-    spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
     watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
-    return Look(watched, spare, sighting.frames), [str(finding) for finding in findings]
+    return Look(watched, stage2.spare_tables, sighting.frames), [str(finding) for finding in findings]
 
 
 def _watched(ipa: int) -> bool:

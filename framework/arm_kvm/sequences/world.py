@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from arm_kvm.model.arch import descriptors as d
-from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL
+from arm_kvm.model.arch.granule import KIB4
 from arm_kvm.model.kvm import notifier
 from arm_kvm.model.kvm.memslots import NOTHING_OWED, Memslot, Memslots, Owed, SlotFlags
 from arm_kvm.model.kvm.notifier import Kernel, Leaves, Notice, Operation
@@ -335,10 +335,3 @@ def _protected(leaves: Leaves, pages: set[int]) -> Leaves:
 
 def _young(leaf: tuple[int, int] | None) -> tuple[int, int] | None:
     return leaf and (leaf[0], leaf[1] | d.AF.mask)
-
-
-def spare_tables(pages: int, leaves: Leaves) -> int:
-    """How many of a VM's table pages below the root nothing needs: each 2 MiB of pages needs one, each GiB one."""
-    blocks = {ipa >> KIB4.level_shift(2) for ipa, (level, _) in leaves.items() if level == LAST_LEVEL}
-    gibs = {ipa >> KIB4.level_shift(1) for ipa in leaves}
-    return pages - len(blocks) - len(gibs)
