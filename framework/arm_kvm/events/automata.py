@@ -28,6 +28,7 @@ from arm_kvm.events.violations import TraceRule
 from arm_kvm.events.world import TraceState, full
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.granule import KIB4
+from arm_kvm.model.kvm.vmid import VcpuLoads
 
 Finding = tuple[TraceRule, str]
 
@@ -270,36 +271,33 @@ class Stale:
 
 
 class LocalFlush:
-    """A CPU's TLB is private to one vCPU of each VM: before another enters there, the CPU forgets the VM.
+    """Before another vCPU of the VM enters on a CPU, the CPU forgets the VM: the model's VcpuLoads, by what TLBs hold.
 
-    vCPUs of one VM may map one virtual address differently under one ASID (Linux commit 94d0e5980d67).
+    They know a VM by its VMID; and a local operation is done under whatever VTTBR holds.
     """
 
     def __init__(self) -> None:
-        #: root -> (CPU, VMID) -> vCPU whose translations the CPU's TLB may hold
-        self._last: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+        self._loads = VcpuLoads()
+        self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         match event:
             case Invalidate(cpu=cpu, op=op):
                 self._forget(cpu, OPERATIONS[op], world.vttbr[cpu])
             case Created(root=root):
-                self._last.pop(root, None)
+                self._lives[root] += 1
             case Enter(cpu=cpu, vcpu=vcpu):
-                root, vmid = root_of(world.vttbr[cpu]), vmid_of(world.vttbr[cpu])
-                last = self._last[root].get((cpu, vmid), vcpu)
-                if last != vcpu:
-                    name = world.name(root)
+                vm = self._tag(world.vttbr[cpu])
+                last = self._loads.last(vm, cpu)
+                if self._loads.load(vm, vcpu, cpu) and last is not None:
+                    name = world.name(root_of(world.vttbr[cpu]))
                     yield TraceRule.NO_LOCAL_FLUSH, f"vCPU {vcpu:#x} of {name} is entered where vCPU {last:#x} ran last"
-                self._last[root][cpu, vmid] = vcpu
+
+    def _tag(self, vttbr: int) -> tuple[_Life, int]:
+        root = root_of(vttbr)
+        return (root, self._lives[root]), vmid_of(vttbr)
 
     def _forget(self, cpu: int, operation: Operation, vttbr: int) -> None:
-        if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
-            return
-        everyone = operation.reach is Reach.ALL_VMS
-        for root in list(self._last) if everyone else [root_of(vttbr)]:
-            self._last[root] = {
-                (where, vmid): vcpu
-                for (where, vmid), vcpu in self._last[root].items()
-                if not ((operation.broadcast or where == cpu) and (everyone or vmid == vmid_of(vttbr)))
-            }
+        if operation.reach in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
+            vm = None if operation.reach is Reach.ALL_VMS else self._tag(vttbr)
+            self._loads.invalidated(vm, None if operation.broadcast else cpu)
