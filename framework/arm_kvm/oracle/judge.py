@@ -124,7 +124,7 @@ class Case:
     def _excess(self) -> list[Finding]:
         out = []
         for limit in Limit:
-            why = self._host_words if limit is Limit.HOST else lambda i, words=limit.value: words
+            why = self._host_words if limit is Limit.HOST else lambda _, words=limit.value: words
             bad = self._pages.writable_despite(limit)
             out += self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i, why=why: f"not writable: {why(i)}")
         bad = self._pages.executable_device

@@ -110,9 +110,9 @@ def owed(old: Memslot | None, new: Memslot) -> Owed:
     Sources: Linux 5.4 virt/kvm/kvm_main.c __kvm_set_memory_region (KVM_MR_DELETE, KVM_MR_MOVE), virt/kvm/arm/mmu.c
     kvm_arch_commit_memory_region (KVM_MEM_LOG_DIRTY_PAGES: kvm_mmu_wp_memory_region).
     """
-    leaves = old is not None and (not new.size or new.ipa != old.ipa)
-    begins = bool(new.size) and new.logging and (leaves or old is None or not old.logging)
-    return Owed(((old.ipa, old.size),) if leaves else (), ((new.ipa, new.size),) if begins else ())
+    gone = ((old.ipa, old.size),) if old is not None and (not new.size or new.ipa != old.ipa) else ()
+    begins = bool(new.size) and new.logging and (bool(gone) or old is None or not old.logging)
+    return Owed(must_go=gone, must_be_read_only=((new.ipa, new.size),) if begins else ())
 
 
 class Refused(Exception):
