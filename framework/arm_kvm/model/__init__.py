@@ -22,5 +22,5 @@ Pure functions on integers and numpy arrays: no I/O, no process, no clock, no im
 What granule to syndrome say of a translation, its faults and its hardware updates is held against an independent
 implementation, the emulated CPU (``arm-kvm conform``). The names of reserved encodings and everything from changes on
 are written from the manual and the kernel's source, which each module cites. The checkers (oracle, events, sequences,
-conform, the test cases) restate none of it: what a verdict rests on is here.
+conform, the test cases) consult it and do not restate it.
 """
