@@ -14,6 +14,7 @@ from arm_kvm.model.kvm import notifier
 from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
 from arm_kvm.oracle import ftrace as trace
 from arm_kvm.oracle import judge, splats, witness
+from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.verdicts import Reason, Verdict, Violation
 from arm_kvm.support.judged import Judged
 
@@ -171,6 +172,15 @@ def test_table_page_a_guest_can_reach(world):
     world.maps(1, table)
     found = judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)})["VM 1"]
     assert [(f.verdict, f.ipa) for f in found] == [(Verdict.SHARED_TABLE, IPA + PAGE)]
+
+
+def test_a_table_that_maps_nothing_is_spare(world):
+    entry = world.maps(0, world.frame)
+    world.maps(1, world.frame + PAGE)
+    assert Stage2(sweep.sweep(world.stage2.regime, world.ram)).spare_tables == 0
+    for at in (entry, entry + 8):
+        world.ram.store(at, 0)
+    assert Stage2(sweep.sweep(world.stage2.regime, world.ram)).spare_tables == 2  # of levels 2 and 3
 
 
 def test_no_table_is_shared_in_a_good_world(world):

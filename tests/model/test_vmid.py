@@ -163,8 +163,22 @@ def test_local_invalidation_when_vcpus_of_a_vm_take_turns_on_a_cpu():
     assert loads.load("vm", 0, 0) == () and loads.load("other", 0, 0) == local
     assert loads.load("vm", 1, 0) == local and loads.load("vm", 0, 0) == local
     assert loads.load("vm", 0, 1) == local and loads.load("vm", 0, 1) == ()
-    loads.forget("vm")
-    assert loads.load("vm", 0, 1) == local and loads.load("other", 0, 0) == ()
+
+
+def test_who_was_last_is_known_until_it_is_invalidated():
+    loads = VcpuLoads()
+    for vm, cpu in (("vm", 0), ("vm", 1), ("other", 0), ("other", 1)):
+        loads.load(vm, 7, cpu)
+    loads.invalidated("vm", 0)
+    loads.invalidated("nobody", 0)
+    assert [loads.last(vm, cpu) for vm in ("vm", "other") for cpu in (0, 1)] == [None, 7, 7, 7]
+    loads.invalidated(cpu=1)
+    assert [loads.last(vm, cpu) for vm in ("vm", "other") for cpu in (0, 1)] == [None, None, 7, None]
+    loads.load("vm", 8, 1)
+    loads.invalidated("other")
+    assert loads.last("other", 0) is None and loads.last("vm", 1) == 8
+    loads.invalidated()
+    assert loads.last("vm", 1) is None
 
 
 def test_the_consecutive_allocator_does_not_care_who_leaves():

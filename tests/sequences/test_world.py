@@ -2,10 +2,11 @@
 
 import pytest
 from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.kvm.memslots import NOTHING_OWED
 from arm_kvm.oracle.verdicts import Verdict
 from arm_kvm.sequences.player import SequenceBroken
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
-from arm_kvm.sequences.world import PAGE, PLACES, Answer, Look, Rights, VmModel, spare_tables
+from arm_kvm.sequences.world import PAGE, PLACES, Answer, Look, Rights, VmModel
 from arm_kvm.support.judged import Judged
 
 HVA, PA = 0xB600_0000 - PAGES // 2 * PAGE, 0x5000_0000
@@ -26,7 +27,7 @@ def look(leaves=None, spare=0, frames=FRAMES):
     return Look(leaves or {}, spare, frames)
 
 
-def complaints(step, before, after, of=None, owed=()):
+def complaints(step, before, after, of=None, owed=NOTHING_OWED):
     return (of or world()).complaints(step, before, after, owed)
 
 
@@ -198,9 +199,19 @@ def test_what_lies_in_other_tables_stays():
 
 def test_the_dirty_log_makes_pages_read_only():
     log = Step(StepKind.LOG_ON, slot=1)
-    both = leaf(3) | leaf(3, slot=2)
-    assert complaints(log, look(both), look(leaf(3, s2ap=d.Grant.READ) | leaf(3, slot=2))) == []
-    assert only(complaints(log, look(both), look(both)), "changed")
+    both, protected = leaf(3) | leaf(3, slot=2), leaf(3, s2ap=d.Grant.READ) | leaf(3, slot=2)
+    w = world()
+    on = w.set(w.wanted(log))
+    assert complaints(log, look(both), look(protected), w, on) == []
+    assert only(complaints(log, look(both), look(both), w, on), "changed")
+    w.stored(WRITE, 7)
+    _, clean = w.slots.take_dirty_log(1)
+    read = Step(StepKind.DIRTY_LOG, slot=1)
+    assert complaints(read, look(both), look(protected), w, clean) == []
+    assert only(complaints(read, look(both), look(both), w, clean), "changed")
+    assert only(
+        complaints(read, look(both | leaf(4)), look(protected | leaf(4, s2ap=d.Grant.READ)), w, clean), "changed"
+    )
 
 
 def test_ageing_reaches_what_was_written():
@@ -215,8 +226,6 @@ def test_ageing_reaches_what_was_written():
 
 def test_a_table_that_maps_nothing_is_seen():
     assert only(complaints(READ, look(), look(leaf(3), spare=1)), "table pages map nothing")
-    assert spare_tables(2, leaf(3)) == 0 and spare_tables(3, leaf(3) | leaf(3, slot=2)) == 0
-    assert spare_tables(3, leaf(3)) == 1 and spare_tables(1, {0: (2, 1)}) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The rules, one small automaton each. They see the events in order, and the world before each event.
 
-Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance; B3.10.1: changing an entry); ARM DDI 0487, D8.17 (break-before-make);
+Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance); ARM DDI 0487 M.b, D8.17; what a change of an entry is:
+arm_kvm.model.arch.changes;
 Linux 5.4 virt/kvm/arm/{arm,mmu}.c, 6.1 and 6.12 arch/arm64/kvm/{arm,mmu,vmid}.c, hyp/pgtable.c.
 """
 
@@ -27,7 +28,9 @@ from arm_kvm.events.trace import (
 from arm_kvm.events.violations import TraceRule
 from arm_kvm.events.world import TraceState, full
 from arm_kvm.model.arch import descriptors as d
+from arm_kvm.model.arch.changes import Loss, loss, skips_break
 from arm_kvm.model.arch.granule import KIB4
+from arm_kvm.model.kvm.vmid import VcpuLoads
 
 Finding = tuple[TraceRule, str]
 
@@ -40,40 +43,13 @@ class Automaton(Protocol):
 
 # -- the tables ---------------------------------------------------------------------------------------------
 
-#: What may change in a valid entry in place: access rights, access flag, dirty state, what is left to software.
-_LOOSE = sum(field.mask for field in (d.S2AP, d.AF, d.DBM, d.XN, d.SOFTWARE))
-
-#: XN[1:0] with FEAT_XNX -> who may execute, EL0 in bit 0, EL1 in bit 1. Without it bit 0 is 0.
-_EXECUTE = (0b11, 0b01, 0b00, 0b10)
-
-
-def _makes_without_break(entry: EntryChange) -> bool:
-    return bool(entry.old & entry.new & 1) and bool((entry.old ^ entry.new) & ~_LOOSE)
-
-
-def _takes_away(entry: EntryChange) -> str:
-    """What the change takes from the guest: words, or "" for nothing.
-
-    An entry whose access flag is clear is in no TLB (DDI 0487, D8.5.2), unless hardware sets the flag.
-    """
-    old, new = entry.old, entry.new
-    if not old & 1 or (not d.is_table(old, entry.level) and not d.AF.of(old)):
-        return ""
-    if not new & 1:
-        return "unmapped"
-    if d.is_table(old, entry.level):
-        return ""
-    if d.S2AP.of(old) & ~d.S2AP.of(new):
-        return "made less accessible"
-    return "made less executable" if _EXECUTE[d.XN.of(old)] & ~_EXECUTE[d.XN.of(new)] else ""
-
 
 @dataclass
 class _Debt:
     """One entry that TLBs may still hold: what the kernel owes for it."""
 
     entry: EntryChange
-    words: str
+    loss: Loss
     stage1_only: bool = False  #: stage 2 is done, what combines it with stage 1 is not
     complete: int = 0  #: operations of the lab that were completed since
 
@@ -100,7 +76,7 @@ class _Debt:
     def __str__(self) -> str:
         still = "stage 1 still combines it: no VMALLE1IS" if self.stage1_only else "no operation that reaches it"
         where = f"IPA {self.entry.ipa:#x} (level {self.entry.level}, was {self.entry.old:#x})"
-        return f"{where} was {self.words}; {still}, on all CPUs and under the VM's VMID, since"
+        return f"{where} was {self.loss.value}; {still}, on all CPUs and under the VM's VMID, since"
 
 
 class Invalidations:
@@ -127,18 +103,18 @@ class Invalidations:
                 self._debts.pop(root, None)
 
     def _change(self, entry: EntryChange, cached: bool) -> Iterator[Finding]:
-        if _makes_without_break(entry):
+        if skips_break(entry.old, entry.new):
             yield TraceRule.BREAK_BEFORE_MAKE, f"valid {entry.old:#x} became valid {entry.new:#x} in one step"
-        elif not entry.old & 1 and (debt := self._debt_at(entry)):
+        elif not d.VALID.of(entry.old) and (debt := self._debt_at(entry)):
             yield TraceRule.BREAK_BEFORE_MAKE, f"valid again, but {debt}"
-        elif cached and (words := _takes_away(entry)):
-            self._debts[entry.root].append(_Debt(entry, words))
+        elif cached and (taken := loss(entry.old, entry.new, entry.level)):
+            self._debts[entry.root].append(_Debt(entry, taken))
 
     def _debt_at(self, entry: EntryChange) -> _Debt | None:
         """A debt for memory that the new entry maps."""
         end = entry.ipa + (1 << KIB4.level_shift(entry.level))
         for debt in self._debts[entry.root]:
-            if debt.entry.ipa < end and entry.ipa < debt.entry.ipa + debt.size and debt.words == "unmapped":
+            if debt.entry.ipa < end and entry.ipa < debt.entry.ipa + debt.size and debt.loss is Loss.MAPPING:
                 return debt
         return None
 
@@ -270,36 +246,33 @@ class Stale:
 
 
 class LocalFlush:
-    """A CPU's TLB is private to one vCPU of each VM: before another enters there, the CPU forgets the VM.
+    """Before another vCPU of the VM enters on a CPU, the CPU forgets the VM: the model's VcpuLoads, by what TLBs hold.
 
-    vCPUs of one VM may map one virtual address differently under one ASID (Linux commit 94d0e5980d67).
+    They know a VM by its VMID; and a local operation is done under whatever VTTBR holds.
     """
 
     def __init__(self) -> None:
-        #: root -> (CPU, VMID) -> vCPU whose translations the CPU's TLB may hold
-        self._last: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+        self._loads = VcpuLoads()
+        self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         match event:
             case Invalidate(cpu=cpu, op=op):
                 self._forget(cpu, OPERATIONS[op], world.vttbr[cpu])
             case Created(root=root):
-                self._last.pop(root, None)
+                self._lives[root] += 1
             case Enter(cpu=cpu, vcpu=vcpu):
-                root, vmid = root_of(world.vttbr[cpu]), vmid_of(world.vttbr[cpu])
-                last = self._last[root].get((cpu, vmid), vcpu)
-                if last != vcpu:
-                    name = world.name(root)
+                vm = self._tag(world.vttbr[cpu])
+                last = self._loads.last(vm, cpu)
+                if self._loads.load(vm, vcpu, cpu) and last is not None:
+                    name = world.name(root_of(world.vttbr[cpu]))
                     yield TraceRule.NO_LOCAL_FLUSH, f"vCPU {vcpu:#x} of {name} is entered where vCPU {last:#x} ran last"
-                self._last[root][cpu, vmid] = vcpu
+
+    def _tag(self, vttbr: int) -> tuple[_Life, int]:
+        root = root_of(vttbr)
+        return (root, self._lives[root]), vmid_of(vttbr)
 
     def _forget(self, cpu: int, operation: Operation, vttbr: int) -> None:
-        if operation.reach not in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
-            return
-        everyone = operation.reach is Reach.ALL_VMS
-        for root in list(self._last) if everyone else [root_of(vttbr)]:
-            self._last[root] = {
-                (where, vmid): vcpu
-                for (where, vmid), vcpu in self._last[root].items()
-                if not ((operation.broadcast or where == cpu) and (everyone or vmid == vmid_of(vttbr)))
-            }
+        if operation.reach in (Reach.ALL_VMS, Reach.VM, Reach.STAGE1):
+            vm = None if operation.reach is Reach.ALL_VMS else self._tag(vttbr)
+            self._loads.invalidated(vm, None if operation.broadcast else cpu)

@@ -1,12 +1,7 @@
 """Safety: what must hold of every stage-2 table at every moment. Pure: arrays in, findings out.
 
-The contract, leaf by leaf: it points at the frame that the host's own page table holds for that
-address; it grants no more than memslot, host mapping and dirty log allow; its memory type fits what
-is there; it lies in a memslot, or is the board's device that a window of the VM shows. And of the tables:
-each page has one use and no guest can reach it.
-
-Sources: Documentation/virt/kvm/api.txt (KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG),
-Documentation/vm/mmu_notifier.rst, virt/kvm/arm/mmu.c (5.4), arch/arm64/kvm/mmu.c (6.1).
+What a leaf may be is the model's (arm_kvm.model.kvm.contract); here the two sides are brought together, and what is
+wrong gets words. And of the tables: each page has one use and no guest can reach it.
 """
 
 from __future__ import annotations
@@ -20,12 +15,12 @@ import numpy as np
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.granule import KIB4
 from arm_kvm.model.arch.sweep import Leaves, PhysicalMemory, Tables
+from arm_kvm.model.kvm.contract import Limit, MappedPages
 from arm_kvm.model.kvm.memslots import Memslot, Window, covering
 from arm_kvm.oracle.stage2 import permissions
 from arm_kvm.oracle.verdicts import Finding, Reason, Verdict
 
 _PAGE = np.uint64(KIB4.size)
-_OFFSET = np.uint64(KIB4.size - 1)
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,22 @@ class Case:
     windows: Sequence[Window] = ()  #: the board's devices that KVM maps for the VM
 
     @cached_property
-    def _device(self) -> np.ndarray:
-        """Which pages are what a window shows (bool array): there a memslot does not count."""
-        found = np.zeros(len(self.view.ipa), dtype=bool)
-        for window in self.windows:
-            offset = self.view.ipa - np.uint64(window.ipa)  # wraps for what lies before
-            found |= (offset < np.uint64(window.size)) & (self.view.pa == np.uint64(window.pa) + offset)
-        return found
+    def _pages(self) -> MappedPages:
+        view = self.view
+        return MappedPages(
+            ipa=view.ipa,
+            pa=view.pa,
+            desc=self.tables.leaves.desc[view.leaf],
+            slot=view.slot,
+            host_pa=view.host_pa,
+            host_mapped=view.host_desc != 0,
+            host_writable=self.host_writable,
+            written=self.written,
+            is_ram=self.ram.backed(view.pa),
+            slots=self.slots,
+            windows=self.windows,
+            format=self.tables.regime.format,
+        )
 
     def findings(self) -> list[Finding]:
         """All that is wrong with this VM's own leaves."""
@@ -108,42 +112,31 @@ class Case:
             out += check()
         return out
 
-    # -- one rule each: a mask of bad pages, and words for the first page of each run --------------------
+    # -- words for the first page of each run that breaks a rule ----------------------------------------
 
     def _outside(self) -> list[Finding]:
-        bad = (self.view.slot < 0) & ~self._device
-        return self._ranges(Verdict.OUTSIDE_MEMSLOTS, bad, lambda i: "nothing mapped: no memslot here")
+        return self._ranges(Verdict.OUTSIDE_MEMSLOTS, self._pages.outside, lambda i: "nothing mapped: no memslot here")
 
     def _wrong_frame(self) -> list[Finding]:
-        bad = (self.view.slot >= 0) & ~self._device & (self.view.host_pa & ~_OFFSET != self.view.pa)
-        return self._ranges(Verdict.WRONG_FRAME, bad, self._host_words, self._reason)
+        return self._ranges(Verdict.WRONG_FRAME, self._pages.wrong_frame, self._host_words, self._reason)
 
     def _excess(self) -> list[Finding]:
-        view, desc = self.view, self.tables.leaves.desc[self.view.leaf]
-        inside = (view.slot >= 0) & (view.host_desc != 0) & ~self._device
-        writable = inside & d.s2_writable(desc)
         out = []
-        for flag, why in (("readonly", "the memslot is read-only"), ("logging", "clean in the dirty log")):
-            of_slot = np.array([getattr(s, flag) for s in self.slots] or [False])[view.slot]
-            bad = writable & of_slot & (~self.written if flag == "logging" else True)
-            out += self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i, why=why: f"not writable: {why}")
-        bad = writable & ~self.host_writable
-        out += self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i: f"not writable: {self._host_words(i)}")
-        fmt = self.tables.regime.format
-        executable = d.s2_executable(desc, fmt=fmt) | d.s2_executable(desc, el0=True, fmt=fmt)
-        bad = (inside | self._device) & ~self.ram.backed(view.pa) & executable
+        for limit in Limit:
+            why = self._host_words if limit is Limit.HOST else lambda _, words=limit.value: words
+            bad = self._pages.writable_despite(limit)
+            out += self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i, why=why: f"not writable: {why(i)}")
+        bad = self._pages.executable_device
         return out + self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i: "not executable: a device")
 
     def _memory_type(self) -> list[Finding]:
-        desc = self.tables.leaves.desc[self.view.leaf]
-        attr, fmt = d.MEMATTR.of(desc), self.tables.regime.format
-        is_ram = self.ram.backed(self.view.pa)
-        bad_ram = is_ram & ((attr != fmt.normal) | (d.SH.of(desc) != d.Shareability.INNER))
-        bad_device = ~is_ram & ~fmt.is_device(attr)
-        words = f"normal write-back (MemAttr {fmt.normal:#06b}), inner shareable: RAM"
-        return self._ranges(Verdict.WRONG_MEMORY_TYPE, bad_ram, lambda i: words) + self._ranges(
-            Verdict.WRONG_MEMORY_TYPE, bad_device, lambda i: "a device type: this is not RAM"
-        )
+        words = f"normal write-back (MemAttr {self._pages.format.normal:#06b}), inner shareable: RAM"
+        return [
+            *self._ranges(Verdict.WRONG_MEMORY_TYPE, self._pages.ram_of_other_type, lambda i: words),
+            *self._ranges(
+                Verdict.WRONG_MEMORY_TYPE, self._pages.device_of_other_type, lambda i: "a device type: this is not RAM"
+            ),
+        ]
 
     def _reason(self, page: int) -> Reason | None:
         return None if self.view.host_desc[page] else Reason.HOST_HAS_NO_PAGE

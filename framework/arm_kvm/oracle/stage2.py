@@ -10,6 +10,7 @@ from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL
 from arm_kvm.model.arch.regime import Regime
 from arm_kvm.model.arch.sweep import Leaves, Tables
+from arm_kvm.model.kvm import tables
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class Stage2:
     @property
     def regime(self) -> Regime:
         return self.tables.regime
+
+    @property
+    def spare_tables(self) -> int:
+        """Table pages that nothing needs: no leaf is reached through them."""
+        needed = tables.needed(self.regime, self.leaves.ia, self.leaves.level)
+        return len(self.tables.pages) - self.regime.root_pages - needed
 
     @property
     def leaves(self) -> Leaves:

@@ -20,7 +20,7 @@ from arm_kvm.events.operations import OPERATIONS, Reach
 from arm_kvm.machine.gdb import Gdb
 from arm_kvm.machine.ram import Ram
 from arm_kvm.model.arch import sweep
-from arm_kvm.model.arch.descriptors import XN
+from arm_kvm.model.arch.descriptors import UXN
 from arm_kvm.model.arch.regime import HCR_E2H, Architecture, Regime, stage1_armv7, stage1_armv8
 from arm_kvm.support.errors import MachineError
 
@@ -226,7 +226,7 @@ def _hyp_space(gdb: Gdb, arch: Architecture) -> Regime | None:
 def _aliases(space: Regime, ram: Ram) -> list[tuple[int, int, int]]:
     """(PA, VA, bytes) of everything the hypervisor may execute."""
     leaves = sweep.sweep(space, ram).leaves
-    code = leaves[XN.of(leaves.desc) & np.uint64(2) == 0]
+    code = leaves[UXN.of(leaves.desc) == 0]  # of EL2, whose only XN it is
     return list(zip(code.pa.tolist(), code.ia.tolist(), code.size.tolist(), strict=True))
 
 

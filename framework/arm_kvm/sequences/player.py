@@ -14,12 +14,12 @@ from arm_kvm.guest.driver import RunFailed
 from arm_kvm.guest.isa import GuestException
 from arm_kvm.host import facilities, features
 from arm_kvm.host.host import Host
-from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.model.kvm.memslots import NOTHING_OWED, Memslot, Owed
 from arm_kvm.oracle.oracle import Oracle, Sighting
 from arm_kvm.oracle.verdicts import Finding
 from arm_kvm.oracle.witness import leaves_of
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
-from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Complaint, Look, VmModel, spare_tables
+from arm_kvm.sequences.world import GIVES_MEMSLOT, PAGE, PLACES, SIZE, Answer, Complaint, Look, VmModel
 from arm_kvm.support.errors import LabError
 from arm_kvm.support.judged import Judged
 from arm_kvm.vmm.client import Request, op, request
@@ -44,12 +44,12 @@ class SequenceBroken(AssertionError, Judged):
 
 @dataclass(frozen=True)
 class _Unjudged:
-    """The last step, how many there are with it, what was read of the host then, the IPA ranges it owes to be gone."""
+    """The last step, how many there are with it, what was read of the host then, and what it owes."""
 
     step: Step
     number: int
     sighting: Sighting
-    owed: tuple[tuple[int, int], ...]
+    owed: Owed
 
 
 class Player:
@@ -142,7 +142,7 @@ class Player:
         self.steps.append(step)
         self.broken = True  # whatever it fails with
         self._vm.agent.meanwhile(self._judge)
-        failed, seen, owed = None, None, ()
+        failed, seen, owed = None, None, NOTHING_OWED
         try:
             owed = self._carry_out(step)
             seen = self._see()
@@ -200,8 +200,8 @@ class Player:
             self.broken = True
             raise SequenceBroken(self.steps[:steps], complaints)
 
-    def _carry_out(self, step: Step) -> tuple[tuple[int, int], ...]:
-        """The IPA ranges that a memslot operation owes to be gone."""
+    def _carry_out(self, step: Step) -> Owed:
+        """What a memslot operation or its dirty log owes."""
         match step.kind:
             case StepKind.GUEST_READS | StepKind.GUEST_WRITES:
                 self._guest(step)
@@ -212,13 +212,13 @@ class Player:
                 self._vm.set_memslot(_numbered(wanted))
                 return self.world.set(wanted)
             case StepKind.DIRTY_LOG:
-                self._dirty_log(step)
+                return self._dirty_log(step)
             case StepKind.NEW_VM:
                 self._new_vm()
-                return tuple((ipa, SIZE) for places in PLACES.values() for ipa in places)
+                return Owed(must_go=tuple((ipa, SIZE) for places in PLACES.values() for ipa in places))
             case _:
                 self._host_operation(step)
-        return ()
+        return NOTHING_OWED
 
     def _guest(self, step: Step) -> None:
         guest, ipa = self._vm.guests[step.vcpu], self.world.ipa(step)
@@ -303,13 +303,14 @@ class Player:
         self._vm.agent(op.memory_drain)
         self._memory.page_out(offset, size)
 
-    def _dirty_log(self, step: Step) -> None:
+    def _dirty_log(self, step: Step) -> Owed:
         ipa = self.world.ipa(step)
         found = self._vm.dirty_pages(ipa)
-        pages, _ = self.world.slots.take_dirty_log(step.slot)
+        pages, owed = self.world.slots.take_dirty_log(step.slot)
         expected = [ipa + page * PAGE for page in pages]
         if found != expected:
             self._demand([Complaint(f"the dirty log says {_hex(found)}, guests have written {_hex(expected)}")])
+        return owed
 
     def _new_vm(self) -> None:
         self._vm.destroy()
@@ -329,9 +330,8 @@ def _reading(sighting: Sighting) -> tuple[Look, list[Complaint]]:
     """What the world is held against; and what safety says of it."""
     ((stage2, findings),) = sighting.judged()
     leaves = leaves_of(stage2)
-    spare = spare_tables(len(stage2.tables.pages) - stage2.regime.root_pages, leaves)
     watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
-    return Look(watched, spare, sighting.frames), _complaints(findings)
+    return Look(watched, stage2.spare_tables, sighting.frames), _complaints(findings)
 
 
 def _complaints(findings: Iterable[Finding]) -> list[Complaint]:

@@ -6,14 +6,14 @@ references that nobody sees. Everything else follows from the models of memslots
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from arm_kvm.model.arch import descriptors as d
-from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL
+from arm_kvm.model.arch.granule import KIB4
 from arm_kvm.model.kvm import notifier
-from arm_kvm.model.kvm.memslots import Memslot, Memslots, SlotFlags
+from arm_kvm.model.kvm.memslots import NOTHING_OWED, Memslot, Memslots, Owed, SlotFlags
 from arm_kvm.model.kvm.notifier import Kernel, Leaves, Notice, Operation
 from arm_kvm.oracle.verdicts import Verdict
 from arm_kvm.sequences.steps import PAGES, SLOTS, Step, StepKind
@@ -124,10 +124,10 @@ class VmModel:
             return [self._slot(number) for number in SLOTS]
         return [self.wanted(step)] if step.kind in GIVES_MEMSLOT else []
 
-    def set(self, slot: Memslot) -> tuple[tuple[int, int], ...]:
-        """KVM has taken this memslot. The IPA ranges, as (start, size) in bytes, that must be gone."""
+    def set(self, slot: Memslot) -> Owed:
+        """KVM has taken this memslot; what it owes for it."""
         self.starts[slot.slot] = slot.ipa
-        return self.slots.set(slot).must_go
+        return self.slots.set(slot)
 
     # -- which steps make sense ------------------------------------------------------------------------------------
 
@@ -264,14 +264,12 @@ class VmModel:
 
     # -- the verdict ----------------------------------------------------------------------------------------------
 
-    def complaints(
-        self, step: Step, before: Look, after: Look, owed: Sequence[tuple[int, int]] = ()
-    ) -> list[Complaint]:
-        """All that is wrong with stage 2 after this step. ``owed``: IPA ranges that a memslot operation makes go."""
+    def complaints(self, step: Step, before: Look, after: Look, owed: Owed = NOTHING_OWED) -> list[Complaint]:
+        """All that is wrong with stage 2 after this step. ``owed``: by a change of a memslot, or its dirty log."""
         own = self.ipa(step)
         tried = step.kind in (StepKind.GUEST_READS, StepKind.GUEST_WRITES)
         accessed = tried and self.answer(step) is Answer.DONE
-        gone = {ipa for start, size in owed for ipa in range(start, start + size, PAGE)}
+        gone = _pages_in(owed.must_go)
         was = {ipa: leaf for ipa, leaf in before.leaves.items() if ipa not in gone}
         now = {ipa: leaf for ipa, leaf in after.leaves.items() if ipa not in gone}
         out = [Complaint(f"IPA {ipa:#x} is still mapped") for ipa in after.leaves if ipa in gone]
@@ -280,7 +278,7 @@ class VmModel:
             was.pop(own, None)
         elif tried and _young(was.get(own)) == now.get(own):
             was.pop(own, None), now.pop(own, None)  # the access flag fault is served before the one that is refused
-        was = self._protected(step, was)
+        was = _protected(was, _pages_in(owed.must_be_read_only))
         found = [notifier.violations(notices, self.slots, was, now) for notices in self.notices(step, before, after)]
         broken = min(found, key=len)
         out += [_complaint(breach) for breach in broken if not (accessed and breach.ipa == own)]
@@ -297,15 +295,6 @@ class VmModel:
         if step.kind is StepKind.GUEST_WRITES and not d.s2_writable(leaf[1]):
             return [Complaint(f"IPA {ipa:#x} is not writable after the guest's store")]
         return []
-
-    def _protected(self, step: Step, leaves: Leaves) -> Leaves:
-        """The leaves as the dirty log obliges: what it makes read-only must be found so."""
-        if step.kind not in (StepKind.LOG_ON, StepKind.DIRTY_LOG):
-            return leaves
-        start = self.starts[step.slot]
-        end = start + SIZE
-        unwritable = ~d.S2AP.put(d.Grant.WRITE)
-        return {i: (n, w & unwritable if start <= i < end else w) for i, (n, w) in leaves.items()}
 
     def _aged(self, step: Step, after: Look) -> list[Complaint]:
         """Ageing must reach the guest's accessed flag; with a child about, the host may leave a page out."""
@@ -349,12 +338,16 @@ def _complaint(breach: notifier.Breach) -> Complaint:
     return Complaint(f"IPA {breach.ipa:#x}: {breach.kind.value}", Verdict.of(breach.kind))
 
 
+def _pages_in(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """The first IPA of every page in these ranges ``(ipa, size)``, bytes."""
+    return {ipa for start, size in ranges for ipa in range(start, start + size, PAGE)}
+
+
+def _protected(leaves: Leaves, pages: set[int]) -> Leaves:
+    """The leaves without write permission where they must have lost it: as such they must be found."""
+    unwritable = ~d.S2AP.put(d.Grant.WRITE)
+    return {ipa: (level, desc & unwritable if ipa in pages else desc) for ipa, (level, desc) in leaves.items()}
+
+
 def _young(leaf: tuple[int, int] | None) -> tuple[int, int] | None:
     return leaf and (leaf[0], leaf[1] | d.AF.mask)
-
-
-def spare_tables(pages: int, leaves: Leaves) -> int:
-    """How many of a VM's table pages below the root nothing needs: each 2 MiB of pages needs one, each GiB one."""
-    blocks = {ipa >> KIB4.level_shift(2) for ipa, (level, _) in leaves.items() if level == LAST_LEVEL}
-    gibs = {ipa >> KIB4.level_shift(1) for ipa in leaves}
-    return pages - len(blocks) - len(gibs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from arm_kvm.model.kvm.memslots import Memslot
+from arm_kvm.model.kvm.memslots import Memslot, owed
 
 
 @dataclass
@@ -19,8 +19,9 @@ class Stores:
     def add(self, ipa: int, size: int) -> None:
         self.ranges.append((ipa, ipa + size))
 
-    def forget(self, slot: Memslot) -> None:
-        outside = [((a, min(b, slot.ipa)), (max(a, slot.end), b)) for a, b in self.ranges]
+    def forget(self, ipa: int, size: int) -> None:
+        """``[ipa, ipa + size)``, bytes, is clean."""
+        outside = [((a, min(b, ipa)), (max(a, ipa + size), b)) for a, b in self.ranges]
         self.ranges = [(a, b) for pair in outside for a, b in pair if a < b]
 
     def pages(self, ipas: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -31,7 +32,7 @@ class Stores:
         return hit
 
 
-class Memslots:
+class MemslotRecord:
     """``by_number``: the memslots that KVM has. ``stores``: kept only while one of them logs dirty pages."""
 
     _FIRST_FREE = 2  #: those below hold the payload
@@ -50,11 +51,9 @@ class Memslots:
         old = self.by_number.pop(slot.slot, None)
         if slot.size:
             self.by_number[slot.slot] = slot
-        moved = old is not None and bool(slot.size) and old.ipa != slot.ipa
-        if moved and old is not None:
-            self.stores.forget(old)
-        if slot.logging and (moved or old is None or not old.logging):
-            self.stores.forget(slot)
+        due = owed(old, slot)
+        for ipa, size in due.must_go + due.must_be_read_only:
+            self.stores.forget(ipa, size)
 
     def record_store(self, ipa: int, size: int) -> None:
         """A guest is about to be told to store there; remembered while dirty pages are logged."""

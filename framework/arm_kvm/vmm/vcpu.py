@@ -14,7 +14,7 @@ from arm_kvm.support.errors import AgentTimeout
 from arm_kvm.vmm.client import Agent, Request, op, request
 from arm_kvm.vmm.ioctls import Descriptor
 from arm_kvm.vmm.memory import Memory
-from arm_kvm.vmm.memslots import Memslots
+from arm_kvm.vmm.memslots import MemslotRecord
 
 _MMIO_EXITS = 2000  #: of one order, at most: no payload asks for so many
 _WAIT_SLICE = 0.25
@@ -33,7 +33,7 @@ class Vcpu:
     """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
 
     def __init__(
-        self, agent: Agent, vm: int, index: int, isa: Isa, mailboxes: Memory, memslots: Memslots, devices: Devices
+        self, agent: Agent, vm: int, index: int, isa: Isa, mailboxes: Memory, memslots: MemslotRecord, devices: Devices
     ) -> None:
         self.index = index
         self.isa = isa

@@ -20,7 +20,7 @@ from arm_kvm.support.errors import ConfigError
 from arm_kvm.vmm.client import Agent, Request, op, request
 from arm_kvm.vmm.ioctls import Descriptor
 from arm_kvm.vmm.memory import PAGE, Memory, Prot, SharedMemory
-from arm_kvm.vmm.memslots import Memslots, Stores
+from arm_kvm.vmm.memslots import MemslotRecord, Stores
 from arm_kvm.vmm.vcpu import Devices, Vcpu
 from arm_kvm.vmm.vgic import Vgic
 
@@ -45,7 +45,7 @@ class Vm:
         self.id = number
         self.ipa_bits = ipa_bits  #: 0: KVM's default, 40
         self.mailboxes = mailboxes
-        self.memslots = Memslots()
+        self.memslots = MemslotRecord()
         self.memories: list[Memory] = [code, mailboxes]
         self.vgic: Vgic | None = None
         self.alive = True
@@ -249,7 +249,7 @@ class Vm:
         """KVM_GET_DIRTY_LOG of the slot that covers ``ipa``: IPAs of its dirty pages; they are clean after."""
         slot = self.slot_at(ipa)
         raw = self.agent(op.vm_dirty_log, vm=self.id, slot=slot.slot, pages=slot.pages)
-        self.stores.forget(slot)
+        self.stores.forget(slot.ipa, slot.size)
         bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")
         return [slot.ipa + int(page) * PAGE for page in np.flatnonzero(bits[: slot.pages])]
 

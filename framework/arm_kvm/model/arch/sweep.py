@@ -14,10 +14,9 @@ import numpy as np
 
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.descriptors import Format
-from arm_kvm.model.arch.faults import Access, FaultType
+from arm_kvm.model.arch.faults import FaultType
 from arm_kvm.model.arch.granule import LAST_LEVEL
 from arm_kvm.model.arch.regime import Regime
-from arm_kvm.model.arch.walk import s2_allows
 
 
 class PhysicalMemory(Protocol):
@@ -206,11 +205,8 @@ class Resolved:
     status: np.ndarray
 
 
-def resolve(regime: Regime, memory: PhysicalMemory, ias: np.ndarray, access: Access | None = None) -> Resolved:
-    """Translate each address (uint64) by one stage.
-
-    With ``access``, stage 2's access flag and permissions are checked too.
-    """
+def resolve(regime: Regime, memory: PhysicalMemory, ias: np.ndarray) -> Resolved:
+    """Translate each address (uint64, bytes) by one stage; access flag and permissions are not looked at."""
     ias = np.asarray(ias, dtype=np.uint64)
     out = Resolved(np.zeros_like(ias), np.zeros(len(ias), np.uint8), np.zeros_like(ias), np.zeros(len(ias), np.uint8))
     out.status[:] = FaultType.TRANSLATION.value + regime.first_fault_level
@@ -221,8 +217,6 @@ def resolve(regime: Regime, memory: PhysicalMemory, ias: np.ndarray, access: Acc
     base = np.full(len(at), regime.root, dtype=np.uint64)
     for level in range(regime.start_level, LAST_LEVEL + 1):
         at, base = _one_level(regime, memory, ias, level, at, base, out)
-    if access is not None:
-        _check(regime, access, out)
     return out
 
 
@@ -246,16 +240,6 @@ def _one_level(regime: Regime, memory: PhysicalMemory, ias, level: int, at, base
     out.oa[at] = (address & ~offset) | (ias[at] & offset)
     on = (status == NO_FAULT) & table
     return at[on], address[on]
-
-
-def _check(regime: Regime, access: Access, out: Resolved) -> None:
-    fine = out.status == NO_FAULT
-    if not regime.hardware_af:
-        unset = fine & (d.AF.of(out.desc) == 0)
-        out.status[unset] = FaultType.ACCESS_FLAG.value + out.level[unset]
-        fine &= ~unset
-    denied = fine & ~np.asarray(s2_allows(regime, out.desc, access), dtype=bool)
-    out.status[denied] = FaultType.PERMISSION.value + out.level[denied]
 
 
 def translate(regime: Regime, memory: PhysicalMemory, ias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

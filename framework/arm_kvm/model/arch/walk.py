@@ -105,8 +105,8 @@ def stage2(regime: Regime, memory: Words, ipa: int, access: Access, trace: Trace
     return found
 
 
-def s2_allows(regime: Regime, desc: d.Bits, access: Access) -> d.Bits:
-    """Whether a stage-2 leaf (int or uint64 array) grants this access."""
+def s2_allows(regime: Regime, desc: int, access: Access) -> bool:
+    """Whether a stage-2 leaf grants this access (HAP, S2AP, XN; with VTCR_EL2.HD a DBM leaf also a write)."""
     if access.fetch:
         # Armv7 wants a fetched page readable too (DDI 0406C.d B3.7.2); VMSAv8-64 asks for XN alone.
         may = d.s2_executable(desc, el0=access.el0, fmt=regime.format)

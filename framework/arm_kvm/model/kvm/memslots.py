@@ -10,15 +10,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from enum import Enum, IntFlag
+from enum import IntFlag
 
 import numpy as np
 
 from arm_kvm.model.arch.granule import KIB4
 
 _PAGE = KIB4.size
-#: KVM_USER_MEM_SLOTS: slot numbers from 0. 32-bit KVM has 32, arm64 512 up to 5.10, later the generic number.
-SLOTS_ARM, SLOTS_ARM64 = 32, 512
 _MAX_PAGES = (1 << 31) - 1  #: KVM_MEM_MAX_NR_PAGES
 
 
@@ -60,6 +58,7 @@ class Memslot:
         return self.ipa < other.end and other.ipa < self.end
 
     def hva_of(self, ipa: int) -> int:
+        """The host-virtual address behind an IPA, bytes. Raises ValueError for one outside the slot."""
         if not self.ipa <= ipa < self.end:
             raise ValueError(f"IPA {ipa:#x} is not in {self}")
         return self.hva + (ipa - self.ipa)
@@ -87,56 +86,55 @@ class Window:
 
 
 def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
-    """For each IPA the index of the slot in ``slots`` that covers it, or -1 (int64 array)."""
+    """For each IPA (uint64 array) the index of the slot in ``slots`` that covers it, or -1 (int64 array, as long)."""
     index = np.full(len(ipas), -1, dtype=np.int64)
     for i, slot in enumerate(slots):
         index[(ipas >= np.uint64(slot.ipa)) & (ipas < np.uint64(slot.end))] = i
     return index
 
 
-class Change(Enum):
-    """What one KVM_SET_USER_MEMORY_REGION did (enum kvm_mr_change)."""
-
-    CREATE = "create"
-    DELETE = "delete"
-    MOVE = "move"
-    FLAGS_ONLY = "flags only"
-    NOTHING = "nothing"
-
-
 @dataclass(frozen=True)
 class Owed:
     """What a change obliges stage 2 to before the ioctl returns: IPA ranges ``(ipa, size)`` in bytes."""
 
-    change: Change
     must_go: tuple[tuple[int, int], ...] = ()
     must_be_read_only: tuple[tuple[int, int], ...] = ()
 
 
-class Refused(Exception):
-    """The ioctl fails with ``errno``. No slot changes, but stage 2 may: ``owed`` says what goes nonetheless.
+NOTHING_OWED = Owed()
 
-    (A move is refused for its IPA only after the slot was emptied; 5.4 then even leaves it invalid.)
+
+def owed(old: Memslot | None, new: Memslot) -> Owed:
+    """What KVM owes once it has taken ``new`` (size 0: deletes) for a slot that was ``old`` (None: there was none).
+
+    A slot that goes or moves takes its leaves with it; one that begins to log, or logs at a new place, is clean.
+    Sources: Linux 5.4 virt/kvm/kvm_main.c __kvm_set_memory_region (KVM_MR_DELETE, KVM_MR_MOVE), virt/kvm/arm/mmu.c
+    kvm_arch_commit_memory_region (KVM_MEM_LOG_DIRTY_PAGES: kvm_mmu_wp_memory_region).
     """
+    gone = ((old.ipa, old.size),) if old is not None and (not new.size or new.ipa != old.ipa) else ()
+    begins = bool(new.size) and new.logging and (bool(gone) or old is None or not old.logging)
+    return Owed(must_go=gone, must_be_read_only=((new.ipa, new.size),) if begins else ())
 
-    def __init__(self, number: int, why: str, must_go: tuple[tuple[int, int], ...] = ()) -> None:
+
+class Refused(Exception):
+    """The ioctl fails with ``errno``, and no slot changes."""
+
+    def __init__(self, number: int, why: str) -> None:
         super().__init__(f"{errno.errorcode[number]}: {why}")
         self.errno = number
-        self.owed = Owed(Change.NOTHING, must_go)
 
 
 @dataclass
 class Memslots:
     """All memslots of a VM, and their dirty logs. Not modelled: the VMAs behind them (EPERM, PFNMAP).
 
-    ``ipa_bits``, ``hva_bits``: widths of guest-physical and of the process's addresses; ``manual``:
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, so that KVM_CLEAR_DIRTY_LOG protects and KVM_GET_DIRTY_LOG does not.
+    ``ipa_bits``, ``hva_bits``: widths of guest-physical and of the process's addresses; slot numbers are below
+    ``limit`` (KVM_USER_MEM_SLOTS: 512 on arm64 up to 5.10, 32 on 32-bit hosts, later 32,767 and fewer).
     """
 
     ipa_bits: int
-    limit: int = SLOTS_ARM64  #: slot numbers are below it
+    limit: int = 512
     hva_bits: int = 48
-    manual: bool = False
     _slots: dict[int, Memslot] = field(default_factory=dict)
     _dirty: dict[int, set[int]] = field(default_factory=dict)  # by slot: page numbers within it
 
@@ -150,18 +148,24 @@ class Memslots:
     # -- KVM_SET_USER_MEMORY_REGION -----------------------------------------------------------------------
 
     def set(self, wanted: Memslot) -> Owed:
-        """Create, delete (size 0), move or re-flag a slot. Raises Refused."""
+        """Create, delete (size 0), move or re-flag a slot; what is then owed.
+
+        Raises Refused: EINVAL, EEXIST (it overlaps another), EFAULT (it ends beyond the IPA space).
+        """
         self._check_values(wanted)
         old = self._slots.get(wanted.slot)
-        change = self._change(old, wanted)
-        if change in (Change.CREATE, Change.MOVE):
-            self._check_overlap(wanted)
-        if change in (Change.CREATE, Change.MOVE, Change.FLAGS_ONLY) and wanted.end > 1 << self.ipa_bits:
-            gone = ((old.ipa, old.size),) if change is Change.MOVE else ()
-            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs", gone)
-        if change is Change.NOTHING:
-            return Owed(change)
-        return self._apply(change, old, wanted)
+        if wanted.size:
+            self._check_place(old, wanted)
+            self._slots[wanted.slot] = wanted
+        elif old is None:
+            raise Refused(errno.EINVAL, f"there is no slot {wanted.slot} to delete")
+        else:
+            del self._slots[wanted.slot]
+        if wanted.size and wanted.logging:
+            self._dirty.setdefault(wanted.slot, set())
+        else:
+            self._dirty.pop(wanted.slot, None)
+        return owed(old, wanted)
 
     def _check_values(self, wanted: Memslot) -> None:
         if int(wanted.flags) & ~int(SlotFlags.LOG_DIRTY_PAGES | SlotFlags.READONLY):
@@ -175,37 +179,17 @@ class Memslots:
         if wanted.hva + wanted.size > 1 << self.hva_bits:
             raise Refused(errno.EINVAL, f"HVA {wanted.hva:#x} is not the process's")
 
-    @staticmethod
-    def _change(old: Memslot | None, wanted: Memslot) -> Change:
-        if not wanted.size:
-            if old is None:
-                raise Refused(errno.EINVAL, f"there is no slot {wanted.slot} to delete")
-            return Change.DELETE
-        if old is None:
-            return Change.CREATE
-        if (old.hva, old.size, old.readonly) != (wanted.hva, wanted.size, wanted.readonly):
+    def _check_place(self, old: Memslot | None, wanted: Memslot) -> None:
+        """A slot that is there keeps its size, HVA and READONLY; a new place must be free, and in the IPA space."""
+        if old is not None and (old.hva, old.size, old.readonly) != (wanted.hva, wanted.size, wanted.readonly):
             raise Refused(errno.EINVAL, "size, HVA and READONLY of a slot do not change")
-        if old.ipa != wanted.ipa:
-            return Change.MOVE
-        return Change.FLAGS_ONLY if old.flags != wanted.flags else Change.NOTHING
-
-    def _check_overlap(self, wanted: Memslot) -> None:
+        if old is not None and old.ipa == wanted.ipa:
+            return
         for slot in self:
             if slot.slot != wanted.slot and slot.overlaps(wanted):
                 raise Refused(errno.EEXIST, f"{wanted} overlaps {slot}")
-
-    def _apply(self, change: Change, old: Memslot | None, wanted: Memslot) -> Owed:
-        gone = ((old.ipa, old.size),) if change in (Change.DELETE, Change.MOVE) else ()
-        if change is Change.DELETE:
-            del self._slots[wanted.slot]
-            self._dirty.pop(wanted.slot, None)
-            return Owed(change, must_go=gone)
-        self._slots[wanted.slot] = wanted
-        if not wanted.logging:
-            self._dirty.pop(wanted.slot, None)
-            return Owed(change, must_go=gone)
-        self._dirty.setdefault(wanted.slot, set())
-        return Owed(change, must_go=gone, must_be_read_only=((wanted.ipa, wanted.size),))
+        if wanted.end > 1 << self.ipa_bits:
+            raise Refused(errno.EFAULT, f"[{wanted.ipa:#x}, {wanted.end:#x}) is beyond {self.ipa_bits}-bit IPAs")
 
     # -- the dirty log ----------------------------------------------------------------------------------------
 
@@ -222,16 +206,15 @@ class Memslots:
                 self._dirty[slot.slot].add(page - slot.ipa // _PAGE)
 
     def take_dirty_log(self, slot: int) -> tuple[list[int], Owed]:
-        """KVM_GET_DIRTY_LOG: the pages written, and what is owed for them. Raises Refused."""
-        pages = sorted(self._log(slot))
-        return pages, Owed(Change.NOTHING) if self.manual else self.clear_dirty_log(slot, pages)
+        """KVM_GET_DIRTY_LOG: the pages written, numbered within the slot, in order; they are clean again.
 
-    def clear_dirty_log(self, slot: int, pages: Iterable[int]) -> Owed:
-        """KVM_CLEAR_DIRTY_LOG: these pages are clean, and therefore read-only, again. Raises Refused."""
+        Raises Refused: EINVAL no such number, ENOENT no log. Source: Linux 5.4 virt/kvm/kvm_main.c
+        kvm_get_dirty_log_protect (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off, as it is unless a VMM asks).
+        """
         log, first = self._log(slot), self._slots[slot].ipa
-        cleared = sorted(log & set(pages))
-        log.difference_update(cleared)
-        return Owed(Change.NOTHING, must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in cleared))
+        pages = sorted(log)
+        log.clear()
+        return pages, Owed(must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in pages))
 
     def _log(self, slot: int) -> set[int]:
         if not 0 <= slot < self.limit:

@@ -27,7 +27,7 @@ _HUGE = 1 << KIB4.level_shift(2)
 Kernel = tuple[int, int]
 CHANGE_PTE_GONE: Kernel = (6, 10)  #: the first without that notifier
 Span = tuple[int, int]  #: ``[start, end)``, bytes
-Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), as tables.Stage2Tables.leaves() gives them
+Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), of every valid block and page
 
 
 class Duty(Enum):

@@ -223,21 +223,33 @@ class Bitmap:
 
 
 class VcpuLoads:
-    """Local invalidations: the TLB and I-cache of a CPU are private to one vCPU of each VM (kvm_arch_vcpu_load).
+    """Whose translations a CPU's TLB and I-cache hold of each VM: one vCPU's, for before another they are invalidated.
 
-    They happen when the vCPU is loaded, before its VMID is looked at, so under the VMID of the VM's last run, or 0.
+    Two vCPUs of a VM may give one virtual address two meanings under one ASID and one VMID. KVM does it when the vCPU
+    is loaded, before its VMID is looked at, so under the VMID of the VM's last run, or 0.
+
+    Sources: Linux 94d0e5980d67; 5.4 virt/kvm/arm/arm.c kvm_arch_vcpu_load (last_vcpu_ran); I-cache: 01dc9262ff57.
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[Hashable, int], int] = {}
+        self._last: dict[Hashable, dict[int, int]] = {}  # VM -> CPU -> vCPU
+
+    def last(self, vm: Hashable, cpu: int) -> int | None:
+        """The vCPU of ``vm`` whose translations ``cpu`` may hold."""
+        return self._last.get(vm, {}).get(cpu)
 
     def load(self, vm: Hashable, vcpu: int, cpu: int) -> tuple[Invalidation, ...]:
-        """vCPU number ``vcpu`` of ``vm`` is loaded on ``cpu``."""
-        if self._last.get((vm, cpu)) == vcpu:
-            return ()
-        self._last[vm, cpu] = vcpu
-        return (Invalidation.THIS_VM_THIS_CPU,)
+        """``vcpu`` (any number that is its own within the VM) is loaded on ``cpu``; what is invalidated before it runs.
 
-    def forget(self, vm: Hashable) -> None:
-        """``vm`` is destroyed, and what is known of its CPUs with it."""
-        self._last = {(other, cpu): vcpu for (other, cpu), vcpu in self._last.items() if other != vm}
+        KVM, which knows no more than who was last, does so at the very first load, too.
+        """
+        last, self._last.setdefault(vm, {})[cpu] = self.last(vm, cpu), vcpu
+        return () if last == vcpu else (Invalidation.THIS_VM_THIS_CPU,)
+
+    def invalidated(self, vm: Hashable | None = None, cpu: int | None = None) -> None:
+        """The translations of ``vm`` (None: of all) on ``cpu`` (None: on all) are gone."""
+        for one in list(self._last) if vm is None else [vm]:
+            if cpu is None:
+                self._last.pop(one, None)
+            else:
+                self._last.get(one, {}).pop(cpu, None)
