@@ -48,6 +48,6 @@ def test_mmio_exit(benchmark, host, oracle, recorder, vm, recording):
     if recording == "off":
         measure()
         return
-    chosen = recorder if recording == "probe" else Recorder(host, Breakpoints(host), oracle.sight)
+    chosen = recorder if recording == "probe" else Recorder(host, Breakpoints(host), oracle.locator)
     with Recording(chosen).running():
         measure()

@@ -13,7 +13,7 @@ from arm_kvm.host.ssh import Ssh
 from arm_kvm.machine.rundir import live_machines
 from arm_kvm.oracle import Oracle
 from arm_kvm.oracle.ftrace import traced
-from arm_kvm.oracle.sight import watch
+from arm_kvm.oracle.locator import watch
 from arm_kvm.sequences.player import Player, SequenceBroken
 from arm_kvm.sequences.search import search
 from arm_kvm.support.errors import (

@@ -108,7 +108,7 @@ def test_a_vm_that_stays_inside_ends_by_itself(vm, pinned, rounds):
     """Also where the agent has long answered that it goes on."""
     if pinned:
         vm.vcpus[0].pin(1)
-    with vm.guest.staying(rounds):
+    with vm.guest.spinning_for(rounds):
         pass
     vm.guest.ping()
 

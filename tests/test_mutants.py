@@ -433,12 +433,12 @@ def test_a_mutant_is_not_kept(tmp_path):
 
 LOSES_ITS_COMPILER = """
 from arm_kvm.support.errors import SetupError
-from arm_kvm.pytest_plugin import ahead
+from arm_kvm.pytest_plugin import prepare
 
 def missing(qemu):
     raise SetupError("gcc is not installed")
 
-ahead.Probe = missing
+prepare.Probe = missing
 
 def test_one(vm):
     vm.guest.ping()

@@ -69,7 +69,7 @@ def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
     with record() as by_probe:
         exercise(make_vm)
     host.reset()
-    recorder = Recorder(host, Breakpoints(host), oracle.sight)
+    recorder = Recorder(host, Breakpoints(host), oracle.locator)
     run = Recording(recorder)
     with run.running():
         exercise(make_vm)

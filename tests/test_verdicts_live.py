@@ -158,7 +158,7 @@ def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
         vm.add_memory(IPA, PAGE)
         vm.guest.write(IPA, 1)
         oracle.examine(vm)[0]
-    slots = [oracle.sight.known(vm).root + (IPA >> 30) * 8 for vm in (one, two)]
+    slots = [oracle.locator.known(vm).root + (IPA >> 30) * 8 for vm in (one, two)]
     entries = [int(host.machine.ram.fetch(np.array([slot], dtype=np.uint64))[0]) for slot in slots]
     with stored(slots[1], entries[0], then=entries[1]):
         assert Verdict.SHARED_TABLE in {f.verdict for f in oracle.examine(two)[0][1]}

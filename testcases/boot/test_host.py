@@ -6,7 +6,7 @@ registers read from outside the machine.
 
 import pytest
 from arm_kvm.host.selfchecks import kernel_log
-from arm_kvm.oracle.sight import guests_on_cpus
+from arm_kvm.oracle.locator import guests_on_cpus
 
 pytestmark = pytest.mark.usefixtures("host")
 

@@ -68,7 +68,7 @@ def cmd_boot(args: argparse.Namespace) -> int:
 def cmd_stage2(args: argparse.Namespace) -> int:
     """The stage-2 tables of the guests that run on a live machine, read from outside."""
     from arm_kvm.machine.rundir import live_machines
-    from arm_kvm.oracle.sight import watch
+    from arm_kvm.oracle.locator import watch
 
     cards = [card for card in live_machines() if card.host == args.host]
     if not cards:

@@ -224,7 +224,7 @@ class Guest:
             self._end(1)
 
     @contextmanager
-    def staying(self, rounds: int) -> Iterator[None]:
+    def spinning_for(self, rounds: int) -> Iterator[None]:
         """Within the block the vCPU enters the guest and stays for this many rounds of a short loop.
 
         Faster than :meth:`spinning`: a short run needs no thread. The agent answers nobody else until the block's end.

@@ -19,7 +19,7 @@ from arm_kvm.host.config import HostConfig
 from arm_kvm.host.host import Host
 from arm_kvm.host.kernel import Kernel, obtain
 from arm_kvm.host.snapshots import Snapshot
-from arm_kvm.hosts.spares import AHEAD, Spares
+from arm_kvm.hosts.spares import SPARES, Spares
 from arm_kvm.machine.machine import Plugin
 from arm_kvm.support.errors import AgentError, LabError, MachineError, NoProbe, QemuKilled
 from arm_kvm.support.limits import told
@@ -219,7 +219,7 @@ class Pool:
         number = next(self._starts)
         parts = [self._worker, f"{number:02}", name]
         if owner.alone:
-            parts = [self._worker, name, f"alone{number % (AHEAD + 2)}"]
+            parts = [self._worker, name, f"alone{number % (SPARES + 2)}"]
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
     def _once(self, name: str, action):

@@ -12,7 +12,7 @@ from pathlib import Path
 from arm_kvm.host.host import Host
 from arm_kvm.support.errors import LabError, SetupError
 
-AHEAD = 16  #: hosts at most; each takes some 40 MB of its own, and next to no CPU while it waits
+SPARES = 16  #: hosts at most; each takes some 40 MB of its own, and next to no CPU while it waits
 LEAST = 1 << 30  #: bytes of memory that must be left on this machine; with less, none is made ahead
 #: Seconds after which a thread that computes lets another: whoever waits for a machine's answer should have it soon.
 _TURN = 0.0005

@@ -14,7 +14,7 @@ from arm_kvm.model.arch import sweep
 from arm_kvm.model.arch.sweep import Tables
 from arm_kvm.model.kvm.memslots import Memslot
 from arm_kvm.oracle import judge, splats
-from arm_kvm.oracle.sight import Sight
+from arm_kvm.oracle.locator import Locator
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.verdicts import Finding, Reason, Violation
 from arm_kvm.vmm.client import op
@@ -25,7 +25,7 @@ _BETWEEN_LOOKS = 0.01
 
 
 @dataclass(frozen=True)
-class Sighting:
+class Capture:
     """What was read of some VMs, by name, while the machine stood still, and of the tables of all: to be judged."""
 
     cases: dict[str, judge.Case]
@@ -48,7 +48,7 @@ class Oracle:
     def __init__(self, host: Host) -> None:
         self._host = weakref.proxy(host)  # an oracle lives as long as its host
         self._ram = host.machine.ram
-        self.sight = Sight(self._host)  #: finds roots and address spaces
+        self.locator = Locator(self._host)  #: finds roots and address spaces
         self._writable = host.config.architecture.linux_writable
 
     def stage2(self, vm: Vm) -> Stage2:
@@ -60,7 +60,7 @@ class Oracle:
 
     def vmid(self, vm: Vm) -> int:
         """The VMID in VTTBR, as sampled from a CPU's registers while the VM's guest is inside."""
-        return self.sight.sample(vm).vmid
+        return self.locator.sample(vm).vmid
 
     def examine(self, *vms: Vm) -> list[tuple[Stage2, list[Finding]]]:
         """Each VM's tables now, all at one moment, and all that is wrong with them.
@@ -75,25 +75,25 @@ class Oracle:
             time.sleep(_BETWEEN_LOOKS)
         return seen
 
-    def look(self, *vms: Vm, hvas: np.ndarray = judge.NOWHERE) -> Sighting:
+    def look(self, *vms: Vm, hvas: np.ndarray = judge.NOWHERE) -> Capture:
         """Each VM's tables and the host's side of them, all at one moment, to be judged when there is time.
 
         So are the host's frames for ``hvas`` (uint64) of the first VM's process.
         """
         for vm in vms:
-            self.sight.stage2_regime(vm)
-        spaces = [self.sight.vmm_space(vm.agent) for vm in vms]
+            self.locator.stage2_regime(vm)
+        spaces = [self.locator.vmm_space(vm.agent) for vm in vms]
         slots = [tuple(vm.slots.values()) for vm in vms]
         others = [hvas, *[judge.NOWHERE] * (len(vms) - 1)]
         views = []
-        with self.sight.gdb.pause():
-            regimes = {v.name: regime for v in self._host.vms if v.alive and (regime := self.sight.known(v))}
+        with self.locator.gdb.pause():
+            regimes = {v.name: regime for v in self._host.vms if v.alive and (regime := self.locator.known(v))}
             tables = {name: sweep.sweep(regime, self._ram) for name, regime in regimes.items()}
             for vm, space, own, asked in zip(vms, spaces, slots, others, strict=True):
                 translate = partial(sweep.translate, space, self._ram)
                 views.append(judge.look(tables[vm.name].leaves, own, translate, asked))
         cases = [self._case(vm, tables[vm.name], *side) for vm, *side in zip(vms, slots, views, strict=True)]
-        return Sighting({vm.name: case for vm, case in zip(vms, cases, strict=True)}, tables)
+        return Capture({vm.name: case for vm, case in zip(vms, cases, strict=True)}, tables)
 
     def _case(self, vm: Vm, own: Tables, slots: tuple[Memslot, ...], view: judge.HostView) -> judge.Case:
         page = np.uint64(0x1000)

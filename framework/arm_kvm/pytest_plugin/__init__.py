@@ -5,7 +5,7 @@ markers      the marks of test cases
 options      --host, --kernel, --isolation, ...; kernels are had before the first test
 selection    which case runs on which host, and who shares a host with whom
 order        the slow ones first, and workers (pytest -n) that share what takes long to make
-ahead        what the next tests begin with, made while this one runs
+prepare      what the next tests begin with, made while this one runs
 judgement    what is held against the model after each test
 failures     what the plugin itself fails a test with
 fixtures     what a test case is written with

@@ -22,10 +22,10 @@ from arm_kvm.oracle import Oracle
 from arm_kvm.oracle import ftrace as trace_
 from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.witness import Witness
-from arm_kvm.pytest_plugin.ahead import OUR_VM, expect_next, first_vm, plugin_for, with_probe
 from arm_kvm.pytest_plugin.artifacts import TestFolder
 from arm_kvm.pytest_plugin.failures import ContractBroken, HostLost, HostUnusable, KnownDeath, VmsLeft
 from arm_kvm.pytest_plugin.judgement import HostSession
+from arm_kvm.pytest_plugin.prepare import OUR_VM, expect_next, first_vm, plugin_for, with_probe
 from arm_kvm.pytest_plugin.selection import owner_of
 from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, POOL, SESSION
 from arm_kvm.recorder.breakpoints import Breakpoints
@@ -217,7 +217,7 @@ def _recorder(config: pytest.Config, session: HostSession) -> Recorder:
     host = session.host
     if host not in _RECORDERS:
         mechanism = host.machine.plugin if with_probe(config) else Breakpoints(host)
-        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.sight)
+        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.locator)
     return _RECORDERS[host]
 
 

@@ -25,9 +25,9 @@ from arm_kvm.mutants.patching import put_in
 from arm_kvm.mutants.score import Fate, MutantResult, table
 from arm_kvm.mutants.source import broken_kernel
 from arm_kvm.mutants.trial import Controls, HostState, Outcome, Status, Trial
-from arm_kvm.pytest_plugin.ahead import plugin_for
 from arm_kvm.pytest_plugin.failures import HostLost, HostUnusable, Refused
 from arm_kvm.pytest_plugin.order import took_last
+from arm_kvm.pytest_plugin.prepare import plugin_for
 from arm_kvm.pytest_plugin.selection import host_name, needs_host
 from arm_kvm.pytest_plugin.stash import CAUSE, FAILED, MUTANT, POOL
 from arm_kvm.support.errors import LabError

@@ -32,7 +32,7 @@ from arm_kvm.host.host import Host
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch import sweep
 from arm_kvm.model.arch.granule import KIB4
-from arm_kvm.oracle.sight import Sight
+from arm_kvm.oracle.locator import Locator
 from arm_kvm.recorder.facts import kernel_map, points
 from arm_kvm.recorder.points import Point, What
 from arm_kvm.recorder.raw import RawEntry, RawEvent
@@ -77,12 +77,12 @@ class Recorder(Listener):
     request is a mark, and VMs are seen to be created and destroyed.
     """
 
-    def __init__(self, host: Host, mechanism: Mechanism, sight: Sight) -> None:
+    def __init__(self, host: Host, mechanism: Mechanism, locator: Locator) -> None:
         self._host = host
         self._arch = host.config.architecture
         self._machine = host.machine
         self._mechanism = mechanism
-        self._sight = sight
+        self._locator = locator
         self.kernel = kernel_map(host)
         self.points = points(host)
         self._roots: dict[int, int] = {}  # number of a VM -> its root, as far as VMs were seen to run
@@ -92,11 +92,11 @@ class Recorder(Listener):
     def start(self) -> None:
         """Record from now on."""
         self._said: list[_Said] = []
-        self._roots = {vm.id: regime.root for vm in self._host.vms if (regime := self._sight.known(vm))}
+        self._roots = {vm.id: regime.root for vm in self._host.vms if (regime := self._locator.known(vm))}
         self._earlier = any(vm.entered for vm in self._host.vms if vm.alive)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
         self._known = 0  # records whose roots were looked at
-        self._sight.vmm_space(self._host.agent)  # finding it asks the agent, which is no part of the test
+        self._locator.vmm_space(self._host.agent)  # finding it asks the agent, which is no part of the test
         with self._machine.gdb.pause() as gdb:
             self._began = time.monotonic_ns()
             cpus = range(len(gdb.threads))
@@ -112,7 +112,7 @@ class Recorder(Listener):
         self._bind()
         for vm in self._host.vms:
             if vm.alive and (root := self._roots.get(vm.id)):
-                self._sight.adopt(vm, root)
+                self._locator.adopt(vm, root)
         with self._machine.gdb.pause():
             self._mechanism.disarm()
         return Trace(self._facts(), list(self._events()))
@@ -170,7 +170,7 @@ class Recorder(Listener):
         """Physical address of each VM's mailbox, per the VMM's own stage 1 -> the VM."""
         hvas = np.array([vm.mailboxes.hva for vm in vms], dtype=np.uint64)
         with self._machine.gdb.pause():
-            _, pas = sweep.translate(self._sight.vmm_space(self._host.agent), self._machine.ram, hvas)
+            _, pas = sweep.translate(self._locator.vmm_space(self._host.agent), self._machine.ram, hvas)
         return {int(pa): vm for pa, vm in zip(pas, vms, strict=True) if pa}
 
     # -- the trace ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from arm_kvm.guest.isa import GuestException
 from arm_kvm.host import facilities, features
 from arm_kvm.host.host import Host
 from arm_kvm.model.kvm.memslots import NOTHING_OWED, Memslot, Owed
-from arm_kvm.oracle.oracle import Oracle, Sighting
+from arm_kvm.oracle.oracle import Capture, Oracle
 from arm_kvm.oracle.verdicts import Finding
 from arm_kvm.oracle.witness import leaves_of
 from arm_kvm.sequences.steps import PAGES, Step, StepKind
@@ -48,7 +48,7 @@ class _Unjudged:
 
     step: Step
     number: int
-    sighting: Sighting
+    capture: Capture
     owed: Owed
 
 
@@ -190,7 +190,7 @@ class Player:
         """Hold what was read after the last step against the world, which is still as that step left it."""
         if (last := self._unjudged) is not None:
             self._unjudged = None
-            after, findings = _reading(last.sighting)
+            after, findings = _reading(last.capture)
             complaints = self.world.complaints(last.step, self._before, after, last.owed)
             self._before, self._complaints, self._judged = after, findings or complaints, last.number
 
@@ -321,17 +321,17 @@ class Player:
 
     # -- looking -------------------------------------------------------------------------------------------------
 
-    def _see(self) -> Sighting:
+    def _see(self) -> Capture:
         """The host as it stands: the VM's tables, and the frame of each page."""
         return self._oracle.look(self._vm, hvas=self._hvas)
 
 
-def _reading(sighting: Sighting) -> tuple[Look, list[Complaint]]:
+def _reading(capture: Capture) -> tuple[Look, list[Complaint]]:
     """What the world is held against; and what safety says of it."""
-    ((stage2, findings),) = sighting.judged()
+    ((stage2, findings),) = capture.judged()
     leaves = leaves_of(stage2)
     watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
-    return Look(watched, stage2.spare_tables, sighting.frames), _complaints(findings)
+    return Look(watched, stage2.spare_tables, capture.frames), _complaints(findings)
 
 
 def _complaints(findings: Iterable[Finding]) -> list[Complaint]:

@@ -33,8 +33,8 @@ from arm_kvm.vmm.vm import Vm
 
 _PATIENCE = 20.0  #: seconds; one look is mostly enough, but this machine may have other work
 _BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
-_LOOKS = 10  #: at one pose
-_POSE = 0.02  #: seconds in which the agent stays in user mode, at first
+_LOOKS = 10  #: while it is kept there once
+_USER_MODE = 0.02  #: seconds in which the agent stays in user mode, at first
 _ROUNDS = 1 << 20  #: of a guest's loop, at first: some 5 ms
 #: Stage 1 of the VMM that a host began with, restored with the host; and stage 2 as VMs usually have it.
 _FIRST_SPACES: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
@@ -50,17 +50,19 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
     raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
 
 
-def _seen_posing(pose: Callable[[int], AbstractContextManager], look: Callable[[], Regime | None], what: str) -> Regime:
-    """What is found while somebody poses, or is about to: ``pose`` takes how many times longer than at first.
+def _found_while(
+    busy: Callable[[int], AbstractContextManager[None]], look: Callable[[], Regime | None], what: str
+) -> Regime:
+    """Look while the guest or process runs where its registers can be seen: ``busy(factor)`` keeps it there.
 
-    When nobody was seen, the board may have been slow to begin: longer poses, and more time between looks, in which it
-    can get on.
+    It may take a while to get there, so ``factor`` grows from 1 to 64 times the usual length, and with it the time
+    between looks, in which the board gets on.
     """
     lengths = (min(1 << attempt, 64) for attempt in itertools.count())
 
     def looks() -> Regime | None:
         longer = next(lengths)
-        with pose(longer):
+        with busy(longer):
             for _ in range(_LOOKS):
                 time.sleep(_BETWEEN_LOOKS * longer)
                 if (found := look()) is not None:
@@ -109,7 +111,7 @@ def _user_spaces(gdb: Gdb, arch: Architecture) -> list[Regime]:
     return found
 
 
-class Sight:
+class Locator:
     """What the lab sees of one host: the VMM's own address space, and the roots of its VMs."""
 
     def __init__(self, host: Host) -> None:
@@ -144,7 +146,9 @@ class Sight:
                 return next((s for s in _user_spaces(self.gdb, self._arch) if self._holds(s, hva, cookie)), None)
 
         try:
-            return _seen_posing(lambda longer: _in_user_mode(agent, _POSE * longer), look, "the agent's address space")
+            return _found_while(
+                lambda longer: _in_user_mode(agent, _USER_MODE * longer), look, "the agent's address space"
+            )
         finally:
             agent(op.memory_unmap, hva=hva, size=0x1000)
 
@@ -186,7 +190,7 @@ class Sight:
 
         if any(guest.running for guest in vm.guests):
             return _until_found(look, f"VM {vm.id}")
-        return _seen_posing(lambda longer: vm.guest.staying(_ROUNDS * longer), look, f"VM {vm.id}")
+        return _found_while(lambda longer: vm.guest.spinning_for(_ROUNDS * longer), look, f"VM {vm.id}")
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:

@@ -14,7 +14,7 @@ import pytest
 
 from arm_kvm.host.host import Host
 from arm_kvm.hosts.pool import Expected, MakePlugin
-from arm_kvm.hosts.spares import AHEAD
+from arm_kvm.hosts.spares import SPARES
 from arm_kvm.pytest_plugin.selection import after, host_name, needs_host, owner_of, records
 from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.recorder.probe import Probe
@@ -22,7 +22,7 @@ from arm_kvm.vmm.client import op
 from arm_kvm.vmm.vm import Vm
 
 #: VMs that were made for the ``vm`` fixture of a test to come.
-_AHEAD: WeakKeyDictionary[Host, Vm] = WeakKeyDictionary()
+_PREPARED: WeakKeyDictionary[Host, Vm] = WeakKeyDictionary()
 #: The fixture behind our ``vm``. A case that has it gets our VM; one with a ``vm`` of its own may do without.
 OUR_VM = "_lab_vm"
 
@@ -38,7 +38,7 @@ def with_probe(config: pytest.Config) -> bool:
 
 def expect_next(item: pytest.Item) -> None:
     """While this test runs, get ready what the next ones need."""
-    coming = [test for test in after(item, AHEAD) if needs_host(test) and owner_of(test).alone]
+    coming = [test for test in after(item, SPARES) if needs_host(test) and owner_of(test).alone]
     item.config.stash[POOL].expect(
         Expected(owner_of(test), host_name(test), plugin_for(test), partial(_furnish, test)) for test in coming
     )
@@ -51,13 +51,13 @@ def _furnish(item: pytest.Item, host: Host) -> None:
     if "ssh" in item.fixturenames:
         _ = host.ssh
     if host.has_kvm and OUR_VM in item.fixturenames:
-        _AHEAD[host] = first_vm(item, host)
+        _PREPARED[host] = first_vm(item, host)
 
 
 def first_vm(item: pytest.Item, host: Host) -> Vm:
     """The VM that the ``vm`` fixture gives this case: the one that is there, or a new one."""
-    if (ahead := _AHEAD.pop(host, None)) is not None:
-        return ahead
+    if (prepared := _PREPARED.pop(host, None)) is not None:
+        return prepared
     mark = item.get_closest_marker("vcpus")
     vm = host.create_vm(item.callspec.params["isa"], vcpus=mark.args[0] if mark else 1)
     if mark and mark.kwargs.get("pinned", False):
