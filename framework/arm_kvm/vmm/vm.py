@@ -194,6 +194,11 @@ class Vm:
         return self.memslots.by_number
 
     @property
+    def next_slot(self) -> int:
+        """The first memslot number above all in use."""
+        return self.memslots.next_number
+
+    @property
     def stores(self) -> Stores:
         """Where its guests were told to store since the last dirty log."""
         return self.memslots.stores
