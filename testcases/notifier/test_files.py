@@ -100,8 +100,8 @@ def test_private_mapping_of_a_file(make_scene, file):
 
 
 @pytest.fixture
-def written_back(make_scene, file_on_disk):
-    """64 pages of a file on a disk, written back."""
+def written_back(make_scene, file_on_disk, reclaim):
+    """64 pages of a file on a disk, written back; touched when the VMM can be made to give them up."""
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
     with scene.host_does(Operation.WRITE_BACK):
         file_on_disk.sync()
