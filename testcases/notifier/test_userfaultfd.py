@@ -37,7 +37,7 @@ def test_missing_pages_are_filled_in_while_guests_write(scene):
 def protectable(scene, host):
     """The scene, on a kernel whose userfaultfd can write-protect."""
     if host.kernel_version < (5, 14):
-        pytest.skip("userfaultfd of arm64 accepts write protection in 5.10, and ignores it")
+        pytest.skip("before 5.14 userfaultfd does not write-protect; arm64 5.10 accepts the request and ignores it")
     try:
         with scene.memory.userfaults(0, PAGE, protect=True):
             pass
