@@ -108,6 +108,6 @@ def test_same_ipa_of_many_vms_is_different_memory(make_vms, record, vmid):
         for fleet in fleets:
             fleet.add_memory(DATA, 0x1000)
             fleet.fill(DATA)
-        assert [fleet.strangers(DATA) for fleet in fleets] == [[], []]
+        assert [fleet.mismatches(DATA) for fleet in fleets] == [[], []]
     assert len(set(run.first_runs)) == 50
     assert vmid(vms[49]) == run.vmids(vms[49])[-1]

@@ -13,7 +13,7 @@ def test_beyond_255_without_rollover(make_vms, record, vmid, stage2):
         fleet = Fleet(make_vms(300))
         fleet.add_memory(DATA, 0x1000)
         fleet.fill(DATA)
-        assert fleet.strangers(DATA) == []
+        assert fleet.mismatches(DATA) == []
     assert len(set(run.first_runs)) == 300
     assert max(run.first_runs) > 255
     assert run.rollovers == 0
@@ -32,6 +32,6 @@ def test_rollover_after_65535(make_vms, record, vmid):
             others = Fleet(make_vms(500))
             others.ping()
             others.destroy()
-        assert lasting.strangers(DATA) == []
+        assert lasting.mismatches(DATA) == []
     assert run.rollovers == 1
     assert vmid(lasting.vms[0]) == run.vmids(lasting.vms[0])[-1]

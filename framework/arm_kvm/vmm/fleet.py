@@ -73,13 +73,13 @@ class Fleet:
         """Every guest stores to ``count`` pages from ``ipa`` what no other does."""
         self.round(lambda vm: [Order("fill", ipa, _seed(vm), count, 0x1000, wrote=(ipa, count * 0x1000))])
 
-    def strangers(self, ipa: int, count: int = 1) -> list[Vm]:
+    def mismatches(self, ipa: int, count: int = 1) -> list[Vm]:
         """The VMs whose guests do not find there what they stored, after every guest has looked."""
         self.start_check(ipa, count)
         return self.finish_check()
 
     def start_check(self, ipa: int, count: int = 1) -> None:
-        """Like :meth:`strangers`, without waiting; :meth:`finish_check` answers. For fleets on several CPUs."""
+        """Like :meth:`mismatches`, without waiting; :meth:`finish_check` answers. For fleets on several CPUs."""
         self.start(lambda vm: [Order("check", ipa, _seed(vm), count, 0x1000)])
 
     def finish_check(self) -> list[Vm]:
