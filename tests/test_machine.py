@@ -16,7 +16,8 @@ import pytest
 from arm_kvm.host import config
 from arm_kvm.machine.board import Boot
 from arm_kvm.machine.emulator import Emulator
-from arm_kvm.machine.machine import Logs, Machine, refusal
+from arm_kvm.machine.machine import Logs, Machine
+from arm_kvm.machine.refusals import refusal
 from arm_kvm.support.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
 
 from .conftest import HEARS_CTRL_C

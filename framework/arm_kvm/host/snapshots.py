@@ -16,7 +16,7 @@ from arm_kvm.host.config import HostConfig
 from arm_kvm.host.host import Host
 from arm_kvm.host.kernel import Kernel
 from arm_kvm.host.origin import Origin
-from arm_kvm.machine.board import Boot, command_line
+from arm_kvm.machine.board import Boot, Descriptors, command_line
 from arm_kvm.machine.machine import Plugin
 from arm_kvm.machine.saved import Saved
 from arm_kvm.support import cache
@@ -73,8 +73,8 @@ def forget(snapshot: Snapshot) -> None:
 
 def key_of(config: HostConfig, kernel: Kernel) -> str:
     """Of QEMU, board, kernel, root file system, command line and agent."""
-    nowhere = {"ram_fd": 0, "console_fd": 0, "qmp_fd": 0, "port_fd": 0, "gdb": Path("gdb"), "ssh_port": 0}
-    board = command_line(config.board, Boot(Path("kernel"), Path("initramfs"), config.cmdline), **nowhere)
+    boot, fds = Boot(Path("kernel"), Path("initramfs"), config.cmdline), Descriptors(0, 0, 0, 0)
+    board = command_line(config.board, boot, fds, gdb=Path("gdb"), ssh_port=0)
     qemu = config.board.qemu
     files = rootfs.obtain(config.rootfs)
     modules = [part for name, data in kernel.modules for part in (name, data)]
