@@ -17,7 +17,7 @@ from pexpect.fdpexpect import fdspawn
 
 from arm_kvm.machine.pump import Pump
 from arm_kvm.support.errors import HostError, HostLockup, HostOops, HostPanic, LabError
-from arm_kvm.support.limits import told
+from arm_kvm.support.limits import lab_error
 
 #: Console line -> error and meaning, in the order they are tried. Linux 3.9 to 6.12 print them from
 #: kernel/panic.c, arch/arm*/kernel/traps.c, kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/.
@@ -74,7 +74,7 @@ class Console:
     def _next_line(self, timeout: float) -> str | None:
         """Like :meth:`_read_line`; after the first fatal line, also read what the kernel prints next."""
         if self._pump.refusal is not None and self.failure is None:
-            self.failure = told(self._pump.refusal, self.log)
+            self.failure = lab_error(self._pump.refusal, self.log)
         if self.ended or self.failure is not None:
             return None
         line = self._read_line(timeout)

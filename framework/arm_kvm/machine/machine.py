@@ -32,7 +32,7 @@ from arm_kvm.machine.rundir import run_directory
 from arm_kvm.machine.saved import Saved, copy
 from arm_kvm.support.errors import LabError, MachineError, QemuDied, QemuKilled, SetupError
 from arm_kvm.support.guardian import Guardian, spawn
-from arm_kvm.support.limits import is_limit, told
+from arm_kvm.support.limits import is_limit, lab_error
 
 _START_TIMEOUT = 20.0
 _MIGRATION_POLL = 0.002
@@ -54,7 +54,7 @@ class Logs:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             if is_limit(e):
-                raise told(e, self.folder) from e
+                raise lab_error(e, self.folder) from e
             remedy = "choose another folder with --artifacts DIR"
             raise SetupError(f"cannot keep logs in {self.folder}: {e.strerror}", remedy=remedy) from e
 

@@ -136,7 +136,8 @@ class OwnRam(Ram):
         return f"/proc/{pid}/fd/{self.file}", 0
 
     def _words(self, offsets: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        return self._content[offsets >> np.uint64(3)]
+        words: NDArray[np.uint64] = self._content[offsets >> np.uint64(3)]
+        return words
 
     def close(self) -> None:
         self._content = np.zeros(0, dtype="<u8")

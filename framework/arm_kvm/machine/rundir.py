@@ -23,7 +23,7 @@ from pathlib import Path
 
 from arm_kvm.support.errors import SetupError
 from arm_kvm.support.guardian import Guardian
-from arm_kvm.support.limits import is_limit, told
+from arm_kvm.support.limits import is_limit, lab_error
 
 
 def _home() -> Path:
@@ -41,7 +41,7 @@ def _new_folder(tries: int = 10) -> Path:
             home.mkdir(mode=0o700, exist_ok=True)
         except OSError as e:
             if is_limit(e):
-                raise told(e, home) from e
+                raise lab_error(e, home) from e
             remedy = "set XDG_RUNTIME_DIR to a folder that you may write"
             raise SetupError(f"cannot make the folder {home}: {e.strerror}", remedy=remedy) from e
         # Another lab's guardian may be removing the empty home.
