@@ -197,7 +197,7 @@ class Pool:
     def expect(self, coming: Iterable[Expected]) -> None:
         """Restore and furnish hosts for coming tests in the background.
 
-        If that fails, the host is restored when its test asks for it, and the test meets the reason.
+        If that fails, the host is restored when its test asks for it, and the test fails with the reason.
         """
         possible = (test for test in coming if test.name in self._snapshots and test.name not in self._broken)
         self._spares.expect({test.owner.name: partial(self._furnished, test) for test in possible})

@@ -45,7 +45,7 @@ class Spares:
         """The host made for this owner, waited for if need be; None if there is none, it died, or making it failed."""
         if (coming := self._coming.pop(name, None)) is None:
             return None
-        with suppress(LabError):  # the caller starts a host itself, and then meets the reason
+        with suppress(LabError):  # the caller then starts a host itself, and fails with the reason
             if (host := coming.result()).machine.alive:
                 return host
             self.end(host)
