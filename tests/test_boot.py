@@ -1,4 +1,4 @@
-"""Boots that fail, on real kernels: each under its own name, with the console's last lines."""
+"""Boots that fail, on real kernels: each with an error of its own, and the console's last lines."""
 
 import os
 import socket
@@ -36,7 +36,7 @@ ARM64 = config.find("arm64")
 
 @pytest.fixture
 def boot(tmp_path):
-    """Boot an arm64 host with words added to its command line."""
+    """Boot an arm64 host with ``extra`` appended to its command line."""
     hosts = []
 
     def start(extra="", cmdline=ARM64.cmdline, **timeouts):
@@ -73,7 +73,7 @@ def test_a_host_whose_init_never_comes(boot):
 
 
 def test_a_kernel_that_the_lab_cannot_reach(tmp_path):
-    """Debian's drivers are modules, and none is packed: known when init runs, not when the agent stays silent."""
+    """Debian's drivers are modules, and none is packed: init reports it, long before the agent's timeout."""
     kernel = replace(obtain(ARM64), modules=[])
     with pytest.raises(KernelError, match="has no driver virtio-mmio") as caught:
         Host.boot(ARM64, kernel, tmp_path / "logs")
@@ -91,7 +91,7 @@ def test_a_board_with_too_little_memory(tmp_path):
 
 
 def test_an_ssh_that_never_answers():
-    """A port where somebody listens and nobody speaks."""
+    """A port that accepts connections and never sends anything."""
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
@@ -142,7 +142,7 @@ def test_an_agent_that_hangs_is_given_up_and_replaced(boot):
     with pytest.raises(AgentTimeout, match="no answer within 1 s"):
         host.agent.ask(request(op.stay_in_user_mode, seconds=60.0), deadline=1.0)
     with pytest.raises(AgentTimeout):
-        host.agent(op.hello)  # the connection is over: nobody can tell whose answer would come
+        host.agent(op.hello)  # the connection was closed: the next answer could be the late one
     host.reset()
     assert host.agent(op.hello)["kvm"] and host.vms == []
 
@@ -192,7 +192,7 @@ def test_qemu_that_dies_under_a_request(boot):
 
 
 def test_a_host_that_is_lost_leaves_the_sequence_that_did_it(boot):
-    """Nothing is left to make it shorter on, and the search ends at once."""
+    """Without a host the sequence cannot be shortened, and the search ends at once."""
     host = boot()
 
     class Killing(Player):

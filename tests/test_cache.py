@@ -1,4 +1,4 @@
-"""The cache: made once whoever asks, nothing half made, a full disk said plainly."""
+"""The cache: entries are made once, never half made; damage and full disks are detected."""
 
 import multiprocessing
 import os
@@ -93,7 +93,7 @@ DAMAGE = {
     "an empty meta.json": lambda folder: (folder / "meta.json").write_text(""),
     "a file that was cut": lambda folder: (folder / "part/image").write_text("hal"),
     "a file that is gone": lambda folder: (folder / "part/image").unlink(),
-    "sizes that are none": lambda folder: (folder / "sizes.json").write_text("{"),
+    "an invalid sizes.json": lambda folder: (folder / "sizes.json").write_text("{"),
 }
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_entry_is_made_anew(own_cache, capsys, what):
     assert cache.obtain("things", "key", make) == entry and not capsys.readouterr().err
 
 
-def test_scratch_that_nobody_came_back_to_goes(own_cache):
+def test_old_scratch_folders_are_removed(own_cache):
     cache.obtain("things", "key", lambda out, work: {})
     for name, age in (("old.work", 40 * 24 * 3600), ("new.work", 60)):
         (own_cache / "things" / name).mkdir()
@@ -122,7 +122,7 @@ def test_scratch_that_nobody_came_back_to_goes(own_cache):
 
 
 def test_scratch_folders_are_few(own_cache):
-    """The newest four stay, whatever number of makers was interrupted."""
+    """The newest four are kept, however many makers were interrupted."""
     cache.obtain("things", "key", lambda out, work: {})
     for age in range(7):
         (own_cache / f"things/n{age}.work").mkdir()
@@ -132,7 +132,7 @@ def test_scratch_folders_are_few(own_cache):
 
 
 def test_what_interruptions_leave_is_no_entry(own_cache):
-    """Scratch folders and halves are leftovers, unless somebody is at work on them."""
+    """Scratch folders and partial entries are leftovers, unless a process is working on them."""
     cache.obtain("things", "key", lambda out, work: {})
     for name in ("a.work", "b.new", "key.gone-1"):
         (own_cache / "things" / name).mkdir()

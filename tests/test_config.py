@@ -1,4 +1,4 @@
-"""Host files: the shipped ones load, and a wrong one is said with file, line and the nearest right word."""
+"""Host files: those of the lab load, and errors name file, line and the nearest known word."""
 
 import pytest
 import yaml
@@ -63,11 +63,11 @@ WRONG = {
         "is for another architecture; rootfs is",
     ),
     "long command line": ("console=ttyAMA0", f"console=ttyAMA0 {'x' * 2048}", "an arm64 kernel keeps 2034 characters"),
-    "a word that is the lab's": ("console=", "rdinit=/bin/sh console=", "'rdinit=/bin/sh' is the lab's to say"),
+    "a reserved word": ("console=", "rdinit=/bin/sh console=", "'rdinit=/bin/sh' is set by the lab"),
     "list expected": ("[A64, A32]", "A64", "is not a list of names"),
     "unknown time-out": ("guests:", "timeouts: {shs: 3}\nguests:", "unknown key 'shs' in timeouts; did you mean 'ssh'"),
     "mapping expected": ("guests:", "timeouts: 3\nguests:", "timeouts must be a mapping"),
-    "a list as a key": ("board:", "[1, 2]: 3\nboard:", r"mine.yaml:\d+: the host file has a key that is no text"),
+    "a list as a key": ("board:", "[1, 2]: 3\nboard:", r"mine.yaml:\d+: the host file has a key that is not text"),
     "not YAML": ("board:", "board: [", r"mine.yaml:\d+: not YAML"),
 }
 

@@ -1,4 +1,4 @@
-"""Downloads against a real server on loopback: whole, cut off and resumed, refused, wrong, forbidden."""
+"""Downloads from a real server on loopback: whole, interrupted and resumed, refused, wrong, forbidden."""
 
 import functools
 import hashlib

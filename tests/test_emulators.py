@@ -1,4 +1,4 @@
-"""The QEMU that makes a host's board: chosen like a kernel, and refused before anything boots where it is none."""
+"""Choosing the QEMU of a host's board, like a kernel; what is not a QEMU is refused before anything boots."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from arm_kvm.support.errors import EmulatorError, NoArchive, SetupError
 from .test_plugin import Run
 
 A15, ARM64 = config.find("a15"), config.find("arm64")
-#: A suite whose QEMU is another than this machine's.
+#: A suite whose QEMU differs from this machine's.
 OTHER = "trixie" if platform.freedesktop_os_release()["VERSION_CODENAME"] == "bookworm" else "bookworm"
 
 
@@ -72,9 +72,9 @@ def test_another_qemu_is_another_snapshot(tmp_path):
 WRONG = {
     "nothing": ("", "no such file or folder"),
     "a path that is not there": ("{tmp}/nowhere", "no such file or folder"),
-    "a folder without it": ("{tmp}", "has no qemu-system-aarch64 in it"),
+    "a folder without it": ("{tmp}", "there is no qemu-system-aarch64 in the folder"),
     "a file that cannot be run": ("{tmp}/text", "is not a program"),
-    "the other program": ("{tmp}/qemu-system-arm", "this host's board is one of qemu-system-aarch64"),
+    "the other program": ("{tmp}/qemu-system-arm", "this host's board needs qemu-system-aarch64"),
     "a suite without a name": ("deb:", "is written deb:SUITE"),
     "a suite with a package": ("deb:qemu@trixie", "is written deb:SUITE"),
 }
@@ -114,7 +114,7 @@ def test_pytest_says_so_and_runs_nothing(tmp_path):
 
 
 def test_another_suites_qemu_records_and_restores(tmp_path):
-    """Unpacked with its libraries, and run from there: the header names it, both mechanisms agree on it."""
+    """It runs from the cache with its own libraries, the run's header names it, and both recorders agree on it."""
     version = ".".join(map(str, emulators.obtain("qemu-system-aarch64", f"deb:{OTHER}").version))
     suite = (Path(__file__).parent / "test_recorder.py").read_text().partition("# -- what can be wrong")[0]
     options = ["--host", "arm64", "--qemu", f"deb:{OTHER}", "-k", "mechanisms or off_means_off"]
@@ -134,7 +134,7 @@ def test_a_suite_that_is_not_there(own_cache, monkeypatch):
 
 
 def test_without_plugins_what_records_nothing_still_runs(tmp_path):
-    """A probe that cannot be had is the trouble of the cases that record, and of no other."""
+    """A missing probe is an error of the cases that record, and of no others."""
     refuses = 'case "$*" in *-plugin*) echo "-plugin: invalid option" >&2; exit 1;; esac'
     suite = """
 def test_records(vm, record):
@@ -151,7 +151,7 @@ def test_does_not(vm):
 
 
 def fake(tmp_path, says, takes=""):
-    """A QEMU that answers plugins with these words, as the real one does when they want another API."""
+    """A QEMU that prints these words when a plugin is loaded, as the real one does for another API version."""
     text = f'case "$*" in *--version*) echo QEMU emulator version 99.1; exit;; *asks.so*) echo "{says}" >&2;; '
     text += f'*probe.so*) echo "{takes}" >&2;; esac; exit 1'
     return Emulator("qemu-system-aarch64", (str(script(tmp_path / "qemu", text)),))
@@ -212,7 +212,7 @@ def test_sid_has_no_updates(configured):
 def test_a_release_without_its_security_archive_is_said_so(configured, capsys):
     configured("bookworm", parts=())
     assert apt.source_lines("trixie") == [["deb http://main trixie main"]]
-    assert "no updates or security archive configured: trixie is taken without" in capsys.readouterr().err
+    assert "no updates or security archive configured: trixie is used without them" in capsys.readouterr().err
 
 
 def test_an_archive_that_is_not_debians(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_an_archive_that_is_not_debians(tmp_path, monkeypatch):
 
 
 def test_updates_that_the_archive_has_removed_are_left_out(configured, tmp_path, monkeypatch, capsys):
-    """The index of a release that is no longer supported lists them still."""
+    """The index of a release that is no longer supported still lists them."""
     configured("bookworm")
     monkeypatch.setattr(apt.PrivateApt, "_read", lambda self, lines: "")
     tried = []

@@ -1,4 +1,4 @@
-"""One tree of errors: a distinct exit code for every kind, one message each, nothing bare."""
+"""The tree of errors: a distinct exit code for every kind, and one message each."""
 
 import arm_kvm.support.errors as errors
 from arm_kvm.support.errors import LabError

@@ -105,7 +105,7 @@ def test_an_unreadable_image_is_refused(tmp_path):
         (
             "a15",
             ZIMAGE[:0x28] + (0).to_bytes(4, "little") + (1 << 20).to_bytes(4, "little"),
-            "was cut: 48 of 1,048,576",
+            "is truncated: 48 of 1,048,576",
         ),
         ("arm64", gzip.compress(IMAGE + os.urandom(5000))[:3000], "ended before the end-of-stream marker"),
     ],
@@ -117,16 +117,16 @@ def test_an_image_that_was_cut_is_refused(tmp_path, name, data, words):
 
 
 def test_a_debian_image_that_was_cut_is_refused(tmp_path):
-    """An arm64 Image tells its size by the sections of the EFI program that it is, too."""
+    """The size of an arm64 Image follows from the section table of its EFI header."""
     whole = obtain(config.find("arm64")).image
     assert kernel.check_image(whole, "arm64")
     (tmp_path / "Image").write_bytes(whole.read_bytes()[:20_000_000])
-    with pytest.raises(KernelError, match="was cut: 20,000,000 of 3"):
+    with pytest.raises(KernelError, match="is truncated: 20,000,000 of 3"):
         kernel.check_image(tmp_path / "Image", "arm64")
     at = int.from_bytes(whole.read_bytes()[0x3C:0x40], "little")
     for size in (62, at + 6):
         (tmp_path / "Image").write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(KernelError, match="was cut"):
+        with pytest.raises(KernelError, match="is truncated"):
             kernel.check_image(tmp_path / "Image", "arm64")
 
 

@@ -1,4 +1,4 @@
-"""What a machine can refuse: full disks, few files, small files, closed streams. One message each, no traceback."""
+"""Limits of the machine: full disks, few files, small files, closed streams. One message each, no traceback."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import pytest
 from arm_kvm.machine.console import Console
 from arm_kvm.support import programs
 from arm_kvm.support.errors import CacheUnusable, ConfigError, DiskFull, LimitReached, SetupError
-from arm_kvm.support.limits import told
+from arm_kvm.support.limits import lab_error
 from arm_kvm.support.paths import ROOT, cache_root
 
 from .conftest import HEARS_CTRL_C
@@ -28,7 +28,7 @@ def run(tmp_path):
 
 
 def shell(line, **how):
-    """A line of shell in which ``arm-kvm`` is the command line; exit code and what was said on stderr."""
+    """Run a line of shell in which ``arm_kvm`` is the command line; returns exit code and stderr."""
     line = f'arm_kvm() {{ {" ".join(ARM_KVM)} "$@"; }}; {line}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, **how)
     assert "Traceback" not in done.stdout + done.stderr
@@ -42,22 +42,22 @@ def refused(number, name=None):
 def test_what_is_full_is_named():
     with pytest.raises(OSError) as caught, open("/dev/full", "w") as full:
         full.write("x")
-    error = told(caught.value, cache_root() / "kernels")
+    error = lab_error(caught.value, cache_root() / "kernels")
     assert isinstance(error, DiskFull) and str(cache_root()) in error.message and "ARM_KVM_CACHE" in error.remedy
-    assert "is full" in told(refused(errno.EDQUOT)).message
+    assert "is full" in lab_error(refused(errno.EDQUOT)).message
 
 
 NAMES_THE_FULL_DISK = """
 import errno, os, sys
 from pathlib import Path
-from arm_kvm.support.limits import told
+from arm_kvm.support.limits import lab_error
 os.environ["XDG_RUNTIME_DIR"] = sys.argv[1]
-print(told(OSError(errno.ENOSPC, "no space"), Path("/usr")))
+print(lab_error(OSError(errno.ENOSPC, "no space"), Path("/usr")))
 """
 
 
 def test_the_disk_that_is_full_is_the_one_that_is_named(tmp_path):
-    """A write names no file: whichever of the lab's folders has no room is looked for."""
+    """A failed write names no file, so that the lab's folders are searched for the full disk."""
     mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path} && head -c 64k /dev/zero > {tmp_path}/fill"
     python = [sys.executable, "-c", NAMES_THE_FULL_DISK, str(tmp_path)]
     argv = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
@@ -72,7 +72,7 @@ LIMITS = {
     "size of files": (refused(errno.EFBIG, "/some/file"), LimitReached, "/some/file would be larger"),
     "memory": (refused(errno.ENOMEM), LimitReached, "no memory left"),
     "processes": (refused(errno.EAGAIN), LimitReached, "ulimit -u"),
-    "somebody else's file": (refused(errno.EACCES, "/some/file"), SetupError, "owner and permissions"),
+    "another user's file": (refused(errno.EACCES, "/some/file"), SetupError, "owner and permissions"),
     "any other": (refused(errno.ENOENT, "/some/file"), SetupError, "/some/file: No such file"),
 }
 
@@ -80,11 +80,11 @@ LIMITS = {
 @pytest.mark.parametrize("what", LIMITS)
 def test_every_limit_has_its_words(what):
     error, kind, words = LIMITS[what]
-    assert type(told(error)) is kind and words in str(told(error))
+    assert type(lab_error(error)) is kind and words in str(lab_error(error))
 
 
 def test_a_cache_that_may_not_be_written(own_cache):
-    error = told(refused(errno.EROFS), own_cache / "kernels")
+    error = lab_error(refused(errno.EROFS), own_cache / "kernels")
     assert type(error) is CacheUnusable and "ARM_KVM_CACHE" in error.remedy
 
 
@@ -131,7 +131,7 @@ STREAMS = {
     "a reader that goes": ("arm_kvm obligations | true; exit ${PIPESTATUS[0]}", 0, ""),
     "few files": ("ulimit -n 14; arm_kvm boot arm64", LimitReached.exit_code, "may have 14 open at a time"),
     "small files": ("ulimit -f 8; arm_kvm boot arm64", LimitReached.exit_code, "8,192 bytes"),
-    "a cache in nobody's home": ("ARM_KVM_CACHE=~nosuchuser/c arm_kvm cache", ConfigError.exit_code, "no such user"),
+    "a cache of an unknown user": ("ARM_KVM_CACHE=~nosuchuser/c arm_kvm cache", ConfigError.exit_code, "no such user"),
     "a host file there": ("arm_kvm kernel fetch '~nosuchuser/h.yaml'", ConfigError.exit_code, "no such user"),
 }
 
@@ -144,7 +144,7 @@ def test_the_command_line_under_limits(what):
 
 
 def test_names_are_printed_in_any_locale(tmp_path):
-    """And names that are no text in any."""
+    """Also names that are not text in any encoding."""
     for name in ("grün-漢", os.fsdecode(b"\xff\xfe")):
         folder = tmp_path / name / "kernels/key"
         folder.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_ctrl_c_while_a_host_boots(own_run_folder, seconds, times):
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     try:
         deadline = time.monotonic() + 30
-        while not list(os.scandir(own_run_folder)) and time.monotonic() < deadline:  # Python's own start hears nothing
+        while not list(os.scandir(own_run_folder)) and time.monotonic() < deadline:  # Python itself has started
             time.sleep(0.01)
         time.sleep(seconds)
         for _ in range(times):
@@ -252,7 +252,7 @@ def test_ctrl_c_while_a_host_boots(own_run_folder, seconds, times):
     assert not list(os.scandir(own_run_folder))
 
 
-def test_a_limit_says_nothing_of_a_mutant(run, tmp_path):
-    """The case that would notice it meets a full disk: not killed, but not run."""
+def test_a_limit_is_no_verdict_on_a_mutant(run, tmp_path):
+    """The case that would kill it meets a full disk: the mutant counts as not run."""
     code, said = run(REFUSED, "--host", "arm64", "--mutate", "unmap-ignored")
     assert code == 1 and "0 of 0 applicable mutants killed, 0 %; 1 not run" in said

@@ -1,4 +1,4 @@
-"""The machine: real QEMU processes refused, lost, killed; and nothing left behind, however the lab ends."""
+"""The machine: real QEMU processes that refuse, die and are killed; nothing is left, however the lab ends."""
 
 import fcntl
 import os
@@ -16,7 +16,8 @@ import pytest
 from arm_kvm.host import config
 from arm_kvm.machine.board import Boot
 from arm_kvm.machine.emulator import Emulator
-from arm_kvm.machine.machine import Logs, Machine, refusal
+from arm_kvm.machine.machine import Logs, Machine
+from arm_kvm.machine.refusals import refusal
 from arm_kvm.support.errors import MachineError, PortBusy, QemuDied, QemuRefused, SetupError
 
 from .conftest import HEARS_CTRL_C
@@ -26,7 +27,7 @@ BOARD = config.find("arm64").board
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a machine whose kernel is sixteen bytes of nothing: QEMU does not mind."""
+    """Start a machine whose kernel is sixteen zero bytes, which QEMU accepts."""
     machines = []
     kernel = tmp_path / "kernel"
     kernel.write_bytes(bytes(16))
@@ -68,7 +69,7 @@ def test_a_board_qemu_refuses(start, change, words):
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "words"),
+    ("stderr", "kind", "words"),
     [
         ("qemu: cannot set up guest memory 'ram': Cannot allocate memory", SetupError, "the memory of the board"),
         ("qemu: Could not set up host forwarding rule 'tcp::1-:22'", PortBusy, "port for ssh"),
@@ -80,8 +81,8 @@ def test_a_board_qemu_refuses(start, change, words):
         ("qemu: warning: only this", QemuRefused, "only this"),
     ],
 )
-def test_what_qemu_says_is_understood(said, kind, words):
-    error = refusal(said, "evidence")
+def test_the_cause_is_found_in_stderr(stderr, kind, words):
+    error = refusal(stderr, "evidence")
     assert type(error) is kind and words in error.message and error.remedy and error.evidence == "evidence"
 
 
@@ -147,7 +148,7 @@ def test_qemu_that_is_killed_is_reported_with_evidence(start):
 
 
 def test_events_of_stops_do_not_pile_up(start):
-    """Whoever looks at the machine for half an hour and then has a question is answered as fast as ever."""
+    """QMP events are drained, lest the next command have to read those of half an hour's stops."""
     machine = start()
     for _ in range(1000):
         with machine.gdb.pause():
@@ -156,7 +157,7 @@ def test_events_of_stops_do_not_pile_up(start):
 
 
 def test_commands_of_several_threads_take_turns(start):
-    """A recorder watches breakpoints from a thread of its own, which reads events while the run may ask something."""
+    """A recorder serves breakpoints in a thread of its own, which drains events while the run may use QMP."""
     machine = start()
     with machine.gdb.pause(), ThreadPoolExecutor(1) as threads:
         uses = threads.submit(lambda: [machine.gdb for _ in range(50_000)])
@@ -224,8 +225,8 @@ def test_nothing_survives_the_lab(tmp_path, end):
     assert not Path(folder).parent.exists(), "the run directory is still there"
 
 
-def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
-    """A folder whose owner has ended goes; one that is locked stays, whatever the process that its name names."""
+def test_the_next_lab_sweeps_up_after_a_killed_guardian(own_run_folder):
+    """A folder whose owner has ended is removed; a locked one stays, even if the process in its name has ended."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     home = Path(own_run_folder) / f"arm-kvm-{os.getuid()}"
@@ -240,8 +241,8 @@ def test_the_next_lab_sweeps_what_a_guardian_was_killed_with(own_run_folder):
     assert said.startswith(str(home)) and not left.parent.exists() and held.exists()
 
 
-def test_a_run_folder_that_is_somebody_elses(own_run_folder, tmp_path):
-    """Also where it only leads to one: nothing is put there, and nothing swept."""
+def test_a_run_folder_of_another_user(own_run_folder, tmp_path):
+    """Also a symbolic link, which could lead to one: nothing is written or removed there."""
     (Path(own_run_folder) / f"arm-kvm-{os.getuid()}").symlink_to(tmp_path)
     program = "from arm_kvm.machine.rundir import run_directory; run_directory()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Wrong inputs as a person gives them: an error of its own words before anything boots, no skip and no hang."""
+"""Wrong input from users: a plain error before anything boots, no skip, no hang and no traceback."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ LONG = "x" * 5000
 
 
 def run(arguments, folder, **environment):
-    """Exit code and everything said; a traceback, or 60 s without an end, fails."""
+    """Run a module; returns exit code and output. Fails on a traceback, or after 60 s."""
     env = os.environ | {"ARM_KVM_OFFLINE": "1"} | environment
     argv = [sys.executable, "-m", *arguments]
     done = subprocess.run(
@@ -102,7 +102,7 @@ def test_options(tmp_path, what):
 
 def test_no_shell_in_path(tmp_path):
     code, said = run(["arm_kvm", "conform", "--host", "arm64", "--cases", "1"], tmp_path, PATH="/none")
-    assert code == SetupError.exit_code and "there is no sh, or not in PATH" in said
+    assert code == SetupError.exit_code and "sh is not installed, or not in PATH" in said
 
 
 def test_no_folder_for_machines(tmp_path):

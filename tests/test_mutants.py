@@ -70,7 +70,7 @@ one:
         ("return: [kvm_unmap_gfn_range]\n  value: 0", "localise: {op: [alle1], in: [f]}", "'alle1' is local already"),
         ("return: [kvm_unmap_gfn_range]\n  value: 0", "drop: {op: [alle1], in: []}", "drop is empty"),
         ("  value: 0", "  fault: it is broken again", "'fault' is there twice"),
-        ("one:", "2012:", "2012 is not a text that can be a key: quote it"),
+        ("one:", "2012:", "the key 2012 is not text: quote it"),
         ("origin: somewhere", "origin: 2012-99-99", "month must be in 1..12"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The console is taken off QEMU's hands: single bytes that nobody reads do not stop the writer. No line is lost."""
+"""The console's pump: single bytes that the lab does not read do not block QEMU, and no line is lost."""
 
 import socket
 import time
@@ -24,7 +24,7 @@ def test_many_single_bytes_do_not_block_the_writer(tmp_path):
 
 
 def test_a_socket_alone_would_block():
-    """What the pump is for: if this fails, it is not needed any more."""
+    """Why there is a pump; if this fails, it is no longer needed."""
     qemu, lab = socket.socketpair()
     qemu.setblocking(False)
     sent = 0
@@ -48,8 +48,8 @@ def test_what_a_person_types_arrives(tmp_path):
     assert qemu.recv(16) == b""
 
 
-def test_a_line_that_was_polled_is_there_for_who_waits_for_it(tmp_path):
-    """A boot waits for a line and looks after the machine in turns, which takes in what has come."""
+def test_a_line_that_was_polled_is_not_lost(tmp_path):
+    """A boot waits for a line and, in turns, polls the machine, which reads what has arrived."""
     qemu, lab = socket.socketpair()
     console = Console(lab, tmp_path / "log")
     qemu.sendall(b"arm-kvm: init\r\narm-kvm: up\r\n")

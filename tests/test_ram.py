@@ -1,4 +1,4 @@
-"""The board's RAM as walks read it, from a file: words in any order, tables by the row, nothing where there is none."""
+"""The board's RAM as table walks read it, from a file: words in any order, whole tables, zeros outside RAM."""
 
 import os
 
@@ -34,7 +34,7 @@ def test_words_in_any_order(ram, numbers):
 
 @pytest.mark.parametrize("entries", [2, 512, 1024, 8192])
 def test_tables_by_the_row(ram, entries):
-    """Also where only a part of one is RAM."""
+    """Also where only part of a table is in RAM."""
     bases = [BASE + page * 0x1000 for page in (5, 0, 5, PAGES - 1, PAGES)]
     rows = ram.tables(np.array(bases, dtype=np.uint64), entries)
     assert rows.tolist() == [[word(base + 8 * i) for i in range(entries)] for base in bases]

@@ -1,4 +1,4 @@
-"""Saved hosts: restored as they were, and never trusted when they are not what was saved."""
+"""Snapshots: hosts are restored as they were saved, and a damaged snapshot is never used."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def kernel():
 
 @pytest.fixture
 def restore(kernel, tmp_path):
-    """``restore()``: a host from the snapshot of the cache."""
+    """``restore()``: a host restored from the cached snapshot."""
     hosts = []
 
     def start(host_config=ARM64, **how):
@@ -43,7 +43,7 @@ def restore(kernel, tmp_path):
 
 
 def test_a_restored_host_is_a_host(restore):
-    """Agent, ssh, clock, VMs and the judge's view of RAM; and the next one knows nothing of it."""
+    """Agent, ssh, clock, VMs and RAM as the lab reads it; the next host has no trace of it."""
     one = restore()
     assert abs(float(one.ssh.run("date +%s")) - time.time()) < 2.0
     one.ssh.run("echo here > /tmp/trace")
@@ -69,7 +69,7 @@ def test_two_at_once_do_not_share_memory(restore):
 
 
 def test_memory_of_a_qemu_that_has_ended(restore):
-    """It cannot be read, which is said: what a judge makes of nothing is a verdict all the same."""
+    """Reading it raises an error: if it read as zeros, the judge would still give a verdict."""
     host = restore()
     ram, base = host.machine.ram, host.machine.ram.base
     assert ram.fetch(np.array([base], dtype=np.uint64)).size == 1
@@ -82,7 +82,7 @@ def test_memory_of_a_qemu_that_has_ended(restore):
 
 
 def test_entropy_is_stirred_in(restore):
-    """Sixteen bytes of /dev/urandom on hosts restored from one.
+    """Sixteen bytes of /dev/urandom on hosts restored from one snapshot.
 
     Without entropy a 6.1 on an idle machine gave the same on 11 of 12 hosts; on a busy one others each time.
     """
@@ -92,13 +92,13 @@ def test_entropy_is_stirred_in(restore):
 
 
 def test_a_sleeping_process_wakes_up(restore):
-    """Timers of both CPUs go on after a restore (those of a VHE kernel do not: arm64-vhe boots afresh)."""
+    """The timers of both CPUs run after a restore (those of a VHE kernel would not: arm64-vhe boots afresh)."""
     host = restore()
     host.ssh.run("taskset 1 sleep 0.3 & taskset 2 sleep 0.3 & wait", timeout=10.0)
 
 
 def test_a_cpu_goes_and_comes_back(restore):
-    """PSCI answers, though this QEMU was given no kernel to boot."""
+    """PSCI works, although this QEMU was given no kernel to boot."""
     host = restore()
     with host.offline(1):
         assert host.ssh.run("nproc") == "1\n"
@@ -106,7 +106,7 @@ def test_a_cpu_goes_and_comes_back(restore):
 
 
 def test_restored_with_the_probe(restore):
-    """Its RAM is a copy of its own, which the plugin shares."""
+    """Its RAM is a full copy of its own, shared with the plugin."""
     host = restore(plugin=Probe(ARM64))
     vm = host.create_vm("A64")
     vm.guest.ping()
@@ -118,7 +118,7 @@ def test_restored_with_the_probe(restore):
 
 @pytest.fixture
 def own_snapshot(kernel, monkeypatch, tmp_path):
-    """A cache with a copy of the snapshot in it, and what it was made from."""
+    """A cache that contains a copy of the snapshot and of what it was made from."""
     snapshots.obtain(ARM64, kernel, tmp_path / "boot")
     key, home = snapshots.key_of(ARM64, kernel), tmp_path / "cache"
     for kind in ("rootfs", "bytecode", "kernels"):
@@ -188,14 +188,14 @@ def test_another_kernel_has_another_key(kernel, tmp_path):
 
 
 def test_another_root_file_system_has_another_key(kernel, monkeypatch):
-    """Made anew it has other keys for ssh, though it was made from the same."""
+    """A root file system that is made anew has other ssh keys, although its inputs are the same."""
     key, rootfs = snapshots.key_of(ARM64, kernel), snapshots.rootfs.obtain("arm64")
     monkeypatch.setattr(snapshots.rootfs, "obtain", lambda architecture: replace(rootfs, host_key="another"))
     assert snapshots.key_of(ARM64, kernel) != key
 
 
 def test_what_sleeps_on_a_restored_vhe_host_wakes_up(restore):
-    """QEMU forgets when the timer of EL2 is due: the agent has every CPU program it anew."""
+    """QEMU does not restore the EL2 timer's deadline: the agent has every CPU program it anew."""
     for _ in range(3):
         host = restore(VHE)
         for cpu in range(VHE.board.cpus):
@@ -225,7 +225,7 @@ def test_those_used_longest_ago_go_first(own_cache):
 
 
 def test_one_that_does_not_restore_is_made_anew(own_snapshot, tmp_path):
-    """Its checksums are right, and QEMU refuses it: this host boots, and the next is restored from a new one."""
+    """Its checksums match, but QEMU rejects it: this host boots, and the next is restored from a new snapshot."""
     made = (own_snapshot / "devices").read_bytes()
     (own_snapshot / "devices").write_bytes(made[: len(made) // 2])
     about = json.loads((own_snapshot / "meta.json").read_text())

@@ -230,7 +230,7 @@ def test_another_cpu_passes_by_the_one_that_is_waited_for(host, vm):
 def test_cpu_that_does_not_come(host):
     with (
         host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held,
-        pytest.raises(HoldFailed, match="did not come to unmap_page"),
+        pytest.raises(HoldFailed, match="did not reach unmap_page"),
     ):
         held.wait(seconds=0.5)
 

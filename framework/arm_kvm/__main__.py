@@ -1,9 +1,10 @@
-"""Where ``arm-kvm`` begins: before anything is loaded that takes a while, so that Ctrl-C is heard from the start."""
+"""The entry point of ``arm-kvm``. It imports little at first, so that Ctrl-C is handled from the start."""
 
 from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 
 from arm_kvm.support import interrupt
 
@@ -11,13 +12,14 @@ _INTERRUPTED, _NO_FOLDER = 130, 2
 
 
 def main() -> int:
-    """Run the command line; its exit code."""
+    """Run the command line and return its exit code."""
     interrupt.listen()
     if not _in_a_folder():
         return _NO_FOLDER
     try:
         _open_streams()
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that this locale has no letters for, as on stderr
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: the locale may lack a name's characters
         from arm_kvm.cli.main import main
 
         code = main()
@@ -30,22 +32,22 @@ def main() -> int:
 
 
 def _in_a_folder() -> bool:
-    """Whether the folder that this was started in is still there; if not, that is said."""
+    """Whether the current folder still exists; prints an error if not."""
     try:
         os.getcwd()
     except OSError:
-        print("arm-kvm: the folder that this was started in is gone: go to another", file=sys.stderr)
+        print("arm-kvm: the current folder is gone: change to another", file=sys.stderr)
         return False
     return True
 
 
 def _open_streams() -> None:
-    """A standard stream that the caller has closed is /dev/null, lest a machine's socket take its number."""
+    """Open standard streams that the caller has closed on /dev/null, lest a machine's socket take their numbers."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 

@@ -12,7 +12,7 @@ from arm_kvm.cli import cache, conform, hosts, kernel, sequences, setup, test, t
 from arm_kvm.cli.arguments import Commands
 from arm_kvm.support import interrupt
 from arm_kvm.support.errors import LabError
-from arm_kvm.support.limits import is_limit, told
+from arm_kvm.support.limits import is_limit, lab_error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, MemoryError, RuntimeError) as e:
         if not isinstance(e, OSError) and not is_limit(e):
             raise
-        code = _failed(told(e, _output()))
+        code = _failed(lab_error(e, _output()))
         _drop(1)
         return code
 

@@ -8,7 +8,7 @@ import shutil
 from arm_kvm.cli.arguments import Commands
 from arm_kvm.cli.output import Table
 from arm_kvm.support.errors import SetupError
-from arm_kvm.support.limits import refusals_told
+from arm_kvm.support.limits import lab_errors
 from arm_kvm.support.paths import cache_root, offline
 
 _LEAST_DISK = 4 << 30
@@ -40,7 +40,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     for program in config.PROGRAMS:
         table.add("", Emulator.installed(program).name, program)
     root = cache_root()
-    with refusals_told(root):
+    with lab_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     table.add("ok" if free > _LEAST_DISK else "LOW", f"{free >> 30} GiB free", f"cache in {root}")

@@ -1,1 +1,1 @@
-"""The Linux on the board: its kernel and root file system, how it boots, ssh, the agent, its VMs."""
+"""The Linux on the board: its kernel and root file system, boot, snapshots, ssh, the agent, its VMs."""

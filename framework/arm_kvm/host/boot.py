@@ -1,11 +1,11 @@
-"""Boot as a sequence of named states, each with a timeout and an event that only a living host produces.
+"""Boot as a sequence of named states, each with a timeout and an event that shows that it was reached.
 
 kernel   the kernel wrote its first line on the console
-init     our init runs (images/init says so)
-network  dropbear listens (images/init says so)
+init     the lab's init runs (images/init prints a line)
+network  dropbear listens (images/init prints a line)
 agent    the agent, which init has started, answered its first request
 
-A restored host has the last state only. An ssh session is opened when somebody first wants one.
+A restored host has the last state only. The ssh connection is opened on first use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_DRIVER = re.compile(r"^arm-kvm: no driver (\S+)")
 
 @dataclass
 class Progress:
-    """States reached so far and the seconds since QEMU was started at which each was."""
+    """The states reached so far, and when: seconds since QEMU was started."""
 
     started: float = field(default_factory=time.monotonic)
     reached: dict[str, float] = field(default_factory=dict)
@@ -43,22 +43,22 @@ class Progress:
 
 
 def _await_line(machine: Machine, state: str, timeout: float) -> None:
-    """Read the console until the state's line. Raises HostSilent, KernelError, or the machine's own end."""
+    """Read the console until the state's line. Raises HostSilent, KernelError, or how the machine was lost."""
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
-        # Slices, so that a QEMU that dies without closing its console is seen too.
+        # In slices, to notice a QEMU that dies without closing its console.
         for line in machine.console.lines(min(left, 0.5)):
             if _CONSOLE_STATES[state].search(line):
                 return
             if lacks := _NO_DRIVER.search(line):
                 raise KernelError(
-                    f"the kernel boots, but has no driver {lacks[1]}, which the lab reaches a host by",
+                    f"the kernel boots, but has no driver {lacks[1]}, which the lab needs to reach the host",
                     remedy="build it in, or name its module in the host file's `modules`",
                 )
             if time.monotonic() > deadline:
                 break
         machine.check()
-    quiet = "nothing at all on the console" if not machine.console.lines_seen else "no sign of it on the console"
+    quiet = "no sign of it on the console" if machine.console.lines_seen else "nothing at all on the console"
     raise HostSilent(
         f"the host did not reach boot state {state!r} within {timeout:.0f} s: {quiet}",
         remedy=f"see the console below; raise timeouts.{state} in the host file if the host is only slow",
@@ -66,7 +66,7 @@ def _await_line(machine: Machine, state: str, timeout: float) -> None:
 
 
 def bring_up(machine: Machine, timeouts: dict[str, float], progress: Progress) -> Agent:
-    """Wait through all states. Every error carries console, command line and QEMU's stderr."""
+    """Wait for all states. Every error carries console, command line and QEMU's stderr as evidence."""
     with _evidence(machine):
         for state in _CONSOLE_STATES:
             _await_line(machine, state, timeouts[state])
@@ -75,7 +75,7 @@ def bring_up(machine: Machine, timeouts: dict[str, float], progress: Progress) -
 
 
 def greet(machine: Machine, timeouts: dict[str, float], progress: Progress) -> Agent:
-    """The agent that the host began with, once it has answered."""
+    """Connect to the agent that init has started, and wait for its first answer."""
     with _evidence(machine):
         agent = Agent(SerialLine(machine), machine.logs.agent, machine.check, timeouts["agent"])
         progress.reach("agent")
@@ -92,6 +92,6 @@ def _evidence(machine: Machine) -> Iterator[None]:
 
 
 def start_agent(machine: Machine, ssh: Ssh, timeout: float, log: str = "") -> Agent:
-    """Start another agent, which speaks over ssh, and wait for its first answer."""
+    """Start another agent, reached over ssh, and wait for its first answer."""
     path = machine.logs.folder / log if log else machine.logs.agent
     return Agent(SshLine(ssh.open(_AGENT_COMMAND)), path, machine.check, timeout)

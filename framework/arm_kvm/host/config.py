@@ -1,4 +1,4 @@
-"""Host files (``configs/hosts/*.yaml``): read, checked, and said precisely where they are wrong."""
+"""Read and check host files (``configs/hosts/*.yaml``); errors name file and line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,39 +20,39 @@ from arm_kvm.support.errors import ConfigError
 from arm_kvm.support.paths import CONFIGS, plain_file, written_path
 
 _SIZES = {"K": 10, "M": 20, "G": 30}
-#: How the text of some keys is spelt.
+#: Some keys of ``kernel`` -> the pattern of their text, and what it is.
 _SPELT = {
     "package": (r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package"),
     "suite": (r"[a-z0-9][a-z0-9.-]*", "the name of a Debian suite"),
     "url": (r"https?://[^/]+/.+", "a URL that begins with http:// or https:// and names a file"),
 }
-#: Debian's name of the architecture -> the kernel's name, and how to read its registers.
+#: Debian's name of the architecture -> the kernel's name, and its translation regime's.
 _ROOTFS = {"armhf": ("arm", ARMV7), "arm64": ("arm64", ARMV8)}
-#: What each QEMU program can carry: the 64-bit one has the 32-bit boards too.
+#: QEMU program -> root file systems that its boards can run: the 64-bit one has the 32-bit boards too.
 PROGRAMS = {"qemu-system-arm": ("armhf",), "qemu-system-aarch64": ("arm64", "armhf")}
 _CPUS_32 = ("cortex-a7", "cortex-a15")
-#: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), with the 0 at the end.
+#: COMMAND_LINE_SIZE, arch/arm and arch/arm64 include/uapi/asm/setup.h (5.4), including the terminating NUL.
 _CMDLINE = {"arm": 1024, "arm64": 2048}
-#: What the lab says of a root file system and its first process; another would never be heard of.
-_LABS_WORDS = ("root", "rdinit", "initrd", "noinitrd", "armkvm")
-_OWN_WORDS = len(" armkvm.shell")
+#: Kernel parameters that only the lab may set: with another root or init the host would never answer.
+_RESERVED = ("root", "rdinit", "initrd", "noinitrd", "armkvm")
+_APPENDED = len(" armkvm.shell")
 
 
 @dataclass(frozen=True)
 class HostConfig:
-    """One host: its board, where its kernel comes from, its root file system, what it can do."""
+    """One host: its board, where its kernel comes from, its root file system, its capabilities."""
 
     name: str
     path: Path
     board: Board
-    kernel: dict
+    kernel: dict[str, Any]  #: the keys of the host file, checked: strings, and lists of strings (host/keys.py)
     rootfs: str
     cmdline: str
     can: frozenset[str]
     guests: tuple[str, ...]
     timeouts: dict[str, float] = field(default_factory=dict)
     emulator: str = ""  #: where QEMU comes from, as ``--qemu`` takes it; see framework/arm_kvm/host/emulators.py
-    boot_afresh: str = ""  #: why this host is booted every time and never restored; "" when it is
+    boot_afresh: str = ""  #: why this host is booted every time and never restored; "" if it may be restored
 
     @property
     def linux_arch(self) -> str:
@@ -60,6 +61,7 @@ class HostConfig:
 
     @property
     def architecture(self) -> Architecture:
+        """How to read the host's translation registers and tables."""
         return _ROOTFS[self.rootfs][1]
 
     @property
@@ -69,7 +71,7 @@ class HostConfig:
 
 
 def hint(word: str, known: Iterable[str], listed: str, cutoff: float = 0.6) -> str:
-    """For a word that is not known: the nearest that is, or all of them after the words ``listed``."""
+    """For an unknown word, suggest the nearest known one, or list them all, introduced by ``listed``."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(known)}"
 
@@ -77,18 +79,18 @@ def hint(word: str, known: Iterable[str], listed: str, cutoff: float = 0.6) -> s
 class Node:
     """A YAML mapping that knows the line of each of its keys."""
 
-    def __init__(self, path: Path, node: yaml.MappingNode, what: str) -> None:
+    def __init__(self, path: Path, node: yaml.Node, what: str) -> None:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:{node.start_mark.line + 1}: {what} must be a mapping of keys to values")
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {what} has a key that is no text")
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {what} has a key that is not text")
         self._path, self.what = path, what
         self._lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
         self._children = {key.value: value for key, value in node.value}
         self._here = node.start_mark.line + 1
         try:
-            self.values = yaml.SafeLoader("").construct_document(node)
+            self.values: dict[str, Any] = yaml.SafeLoader("").construct_document(node)
         except (yaml.YAMLError, ValueError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path}:{self._here}: {what}: {getattr(e, 'problem', e)}") from e
         names = [key.value for key, _ in node.value]
@@ -97,12 +99,14 @@ class Node:
                 raise self.wrong(name, f"{name!r} is there twice")
         for key in self.values:
             if key not in self._children:
-                raise self.wrong(str(key), f"{key!r} is not a text that can be a key: quote it")
+                raise self.wrong(str(key), f"the key {key!r} is not text: quote it")
 
     def wrong(self, key: str, message: str) -> ConfigError:
+        """Return the error for what is wrong at this key, or in the whole mapping if it has no such key."""
         return ConfigError(f"{self._path}:{self._lines.get(key, self._here)}: {message}")
 
     def check_keys(self, known: Collection[str], required: Iterable[str]) -> None:
+        """Raise ConfigError for an unknown key, and for a required one that is missing."""
         for key in self.values:
             if key not in known:
                 near = hint(str(key), known, "known keys", cutoff=0.5)
@@ -112,22 +116,25 @@ class Node:
                 raise self.wrong(key, f"{self.what} lacks the key {key!r}")
 
     def child(self, key: str, what: str) -> Node:
+        """The mapping at this key. Raises ConfigError."""
         return Node(self._path, self._children[key], what)
 
     def children(self, key: str, what: str) -> list[Node]:
-        """The mappings of a list."""
+        """The mappings of the list at this key. Raises ConfigError."""
         node = self._children[key]
         if not isinstance(node, yaml.SequenceNode):
             raise self.wrong(key, f"{key} is not a list")
         return [Node(self._path, item, what) for item in node.value]
 
-    def one_of(self, key: str, choices) -> str:
+    def one_of(self, key: str, choices: Collection[str]) -> str:
+        """The text at this key, which must be one of ``choices``. Raises ConfigError."""
         value = self.values[key]
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(key, f"{key}: {self.written(key)} is not known; {hint(str(value), choices, 'one of')}")
         return value
 
     def integer(self, key: str, low: int, high: int, unit: str = "") -> int:
+        """The number at this key, ``low`` to ``high`` inclusive. Raises ConfigError."""
         value = self.values[key]
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             what = f"a number from {low} to {high}{unit and f' ({unit})'}"
@@ -135,15 +142,16 @@ class Node:
         return value
 
     def text(self, key: str, pattern: str = ".*", what: str = "") -> str:
-        """The text, which is ``what`` when it matches the pattern."""
+        """The text at this key, which must match ``pattern``, described by ``what``. Raises ConfigError."""
         value = self.values[key]
         if not isinstance(value, str) or not value:
-            raise self.wrong(key, f"{key}: {self.written(key)} is not a text")
+            raise self.wrong(key, f"{key}: {self.written(key)} is not text")
         if not re.fullmatch(pattern, value, re.S):
             raise self.wrong(key, f"{key}: {value!r} is not {what}")
         return value
 
     def names(self, key: str) -> list[str]:
+        """The list of names at this key, without duplicates; empty if there is no such key. Raises ConfigError."""
         value = self.values.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(key, f"{key}: {self.written(key)} is not a list of names")
@@ -152,7 +160,7 @@ class Node:
         return value
 
     def written(self, key: str) -> str:
-        """The value as the file has it: ``yes``, where Python has True."""
+        """The value as it is written in the file: ``yes``, where Python has True."""
         value, node = self.values[key], self._children[key]
         if isinstance(value, str) or not isinstance(node, yaml.ScalarNode):
             return repr(value)
@@ -187,7 +195,7 @@ def _board(node: Node, can: list[str]) -> Board:
     return Board(Emulator.installed(qemu), machine, node.text("cpu"), cpus, size)
 
 
-def _kernel(node: Node) -> dict:
+def _kernel(node: Node) -> dict[str, Any]:
     if "source" not in node.values:
         raise node.wrong("source", f"kernel lacks the key 'source' (one of: {', '.join(KERNEL)})")
     source = node.one_of("source", KERNEL)
@@ -208,7 +216,7 @@ def _kernel(node: Node) -> dict:
 
 
 def document(path: Path, what: str) -> Node:
-    """The mapping that a YAML file is. Raises ConfigError with file and line."""
+    """Read a YAML file that is one mapping. Raises ConfigError with file and line."""
     try:
         node = yaml.compose(plain_file(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
@@ -226,8 +234,8 @@ def document(path: Path, what: str) -> Node:
     return Node(path, node, what)
 
 
-def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
-    """What is right by itself and does not go with the rest. Raises ConfigError."""
+def _check_together(top: Node, board: Board, rootfs: str, kernel: dict[str, Any]) -> None:
+    """Raise ConfigError for keys that contradict each other."""
     linux = _ROOTFS[rootfs][0]
     if rootfs not in PROGRAMS[board.qemu.program]:
         raise top.wrong("rootfs", f"an impossible board: {board.qemu.program} does not run {rootfs}")
@@ -243,15 +251,15 @@ def _check_together(top: Node, board: Board, rootfs: str, kernel: dict) -> None:
     if foreign in kernel.get("package", ""):
         raise top.wrong("kernel", f"package: {kernel['package']!r} is for another architecture; rootfs is {rootfs}")
     for word in top.text("cmdline").split() if "cmdline" in top.values else ():
-        if re.split("[=.]", word)[0] in _LABS_WORDS:
-            raise top.wrong("cmdline", f"cmdline: {word!r} is the lab's to say: a host's first process is images/init")
-    if "cmdline" in top.values and len(top.text("cmdline")) >= _CMDLINE[linux] - _OWN_WORDS:
-        kept = _CMDLINE[linux] - _OWN_WORDS - 1
-        raise top.wrong("cmdline", f"cmdline: an {linux} kernel keeps {kept} characters beside what the lab appends")
+        if re.split("[=.]", word)[0] in _RESERVED:
+            raise top.wrong("cmdline", f"cmdline: {word!r} is set by the lab: a host's first process is images/init")
+    if "cmdline" in top.values and len(top.text("cmdline")) >= _CMDLINE[linux] - _APPENDED:
+        kept = _CMDLINE[linux] - _APPENDED - 1
+        raise top.wrong("cmdline", f"cmdline: an {linux} kernel keeps {kept} characters before what the lab appends")
 
 
 def load(path: Path) -> HostConfig:
-    """Read one host file. Raises ConfigError with file, line and the nearest right word."""
+    """Read one host file. Raises ConfigError with file, line and, for an unknown word, the nearest known one."""
     top = document(path, "the host file")
     top.check_keys(TOP, ("board", "kernel", "rootfs"))
     can = top.names("can")
@@ -287,6 +295,7 @@ def load(path: Path) -> HostConfig:
 
 
 def host_names() -> list[str]:
+    """The names of the hosts in ``configs/hosts``."""
     return sorted(path.stem for path in (CONFIGS / "hosts").glob("*.yaml"))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import stat
 import tarfile
+from collections.abc import Callable
 from typing import BinaryIO
 
 _ALIGN = 4
 
 
 class CpioWriter:
-    """Append entries, then :meth:`close`. Archives can be concatenated: the kernel unpacks one after the other."""
+    """Appends entries to a file; end with :meth:`close`. The kernel also unpacks concatenated archives."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -26,7 +27,7 @@ class CpioWriter:
             self._out.write(part + b"\0" * (-len(part) % _ALIGN))
 
     def folder(self, name: str, mode: int = 0o755) -> None:
-        """A folder and, before it, the ones it lies in."""
+        """Append a folder, after its parents, unless it is there already."""
         parent = name.rpartition("/")[0]
         if parent and parent not in self._folders:
             self.folder(parent)
@@ -35,15 +36,17 @@ class CpioWriter:
             self._entry(name, stat.S_IFDIR | mode, nlink=2)
 
     def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
+        """Append a file, after its folders."""
         self.folder(name.rpartition("/")[0])
         self._entry(name, stat.S_IFREG | mode, data)
 
     def link(self, name: str, target: str) -> None:
+        """Append a symbolic link, after its folders."""
         self.folder(name.rpartition("/")[0])
         self._entry(name, stat.S_IFLNK | 0o777, target.encode())
 
-    def tar(self, archive: tarfile.TarFile, keep) -> None:
-        """The members of a tar for which ``keep(name)`` is true; hard links become copies."""
+    def tar(self, archive: tarfile.TarFile, keep: Callable[[str], bool]) -> None:
+        """Append the members of a tar for which ``keep(name)`` is true; hard links become copies."""
         for member in archive:
             name = member.name.removeprefix("./").strip("/")
             if not name or name == "." or not keep(name):
@@ -52,8 +55,9 @@ class CpioWriter:
                 self.folder(name, member.mode & 0o7777)
             elif member.issym():
                 self.link(name, member.linkname)
-            elif member.isreg() or member.islnk():
-                self.file(name, archive.extractfile(member).read(), member.mode & 0o7777)
+            elif (member.isreg() or member.islnk()) and (content := archive.extractfile(member)):
+                self.file(name, content.read(), member.mode & 0o7777)
 
     def close(self) -> None:
+        """Append the trailer."""
         self._entry("TRAILER!!!", 0)

@@ -1,7 +1,7 @@
-"""Which QEMU makes a host's board: the installed one, a build of one's own, or the package of another Debian suite.
+"""Which QEMU runs a host's board: the installed one, a build of one's own, or the package of another Debian suite.
 
 A package is unpacked into the cache with the libraries it needs, dynamic loader included, and started through that
-loader. Nothing is installed, and several versions run side by side on one machine.
+loader. Nothing is installed, so that several versions can run side by side on one machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from arm_kvm.support import cache
 from arm_kvm.support.apt import PrivateApt
 from arm_kvm.support.errors import EmulatorError, PackageError, SetupError
 from arm_kvm.support.paths import is_there, written_path
-from arm_kvm.support.programs import run, words
+from arm_kvm.support.programs import run
 from arm_kvm.support.progress import task
 
 INSTALLED = "installed"
@@ -29,7 +29,7 @@ _BUILD_FOLDERS = (".", "build", "bin")
 
 
 def fitted(config: HostConfig, chosen: str | None = None) -> HostConfig:
-    """The host on the QEMU that ``--qemu`` or its host file names.
+    """The host with the QEMU that ``--qemu`` (``chosen``) or its host file selects.
 
     Raises EmulatorError, SetupError, DiskFull.
     """
@@ -40,7 +40,7 @@ def fitted(config: HostConfig, chosen: str | None = None) -> HostConfig:
 
 
 def check(config: HostConfig, chosen: str | None = None) -> None:
-    """Raises EmulatorError where it can be known without fetching anything that :func:`fitted` will fail."""
+    """Raise EmulatorError if it is clear, without fetching anything, that :func:`fitted` will fail."""
     what = _chosen(config, chosen)
     if what.startswith("deb:"):
         _suite(what)
@@ -49,7 +49,7 @@ def check(config: HostConfig, chosen: str | None = None) -> None:
 
 
 def _chosen(config: HostConfig, chosen: str | None) -> str:
-    """What ``--qemu`` says; else the host file, where a path is relative to it."""
+    """The value of ``--qemu``, else that of the host file, where a path is relative to that file."""
     if chosen is not None:
         return chosen
     own = config.emulator or INSTALLED
@@ -72,7 +72,7 @@ def obtain(program: str, what: str) -> Emulator:
 
 
 def _own(program: str, what: str) -> Emulator:
-    """A program, or a folder with it in it."""
+    """The program at a path, or in the folder at that path. Raises EmulatorError."""
     path = written_path(what, "--qemu ").absolute()
     remedy = "give a QEMU program, the folder it was built in, deb:SUITE, or `installed`"
     if not what or not is_there(path):
@@ -80,11 +80,11 @@ def _own(program: str, what: str) -> Emulator:
     if path.is_dir():
         found = [path / folder / program for folder in _BUILD_FOLDERS if (path / folder / program).is_file()]
         if not found:
-            raise EmulatorError(f"--qemu {what}: the folder has no {program} in it", remedy=remedy)
+            raise EmulatorError(f"--qemu {what}: there is no {program} in the folder", remedy=remedy)
         path = found[0].resolve()
     elif path.name in PROGRAMS and path.name != program:
         remedy = "give the folder that has both, or name the host: --qemu HOST=PROGRAM"
-        raise EmulatorError(f"--qemu {what}: this host's board is one of {program}", remedy=remedy)
+        raise EmulatorError(f"--qemu {what}: this host's board needs {program}", remedy=remedy)
     if not os.access(path, os.X_OK) or not path.is_file():
         raise EmulatorError(f"--qemu {what}: {path} is not a program", remedy=remedy)
     return Emulator(program, (str(path),), what)
@@ -103,7 +103,7 @@ def _suite(what: str) -> str:
 def _packaged(program: str, what: str) -> Emulator:
     suite, architecture = _suite(what), _own_architecture()
 
-    def make(out: Path, work: Path) -> dict:
+    def make(out: Path, work: Path) -> cache.Meta:
         with task(f"{_PACKAGE} of {suite}, with its libraries"):
             version = _unpack(suite, architecture, work)
             for name in PROGRAMS:
@@ -123,7 +123,7 @@ def _own_architecture() -> str:
 
 
 def _unpack(suite: str, architecture: str, work: Path) -> str:
-    """Everything the package needs into work/root; the package's version."""
+    """Unpack the package and all its dependencies into work/root; returns the package's version."""
     debs, root = work / "debs", work / "root"
     for folder in (debs, root):
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,7 +139,7 @@ def _unpack(suite: str, architecture: str, work: Path) -> str:
 
 
 def _keep(root: Path, program: str, out: Path) -> None:
-    """Copy the program, and the libraries that the suite's own loader finds for it."""
+    """Copy the program, and the libraries that the suite's own dynamic loader finds for it."""
     for folder in ("bin", "lib"):
         (out / folder).mkdir(exist_ok=True)
     home = next(iter(root.glob("usr/lib/*/libc.so.6")), None) or next(iter(root.glob("lib/*/libc.so.6")), None)
@@ -147,17 +147,18 @@ def _keep(root: Path, program: str, out: Path) -> None:
         raise EmulatorError(f"the package {_PACKAGE} of this suite has no {program} that can be run from a folder")
     loader = next(iter(home.parent.glob("ld-linux*.so.*")))
     path = f"{home.parent}:{root / 'usr/lib' / home.parent.name}"
-    said = _tool([str(loader), "--library-path", path, "--list", str(root / "usr/bin" / program)])
+    listing = _tool([str(loader), "--library-path", path, "--list", str(root / "usr/bin" / program)])
     shutil.copy(root / "usr/bin" / program, out / "bin" / program)
     shutil.copy(loader.resolve(), out / "lib" / loader.name)
-    for library in re.findall(r"=> (/\S+)", said):
+    for library in re.findall(r"=> (/\S+)", listing):
         if not Path(library).is_relative_to(root):
             raise EmulatorError(f"the package {_PACKAGE} of this suite lacks a library: {library}")
         shutil.copy(library, out / "lib" / Path(library).name)
 
 
 def _tool(argv: list[str]) -> str:
+    """Run an unpacker and return its output. Raises EmulatorError, SetupError, DiskFull."""
     done = run(argv)
     if done.returncode:
-        raise EmulatorError(f"{Path(argv[0]).name} does not unpack QEMU's package", evidence=words(done))
+        raise EmulatorError(f"{Path(argv[0]).name} cannot unpack QEMU's package", evidence=done.stderr.strip())
     return done.stdout

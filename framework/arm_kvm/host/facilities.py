@@ -1,4 +1,4 @@
-"""What the memory management of a host is given for a while (swap, a file system, a memory cgroup) or told to do."""
+"""Facilities for a host's memory management: swap, a file system, a memory cgroup; KSM, compaction and reclaim."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _KSM_DEADLINE, _PATIENCE = 60.0, 30.0  #: seconds
 
 
 def free_memory(host: Host, looks: int = 8) -> int:
-    """Bytes free, caches dropped: the most seen within a while, for what is freed by RCU or a worker takes its time.
+    """Free bytes with caches dropped: the maximum of ``looks`` samples, for RCU and workers free memory with a delay.
 
-    With the pages that each CPU keeps for its next allocations (``count:`` in /proc/zoneinfo, mm/vmstat.c, Linux 5.4),
-    which MemFree leaves out. They come and go with what ran where: hundreds on 5.4, 10,000 on 6.12.
+    Includes the per-CPU page lists (``count:`` in /proc/zoneinfo, mm/vmstat.c, Linux 5.4), which MemFree leaves out.
+    Their size varies with what ran on which CPU: by hundreds of pages on 5.4, by 10,000 on 6.12.
     """
     pages = "awk '/pages free/ {n += $3} /count:/ {n += $2} END {print n}' /proc/zoneinfo"
     ask = f"echo 3 > /proc/sys/vm/drop_caches; {pages}; sleep 0.3"
@@ -27,15 +27,15 @@ def free_memory(host: Host, looks: int = 8) -> int:
 
 
 def drain_lru(host: Host) -> None:
-    """Put the pages that wait on a CPU's list onto the LRU.
+    """Move the pages on the CPUs' LRU caches onto the LRU lists.
 
-    Until then they count as in use: they are not reclaimed, aged, split, collapsed or migrated.
+    Until then they count as in use, and are not reclaimed, aged, split, collapsed or migrated.
     """
     host.agent(op.memory_drain)
 
 
 def merge_pages(host: Host) -> None:
-    """Have ksmd merge what it can of the memory that was advised MADV_MERGEABLE: three passes over it.
+    """Have ksmd scan all memory that was advised MADV_MERGEABLE three times, and merge what it can.
 
     Raises HostOsError (ETIMEDOUT) when ksmd makes no progress.
     """
@@ -43,18 +43,18 @@ def merge_pages(host: Host) -> None:
 
 
 def compact_memory(host: Host) -> None:
-    """Compact the memory of the host: pages that can move go to one end of each zone, until it is done."""
+    """Compact the host's memory and wait: movable pages are migrated to one end of each zone."""
     host.ssh.run("echo 1 > /proc/sys/vm/compact_memory")
 
 
 def idle(host: Host, seconds: float) -> None:
-    """Wait this long, by the host's own clock."""
+    """Wait for ``seconds`` of the host's own clock."""
     host.ssh.run(f"sleep {seconds}", timeout=seconds + _PATIENCE)
 
 
 @contextmanager
 def _zram(host: Host, size: int) -> Iterator[str]:
-    """A disk of this many bytes in compressed memory, /dev/zramN."""
+    """Within the block, a zram disk of ``size`` bytes; yields its path."""
     number = host.ssh.run("cat /sys/class/zram-control/hot_add").strip()
     try:
         host.ssh.run(f"echo {size} > /sys/block/zram{number}/disksize")
@@ -65,7 +65,7 @@ def _zram(host: Host, size: int) -> Iterator[str]:
 
 @contextmanager
 def swap(host: Host, size: int = 64 << 20) -> Iterator[None]:
-    """Within the block the host can swap."""
+    """Within the block the host has ``size`` bytes of swap."""
     with _zram(host, size) as disk:
         host.ssh.run(f"mkswap {disk} >/dev/null && swapon {disk}")
         try:
@@ -76,7 +76,7 @@ def swap(host: Host, size: int = 64 << 20) -> Iterator[None]:
 
 @contextmanager
 def filesystem(host: Host, size: int = 32 << 20) -> Iterator[str]:
-    """A folder on a file system that writes back and evicts, unlike the host's root, which is memory."""
+    """Within the block, a folder on an ext2 disk of ``size`` bytes, which has writeback, unlike the host's root."""
     folder = "/run/disk"
     with _zram(host, size) as disk:
         host.ssh.run(f"mke2fs -b 4096 -F {disk} >/dev/null 2>&1 && mkdir -p {folder} && mount -t ext2 {disk} {folder}")
@@ -87,39 +87,39 @@ def filesystem(host: Host, size: int = 32 << 20) -> Iterator[str]:
 
 
 class MemoryCgroup:
-    """A memory cgroup that holds the VMM: what it touches first from now on is charged there."""
+    """A memory cgroup that contains the VMM: pages that it is the first to touch from now on are charged to it."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
     def usage(self) -> int:
-        """Bytes charged."""
+        """Bytes charged (memory.current)."""
         return int(self._host.ssh.run(f"cat {_GROUP}/memory.current"))
 
     def limit(self, size: int) -> None:
-        """Never more than this many bytes (memory.max): beyond, the OOM killer comes."""
+        """Limit the group to ``size`` bytes (memory.max); beyond that the OOM killer runs."""
         self._host.ssh.run(f"echo {size} > {_GROUP}/memory.max")
 
     def oom_kills(self) -> int:
-        """How many processes of the group the OOM killer has taken."""
+        """How many processes of the group the OOM killer has killed."""
         return int(self._host.ssh.run(f"awk '/^oom_kill / {{print $2}}' {_GROUP}/memory.events"))
 
     def reclaim(self, size: int) -> None:
-        """Have the kernel take about this many bytes back: memory.reclaim, or before 5.19 a limit below the usage."""
+        """Have the kernel reclaim about ``size`` bytes: memory.reclaim, or before 5.19 a limit below the usage."""
         limit = max(0, self.usage() - size)
         by_limit = f"echo {limit} > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high"
         by_request = f"for i in 1 2 3; do echo {size} > {_GROUP}/memory.reclaim; done 2>/dev/null"
         self._host.ssh.run(f"if [ -e {_GROUP}/memory.reclaim ]; then {by_request}; else {by_limit}; fi", check=False)
 
     def give_up(self, looks: int = 4) -> None:
-        """Have the kernel take back all that it can: some pages are found used at the first look, and only aged."""
+        """Have the kernel reclaim all it can, in ``looks`` passes: the first only ages pages that were accessed."""
         by_limit = f"echo 0 > {_GROUP}/memory.high; echo max > {_GROUP}/memory.high"
         self._host.ssh.run(f"for i in $(seq {looks}); do {by_limit}; done")
 
 
 @contextmanager
 def memory_cgroup(host: Host, pid: int = 0) -> Iterator[MemoryCgroup]:
-    """Within the block a VMM, the host's first unless another is named, is in a memory cgroup of its own (v2)."""
+    """Within the block a VMM is in a memory cgroup of its own (v2): process ``pid``, else the host's first VMM."""
     mounted = f"mountpoint -q {_CGROUPS} || mount -t cgroup2 none {_CGROUPS}"
     host.ssh.run(f"{mounted}; echo +memory > {_CGROUPS}/cgroup.subtree_control; mkdir -p {_GROUP}")
     pid = pid or host.agent.hello["pid"]
@@ -127,7 +127,7 @@ def memory_cgroup(host: Host, pid: int = 0) -> Iterator[MemoryCgroup]:
     try:
         yield MemoryCgroup(host)
     finally:
-        # A process that was killed has left it already.
+        # A process that was killed is no longer in it.
         host.ssh.run(f"echo {pid} > {_CGROUPS}/cgroup.procs; rmdir {_GROUP}", check=False)
 
 
@@ -136,10 +136,10 @@ Reclaim = Callable[[Memory, int, int], None]
 
 @contextmanager
 def reclaim(host: Host) -> Iterator[Reclaim]:
-    """``take(memory, offset, size)``: these pages of the VMM's memory are reclaimed, as far as guests leave a chance.
+    """Within the block, a function ``take(memory, offset, size)`` that reclaims these pages of the VMM's memory.
 
-    By MADV_PAGEOUT. Where the kernel has none (before 5.4), the VMM is in a memory cgroup within the block: what it
-    touches first there is charged to the group, which then gives up what is not locked.
+    Pages that guests keep accessing may stay. It uses MADV_PAGEOUT; where the kernel has none (before 5.4), the VMM is
+    in a memory cgroup within the block, all other memory is locked, and the group is reclaimed.
     """
     if features.has(host, "MADV_PAGEOUT"):
         yield Memory.page_out

@@ -1,4 +1,4 @@
-"""What kernels have that others lack: found out by asking a live host, once for all restored from one snapshot."""
+"""Features that some kernels lack, probed on a live host once for all hosts restored from the same snapshot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arm_kvm.vmm.memory import BLOCK, Advice, File, Memory
 
 
 class Feature:
-    """``source``: what brings it, for the words of a skip; whether a host has it is asked of the host."""
+    """A feature of some kernels or CPUs. ``source``: what introduced it, for the reason of a skip."""
 
     def __init__(self, source: str, ask: Callable[[Host], bool]) -> None:
         self.source = source
@@ -26,7 +26,7 @@ def _takes(advice: Advice) -> Callable[[Host], bool]:
 
 
 def _collapses(host: Host) -> bool:
-    """MADV_COLLAPSE of memory that can be a huge page: of any other it is refused as if it were not known."""
+    """Probe MADV_COLLAPSE on memory that can be a huge page: on any other it fails with EINVAL, as if unknown."""
     memory = Memory(host.agent, host.agent(op.memory_map, size=BLOCK, align=BLOCK), BLOCK)
     memory.write(0, b"there")
     try:
@@ -46,7 +46,7 @@ def _scans_pagemap(host: Host) -> bool:
     try:
         File.open(host.agent, "/proc/self/pagemap").exchange(PAGEMAP_SCAN, bytes(96))
     except HostOsError as e:
-        return e.errno == errno.EINVAL  # the structure says that it has no size
+        return e.errno == errno.EINVAL  # the size in the structure is 0
     return True
 
 
@@ -57,7 +57,7 @@ def _sets_access_flags(host: Host) -> bool:
         return bool(gdb.read(0, "ID_AA64MMFR1_EL1")[0] & 0xF)
 
 
-#: By the name that the mark ``feature`` of a case takes.
+#: The argument of a case's mark ``feature`` -> the feature.
 FEATURES = {
     "MADV_COLD": Feature("Linux 5.4", _takes(Advice.COLD)),
     "MADV_PAGEOUT": Feature("Linux 5.4", _takes(Advice.PAGEOUT)),
@@ -76,9 +76,7 @@ def has(host: Host, name: str) -> bool:
 
 
 def lacking(host: Host, name: str) -> str:
-    """Which kernel lacks what, in words; "" when it does not."""
-    return (
-        ""
-        if has(host, name)
-        else f"{host.config.name} with Linux {host.release} has no {name}: it comes with {FEATURES[name].source}"
-    )
+    """The reason to skip a case that needs this feature; "" if the host has it."""
+    if has(host, name):
+        return ""
+    return f"{host.config.name} with Linux {host.release} has no {name}: it comes with {FEATURES[name].source}"

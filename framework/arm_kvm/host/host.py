@@ -25,7 +25,7 @@ from arm_kvm.machine.machine import Logs, Machine, Plugin
 from arm_kvm.machine.rundir import Card, run_directory
 from arm_kvm.machine.saved import Saved
 from arm_kvm.support.errors import ConfigError, KernelError, LabError, NoKvm
-from arm_kvm.support.limits import refusals_told
+from arm_kvm.support.limits import lab_errors
 from arm_kvm.vmm import syscalls
 from arm_kvm.vmm.actor import Actor
 from arm_kvm.vmm.client import Agent, op, request
@@ -36,14 +36,14 @@ from arm_kvm.vmm.vm import Vm, destroy
 ComeUp = Callable[[Machine, dict[str, float], Progress], Agent]
 
 
-_RUNNING = 44 << 20  #: bytes that a kernel and its first processes take beside what they are made of
+_RUNNING = 44 << 20  #: bytes that a kernel and its first processes allocate beside their images
 
 
 def _require_room(config: HostConfig, kernel: Kernel, initramfs: Path) -> None:
-    """Raises ConfigError for a board in whose memory this kernel and root file system have no room."""
+    """Raise ConfigError if the board's memory is too small for this kernel and root file system."""
     unpacked = kernel.unpacked_size
     packed = initramfs.stat().st_size
-    needed = unpacked + 2 * packed + _RUNNING  # the archive is there until its files are
+    needed = unpacked + 2 * packed + _RUNNING  # the archive is freed only when its files are unpacked
     if config.board.memory < needed:
         raise ConfigError(
             f"{config.path}: memory: {config.board.memory >> 20}M is too little for the kernel ({unpacked >> 20} MiB) "
@@ -53,7 +53,7 @@ def _require_room(config: HostConfig, kernel: Kernel, initramfs: Path) -> None:
 
 
 class Host:
-    """Made by :meth:`boot` or :meth:`restore`, ended by :meth:`shutdown`.
+    """A live host. Made by :meth:`boot` or :meth:`restore`, ended by :meth:`shutdown`.
 
     ``agent`` takes requests, ``ssh`` commands.
     """
@@ -73,7 +73,7 @@ class Host:
         self.rootfs = rootfs
         self.vms: list[Vm] = []
         self.boot_states = Progress()
-        self.origin = origin or Origin()  #: what upper floors find out once is kept by this
+        self.origin = origin or Origin()  #: key of what is found out once for all hosts of this snapshot, see Once
         self._ssh: Ssh | None = None
         try:
             self.agent = come_up(machine, config.timeouts, self.boot_states)
@@ -93,16 +93,16 @@ class Host:
         ssh_port: int = 0,
         plugin: Plugin | None = None,
     ) -> Host:
-        """Start the board and wait until its agent answers; ``extra`` is appended to the command line,
-        ``plugin`` loaded into QEMU.
+        """Boot the board and wait until its agent answers.
 
-        Raises SetupError, QemuRefused, PortBusy, HostPanic, HostSilent, SshUnreachable, ... and leaves
-        no process behind.
+        ``extra`` is appended to the kernel's command line; ``plugin`` is loaded into QEMU. Raises ConfigError,
+        SetupError, QemuRefused, PortBusy, HostPanic, HostSilent and other LabErrors, and then leaves no process
+        behind.
         """
         rootfs = rootfs_.obtain(config.rootfs)
         initramfs = run_directory() / f"{config.name}.{time.monotonic_ns()}.cpio"
         try:
-            with refusals_told(initramfs):
+            with lab_errors(initramfs):
                 rootfs.initramfs(initramfs, kernel.modules)
             _require_room(config, kernel, initramfs)
             boot = Boot(kernel.image, initramfs, f"{config.cmdline} {extra}".strip())
@@ -111,7 +111,7 @@ class Host:
             initramfs.unlink(missing_ok=True)
         host = cls(config, kernel, machine, rootfs, bring_up)
         if rootfs.bytecode is None:
-            with suppress(LabError):  # it only makes later boots faster
+            with suppress(LabError):  # only later boots would be faster
                 rootfs.keep_bytecode(*host.agent.ask(request(op.bytecode), deadline=60.0))
         return host
 
@@ -127,9 +127,10 @@ class Host:
         entropy: bytes = b"",
         origin: Origin | None = None,
     ) -> Host:
-        """Go on where a host of this kind was saved; its clock is set, and ``entropy`` stirred in.
+        """Resume a saved host; its clock is set, and ``entropy`` is added to its entropy pool.
 
-        Without entropy all hosts restored from one begin with the same entropy pool. Raises what boot raises.
+        Without ``entropy`` all hosts restored from one snapshot start with the same pool. Raises what :meth:`boot`
+        raises.
         """
         rootfs = rootfs_.obtain(config.rootfs)
         machine = Machine.restore(config.board, saved, Logs(logs), plugin)
@@ -159,7 +160,7 @@ class Host:
 
     @property
     def ssh(self) -> Ssh:
-        """ssh to the host, connected when it is first wanted. Raises SshUnreachable."""
+        """The ssh connection to the host, opened on first use. Raises SshUnreachable."""
         if self._ssh is None:
             where = (self.machine.ssh_port, self.rootfs.client_key, self.rootfs.host_key)
             self._ssh = Ssh.connect(*where, self.config.timeouts["ssh"], self.machine.check)
@@ -167,28 +168,28 @@ class Host:
 
     @property
     def ssh_command(self) -> str:
-        """What a person types to get a shell on this host."""
+        """The command line that opens a shell on this host."""
         return command_line(self.machine.ssh_port, self.rootfs.client_key)
 
     @property
     def has_kvm(self) -> bool:
-        """Whether /dev/kvm is there, as the agent sees it."""
-        return self.agent.hello["kvm"]
+        """Whether the host has /dev/kvm."""
+        return bool(self.agent.hello["kvm"])
 
     @property
     def release(self) -> str:
-        """The running kernel's own version, as uname -r says it."""
-        return self.agent.hello["release"]
+        """The running kernel's version, as ``uname -r`` prints it."""
+        return str(self.agent.hello["release"])
 
     @property
     def kernel_version(self) -> tuple[int, int]:
         """(major, minor) of the running kernel."""
-        major, minor = re.match(r"(\d+)\.(\d+)", self.release).groups()
+        major, minor = re.findall(r"\d+", self.release)[:2]
         return int(major), int(minor)
 
     @property
     def needs_no_icache_maintenance(self) -> bool:
-        """CTR_EL0.DIC (ARM DDI 0487, D19.2): the CPU's I-cache sees all stores, and KVM maps RAM executable at once.
+        """CTR_EL0.DIC (ARM DDI 0487, D19.2): instruction fetches see all stores; KVM maps RAM executable at once.
 
         arch/arm64/kvm/mmu.c (6.12), user_mem_abort(): ARM64_HAS_CACHE_DIC. Armv7 has no such bit.
         """
@@ -196,80 +197,83 @@ class Host:
 
     @property
     def gicv(self) -> int:
-        """Physical address of the board's virtual CPU interface, as its device tree says (fourth range of the GIC)."""
+        """Physical address of the GIC's virtual CPU interface: the fourth range of its device tree node."""
         return _gicv(self)
 
     def symbol(self, *names: str) -> int:
-        """Virtual address of the first of these symbols that the kernel has: releases rename them.
+        """Virtual address of the first of these symbols that the kernel has; several, for releases rename them.
 
-        ``name+0x10`` is an instruction after one. Raises KernelError.
+        ``name+0x10`` is an offset from one. Raises KernelError.
         """
         for name, _, offset in (name.partition("+") for name in names):
-            if said := self.ssh.run(f"awk '$3 == \"{name}\" {{print $1; exit}}' /proc/kallsyms").strip():
-                return int(said, 16) + int(offset or "0", 0)
+            if address := self.ssh.run(f"awk '$3 == \"{name}\" {{print $1; exit}}' /proc/kallsyms").strip():
+                return int(address, 16) + int(offset or "0", 0)
         raise KernelError(
             f"Linux {self.release} has no symbol {' or '.join(names)}",
-            remedy="it may be inlined there: choose a caller",
+            remedy="it may be inlined there: choose one of its callers",
         )
 
-    # -- more than one thing at a time -------------------------------------------------------------------
+    # -- concurrency -------------------------------------------------------------------------------------
 
     def actor(self, cpu: int | None = None) -> Actor:
-        """A thread of the VMM that does one thing while the agent does others, bound to ``cpu`` if one is given."""
+        """A thread of the VMM that makes requests concurrently with the agent, bound to ``cpu`` if one is given."""
         return Actor(self.agent, cpu)
 
     @contextmanager
     def hold(self, *symbols: str, cpu: int, seconds: float = 10.0) -> Iterator[Hold]:
-        """Within the block ``cpu`` is held when it comes to this symbol of the kernel, the others going on.
+        """Within the block, hold ``cpu`` when it reaches this symbol of the kernel, while the other CPUs run.
 
-        Of several symbols it is the first that the kernel has.
-
-        ``held.wait()`` returns when it stands there; at the end of the block it goes on, or after so many seconds,
-        and then the block fails. CPU 0, on which the agent and ssh live, cannot be held. Raises HoldFailed.
+        Of several symbols the first that the kernel has is used. ``held.wait()`` returns when the CPU is held. It is
+        released at the end of the block, or after ``seconds``; the block then raises HoldFailed. CPU 0, on which the
+        agent and ssh run, cannot be held.
         """
         if not 0 < cpu < self.config.board.cpus:
             raise ConfigError(
-                f"{self.config.name}: CPU {cpu} cannot be held", remedy="hold one above 0, where the agent and ssh live"
+                f"{self.config.name}: CPU {cpu} cannot be held",
+                remedy="hold a CPU above 0, on which the agent and ssh run",
             )
         held = Hold(self.machine.gdb, self.symbol(*symbols), cpu, symbols[0], seconds)
         try:
             yield held
         except BaseException:
-            with suppress(LabError):  # the test's own failure is the one to show
+            with suppress(LabError):  # the test's own failure comes first
                 held.release()
             raise
         held.release()
 
-    # -- what the VMM can be made to do without a method of its own ------------------------------------------
+    # -- system calls and ioctls without a method of their own -----------------------------------------------
 
     @property
     def kvm(self) -> Descriptor:
-        """/dev/kvm as the VMM has it open, for ioctls on the system."""
+        """The VMM's descriptor of /dev/kvm, for system ioctls."""
         return Descriptor(self.agent, self.agent(op.kvm_fd))
 
     def system_call(self, name: str, *arguments: int) -> int:
-        """Have the VMM make this system call (:data:`arm_kvm.vmm.syscalls.NUMBERS`): its result. Raises HostOsError."""
+        """Have the VMM make this system call (:data:`arm_kvm.vmm.syscalls.NUMBERS`) and return its result.
+
+        Raises HostOsError.
+        """
         return self.agent(op.syscall, name=name, number=syscalls.number(name, self.agent.bits), arguments=[*arguments])
 
     def userfaultfd(self, flags: int = 0) -> Descriptor:
-        """userfaultfd(2): its descriptor, for UFFDIO_* ioctls (:mod:`arm_kvm.vmm.ioctls`)."""
+        """Call userfaultfd(2) and return the descriptor, for UFFDIO_* ioctls (:mod:`arm_kvm.vmm.ioctls`)."""
         return Descriptor(self.agent, self.system_call("userfaultfd", flags))
 
     def take_signals(self, *numbers: int) -> list[Signal]:
-        """The signals of these numbers that are pending for the VMM's main thread, with their siginfo; they are gone.
+        """Dequeue the pending signals of these numbers of the VMM's main thread, with their siginfo.
 
-        They are blocked there from the first call on. (SIGBUS always is.)
+        The first call blocks them there; SIGBUS is always blocked.
         """
         self.agent(op.signals_block, signals=[*numbers])
-        return [Signal(*told) for told in self.agent(op.signals_take, signals=[*numbers])]
+        return [Signal(*siginfo) for siginfo in self.agent(op.signals_take, signals=[*numbers])]
 
     def start_vmm(self) -> Vmm:
-        """Another VMM process, which can be killed."""
+        """Start another VMM process, which can be killed."""
         agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"], log="vmm.log")
         return Vmm(agent, self.agent, self.vms)
 
     def require_kvm(self) -> None:
-        """Raises NoKvm when this kernel came up without KVM."""
+        """Raise NoKvm if this kernel came up without KVM."""
         if not self.has_kvm:
             raise NoKvm(
                 f"{self.config.name}: the kernel {self.kernel.name} ({self.release}) boots but has no KVM in it",
@@ -277,18 +281,18 @@ class Host:
             )
 
     def create_vm(self, isa: str, **kind: Any) -> Vm:
-        """A VM with the payload of this guest ISA; see :meth:`arm_kvm.vmm.vm.Vm.create` for ``kind``."""
+        """Create a VM with the payload for this guest ISA; ``kind`` is passed to :meth:`arm_kvm.vmm.vm.Vm.create`."""
         return self.create_vms(isa, 1, **kind)[0]
 
     def create_vms(self, isa: str, count: int, **kind: Any) -> list[Vm]:
-        """Several at once."""
+        """Create several VMs in one request; see :meth:`create_vm`."""
         vms = Vm.create(self.agent, ISAS[isa], count, **kind)
         self.vms += vms
         return vms
 
     @contextmanager
     def offline(self, cpu: int) -> Iterator[None]:
-        """Within the block this CPU is taken out of the host."""
+        """Within the block this CPU is offline."""
         switch = f"/sys/devices/system/cpu/cpu{cpu}/online"
         self.ssh.run(f"echo 0 > {switch}")
         try:
@@ -297,9 +301,9 @@ class Host:
             self.ssh.run(f"echo 1 > {switch}")
 
     def reset(self) -> None:
-        """Destroy all VMs. An agent that was given up is replaced, and killed: its death frees everything.
+        """Destroy all VMs. An agent that no longer answers is killed, which frees everything, and replaced.
 
-        Raises LabError: the machine is lost, or the kernel does not let a VM go.
+        Raises LabError if the machine is lost, or the kernel does not destroy a VM.
         """
         try:
             if self.agent.usable:

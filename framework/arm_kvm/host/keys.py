@@ -1,4 +1,4 @@
-"""The keys of a host file (``configs/hosts/*.yaml``), each with what it means; ``config.py`` accepts no other."""
+"""The keys of a host file (``configs/hosts/*.yaml``) and their meanings; ``config.py`` accepts no others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ TOP = {
     "kernel": "where the host's kernel comes from, a mapping",
     "rootfs": "the root file system, and with it the architecture: `armhf` or `arm64`",
     "cmdline": "the kernel's command line; the lab appends words of its own",
-    "can": "what the host can, a list of capabilities",
+    "can": "what the host can do, a list of capabilities",
     "guests": "the instruction sets of its guests: `A32`, `A64`; required of a host that can `kvm`",
-    "timeouts": "seconds that a boot may stay in each state, a mapping",
+    "timeouts": "seconds that a boot may take to reach each state, a mapping",
     "emulator": "where QEMU comes from, as `--qemu` takes it; a path is relative to the host file",
     "boot_afresh": "why this host is booted every time and never restored from a snapshot",
 }
@@ -60,12 +60,12 @@ CAPABILITIES = {
     "arm64": "a 64-bit board",
     "vmid8": "VMIDs have 8 bits",
     "vmid16": "VMIDs have 16 bits",
-    "hotplug": "CPUs can be taken off line and back",
+    "hotplug": "CPUs can be taken offline and brought back",
     "idle-tracking": "the kernel has idle page tracking",
-    "fail-nth": "allocations can be made to fail, by /proc/PID/fail-nth",
+    "fail-nth": "allocations can be made to fail through /proc/PID/fail-nth",
     "memory-failure": "the kernel has memory failure handling (MADV_HWPOISON)",
-    "debug": "the kernel checks itself: lockdep, sleeping under a lock, poisoning",
+    "debug": "the kernel checks itself: lockdep, sleeping in atomic context, poisoning",
 }
 
-#: Of ``timeouts``: the boot states (``boot.py``), and the seconds a boot may stay in each by default.
+#: Of ``timeouts``: the boot states (``boot.py``) and ssh, and the seconds that each may take by default.
 TIMEOUTS = {"kernel": 10.0, "init": 30.0, "network": 20.0, "ssh": 20.0, "agent": 20.0}

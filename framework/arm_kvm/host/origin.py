@@ -1,4 +1,4 @@
-"""What is found out once for all hosts that began as one: restored from the same snapshot, or one that booted."""
+"""Facts that are found out once for all hosts of the same origin: restored from one snapshot, or booted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Origin:
-    """Where hosts began; hosts restored from one snapshot have the same."""
+    """Identifies a snapshot, or a booted host; all hosts restored from one snapshot have the same."""
 
 
 class HasOrigin(Protocol):
@@ -21,9 +21,9 @@ H = TypeVar("H", bound=HasOrigin)
 
 
 class Once(Generic[H, T]):
-    """``find(host)``, called once for each origin: for what cannot differ between hosts that share it.
+    """Caches ``find(host)`` for each origin, for facts that cannot differ between hosts of the same origin.
 
-    Symbols, CPU features, page tables that were saved with the machine. The floor that asks keeps the answer.
+    Such facts are symbols, CPU features, and page tables that were saved with the machine.
     """
 
     def __init__(self, find: Callable[[H], T]) -> None:

@@ -1,7 +1,7 @@
-"""The host's root file system: Debian packages in a cached initramfs, and a small overlay put on top of it.
+"""The host's root file system: a cached initramfs of Debian packages, and a small overlay.
 
-The base (packages and keys) costs seconds and is cached. The overlay (init, the agent, modules the
-kernel brings) is packed anew for every boot in milliseconds, so that a change of the agent is never stale.
+The base (packages and keys) takes seconds to make and is cached. The overlay (init, the agent, the kernel's modules)
+is packed for every boot, in milliseconds, so that the agent is always the current one.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import fnmatch
 import struct
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import paramiko
 import yaml
@@ -23,11 +25,19 @@ from arm_kvm.support import cache
 from arm_kvm.support.apt import source_lines
 from arm_kvm.support.errors import RootfsError
 from arm_kvm.support.paths import IMAGES
-from arm_kvm.support.programs import run, words
+from arm_kvm.support.programs import run
 from arm_kvm.support.progress import note, task
 
 AGENT_HOME = "usr/lib/arm-kvm"
 _FORMAT = 3  #: raise it when the packing below changes
+
+
+class Spec(TypedDict):
+    """The contents of ``images/rootfs.yaml``."""
+
+    suite: str
+    packages: list[str]
+    leave_out: list[str]  #: shell patterns
 
 
 @dataclass(frozen=True)
@@ -41,26 +51,28 @@ class Rootfs:
 
     @property
     def bytecode_key(self) -> str:
+        """Key of the root file system and the agent's sources."""
         return cache.key_of(self.key, *(path.read_bytes() for path in _agent_sources()))
 
     @property
     def overlay_key(self) -> str:
-        """Of all that a host's root file system is made of, but the kernel's modules."""
+        """Key of everything in a host's root file system except the kernel's modules."""
         return cache.key_of(self.bytecode_key, (IMAGES / "init").read_bytes())
 
     @property
     def bytecode(self) -> Path | None:
         """The agent's compiled modules as an archive, if a host has compiled them before."""
         entry = cache.lookup("bytecode", self.bytecode_key)
-        return entry and entry.folder / "bytecode.cpio"
+        return entry.folder / "bytecode.cpio" if entry else None
 
     def keep_bytecode(self, files: list[tuple[str, int]], blob: bytes) -> None:
-        """Save what :meth:`arm_kvm.agent.__main__.Agent.bytecode` compiled, for the next boots.
+        """Cache what :meth:`arm_kvm.agent.__main__.Agent.bytecode` has compiled, for later boots.
 
-        Compiling takes an emulated CPU one to two seconds, and this machine's Python may be another version.
+        ``files`` are (path, size) of the parts of ``blob``. Compiling takes one to two seconds on an emulated CPU, and
+        this machine's Python may be of another version.
         """
 
-        def make(out: Path, work: Path) -> dict:
+        def make(out: Path, work: Path) -> cache.Meta:
             with (out / "bytecode.cpio").open("wb") as f:
                 archive, start = CpioWriter(f), 0
                 for name, size in files:
@@ -71,7 +83,7 @@ class Rootfs:
 
         cache.obtain("bytecode", self.bytecode_key, make)
 
-    def initramfs(self, out: Path, modules: list[tuple[str, bytes]] = ()) -> Path:
+    def initramfs(self, out: Path, modules: Sequence[tuple[str, bytes]] = ()) -> Path:
         """Write base and overlay to ``out``. ``modules`` are (file name, contents) in load order."""
         with out.open("wb") as f:
             f.write(self.base.read_bytes())
@@ -95,9 +107,9 @@ def _agent_sources() -> list[Path]:
 
 
 def obtain(architecture: str) -> Rootfs:
-    """The root file system for a Debian architecture (armhf, arm64), made if it is not cached.
+    """Return the root file system for a Debian architecture (armhf, arm64), made if it is not cached.
 
-    Raises RootfsError, SetupError (mmdebstrap missing), DiskFull.
+    Raises RootfsError, SetupError (mmdebstrap is missing), DiskFull.
     """
     text = (IMAGES / "rootfs.yaml").read_bytes()
     key = cache.key_of(_FORMAT, architecture, text)
@@ -106,7 +118,7 @@ def obtain(architecture: str) -> Rootfs:
     return Rootfs(key, folder / "base.cpio", folder / "client_key", entry.meta["host_key"])
 
 
-def _make(spec: dict, architecture: str, out: Path, work: Path) -> dict:
+def _make(spec: Spec, architecture: str, out: Path, work: Path) -> cache.Meta:
     tar = work / "packages.tar"
     with task(f"root file system ({architecture})"):
         _extract(spec, architecture, tar)
@@ -118,31 +130,31 @@ def _make(spec: dict, architecture: str, out: Path, work: Path) -> dict:
     return {"architecture": architecture, "suite": spec["suite"], "host_key": _public(host_key)}
 
 
-def _extract(spec: dict, architecture: str, tar: Path) -> None:
-    """mmdebstrap the packages into a tar; no root, nothing of the foreign architecture is run."""
-    said = ""
+def _extract(spec: Spec, architecture: str, tar: Path) -> None:
+    """Extract the packages into a tar, without root and without running foreign code. Raises RootfsError."""
+    stderr = ""
     choices = source_lines(spec["suite"])
-    for lines in choices + choices[-1:]:  # the last one twice: a sync may just have ended
+    for lines in choices + choices[-1:]:  # the last one twice: the mirror's sync may just have ended
         argv = [
             *("mmdebstrap", "--mode=chrootless", "--variant=extract", "--quiet", "--format=tar"),
-            "--skip=check/chrootless",  # newer ones refuse root, though nothing of the packages is run
+            "--skip=check/chrootless",  # newer versions reject root, though no code of the packages is run
             *(f"--architectures={architecture}", f"--include={','.join(spec['packages'])}"),
             *(spec["suite"], str(tar), *lines),
         ]
         done = run(argv)
         if done.returncode == 0:
             if len(lines) < len(choices[0]):
-                note("root file system made without updates and security suites: their index is broken just now")
+                note("root file system made without updates and security suites: their index cannot be read now")
             return
-        said = words(done)
+        stderr = done.stderr.strip()
     raise RootfsError(
         f"mmdebstrap cannot extract the {architecture} packages",
-        remedy="see its own words below; if an index was being synced, try again in a minute",
-        evidence="\n".join(said.splitlines()[-15:]),
+        remedy="see its messages below; if the mirror was being synced, try again in a minute",
+        evidence="\n".join(stderr.splitlines()[-15:]),
     )
 
 
-def _pack(spec: dict, tar: Path, out: CpioWriter, host_key: Ed25519PrivateKey, client_key: paramiko.PKey) -> None:
+def _pack(spec: Spec, tar: Path, out: CpioWriter, host_key: Ed25519PrivateKey, client_key: paramiko.PKey) -> None:
     def keep(name: str) -> bool:
         return not any(fnmatch.fnmatch(name, pattern) for pattern in spec["leave_out"])
 
@@ -170,7 +182,7 @@ def _raw(key: Ed25519PrivateKey) -> tuple[bytes, bytes]:
 
 
 def _dropbear_key(key: Ed25519PrivateKey) -> bytes:
-    """A host key file as dropbear keeps it (dropbear src/ed25519.c, buf_put_ed25519_priv_key)."""
+    """The contents of dropbear's host key file (dropbear src/ed25519.c, buf_put_ed25519_priv_key)."""
     private, public = _raw(key)
     return _string(b"ssh-ed25519") + _string(private + public)
 

@@ -1,4 +1,4 @@
-"""What a running kernel says of itself: its log, its configuration, and whether it checks itself."""
+"""A running kernel's log and configuration, and whether its own debugging checks are active."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from arm_kvm.host.host import Host
 
 
 def kernel_log(host: Host) -> str:
-    """The kernel's log as dmesg prints it, since boot."""
+    """The kernel's log since boot, as dmesg prints it."""
     return host.ssh.run("dmesg")
 
 
@@ -23,10 +23,10 @@ def command_line(host: Host) -> list[str]:
 
 
 def unchecked_caches(host: Host) -> list[str]:
-    """The files of /sys/kernel/slab that say of a kmalloc cache: its objects are not poisoned, or not checked."""
+    """The files of /sys/kernel/slab that show a kmalloc cache whose objects are not poisoned, or not checked."""
     return host.ssh.run("cd /sys/kernel/slab; grep -L 1 kmalloc-*/poison kmalloc-*/sanity_checks", check=False).split()
 
 
 def lock_checking(host: Host) -> bool:
-    """Whether lockdep is at work: it goes off with the first fault that it finds."""
+    """Whether lockdep is active: it turns itself off at the first fault that it finds."""
     return int(host.ssh.run("awk '/ debug_locks:/ {print $2}' /proc/lockdep_stats")) == 1

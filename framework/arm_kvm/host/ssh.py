@@ -1,4 +1,4 @@
-"""ssh to the host, by paramiko: commands, files, and the byte stream the agent speaks on."""
+"""ssh to the host, with paramiko: commands, files, and the channels of agents."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _USER = "root"
 _BANNER_TIMEOUT = 10.0
 _RETRY = 0.05
 _SLICE = 0.2
-_CONSOLE_LAG = 0.2  #: seconds within which what the kernel said of it is on the console
-_OOPS_LAG = 3.0  #: the same for a command that a signal ended: an oops takes its time to be printed
+_CONSOLE_LAG = 0.2  #: seconds within which a message of the kernel reaches the console
+_OOPS_LAG = 3.0  #: the same after a command was killed by a signal: printing an oops takes longer
 _OPEN_TIMEOUT = 10.0
-#: What the host's dropbear and emulation like best: no compression, the cheapest strong algorithms.
+#: The cheapest strong cipher for an emulated CPU.
 _CIPHERS = ("aes128-ctr",)
 
 
 class Ssh:
-    """One connection, host key pinned. ``check`` is called while waiting, to raise if the machine is lost."""
+    """One connection, with the host key pinned. ``check`` is called while waiting, to raise if the machine is lost."""
 
     def __init__(self, transport: paramiko.Transport, check: Callable[[], None]) -> None:
         self._transport = transport
@@ -45,11 +45,11 @@ class Ssh:
                 time.sleep(_RETRY)
         raise SshUnreachable(
             f"the host does not answer on ssh (127.0.0.1:{port}) within {timeout:.0f} s: {last}",
-            remedy="see on the console whether dropbear started; raise timeouts.ssh in the host file if it is slow",
+            remedy="check on the console whether dropbear started; raise timeouts.ssh in the host file if it is slow",
         )
 
     def run(self, command: str, timeout: float = 30.0, *, check: bool = True) -> str:
-        """Run a shell command; its output. Raises SshUnreachable when it fails (unless not to ``check``) or hangs."""
+        """Run a shell command and return its output. Raises SshUnreachable if it fails (with ``check``) or hangs."""
         return self._execute(command if check else f"{command}; true", b"", timeout)
 
     def put(self, data: bytes, path: str, timeout: float = 30.0) -> None:
@@ -70,7 +70,7 @@ class Ssh:
         return output
 
     def _blame_the_kernel(self, patience: float) -> None:
-        """An oops kills the command that met it: raise what the console says of the machine within ``patience`` s."""
+        """Wait ``patience`` seconds for an oops on the console, which would explain the failure, and raise it."""
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             time.sleep(_CONSOLE_LAG)
@@ -78,7 +78,7 @@ class Ssh:
 
     @contextmanager
     def _bounded(self, command: str, timeout: float) -> Iterator[None]:
-        """End the connection when paramiko waits on after the deadline: some of its waits have none."""
+        """Close the connection some seconds after the deadline: some of paramiko's waits have no timeout."""
         watchdog = threading.Timer(timeout + 5.0, self._transport.close)
         watchdog.start()
         try:
@@ -90,7 +90,7 @@ class Ssh:
             watchdog.cancel()
 
     def _received(self, channel: paramiko.Channel, command: str, timeout: float) -> Iterator[bytes]:
-        """What the command prints, until it ends; in slices, so that a machine that is lost is noticed."""
+        """Yield what the command prints, until it ends; wait in slices, to notice a machine that is lost."""
         channel.settimeout(_SLICE)
         deadline = time.monotonic() + timeout
         while True:
@@ -130,8 +130,8 @@ def _handshake(port: int, client_key: Path, host_key: str, timeout: float) -> pa
         transport.start_client(timeout=timeout)
         if transport.get_remote_server_key().get_base64() != host_key:
             raise SshUnreachable(
-                "the host shows another ssh key than its root file system was made with",
-                remedy="something else listens on that port; start the host again",
+                "the host presents another ssh key than its root file system was made with",
+                remedy="another program may be listening on that port; start the host again",
             )
         transport.auth_publickey(_USER, paramiko.ECDSAKey.from_private_key_file(str(client_key)))
     except BaseException:
@@ -141,6 +141,6 @@ def _handshake(port: int, client_key: Path, host_key: str, timeout: float) -> pa
 
 
 def command_line(port: int, client_key: Path) -> str:
-    """The ssh command a person types to reach the host."""
+    """The ssh command line that opens a shell on the host."""
     options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     return f"ssh {options} -i {client_key} -p {port} {_USER}@127.0.0.1"

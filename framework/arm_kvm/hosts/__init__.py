@@ -1,1 +1,1 @@
-"""The hosts of a run: started when a test asks, made ahead where one will, replaced when they are lost."""
+"""The hosts of a run: started when a test needs them or in advance, and replaced when they are lost."""

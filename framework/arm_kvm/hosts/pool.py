@@ -1,6 +1,6 @@
-"""The hosts of one run: started when first asked for, replaced when lost, never retried when they do not boot.
+"""The hosts of one run: started when first needed, replaced when lost, and not retried when they fail to boot.
 
-Unless somebody killed their QEMU: that fails the test that asked for the host, and the next test has another.
+A QEMU that was killed is the exception: only the test that needed the host fails, and the next gets a new one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from arm_kvm.host import emulators, snapshots
 from arm_kvm.host.config import HostConfig
@@ -22,16 +23,17 @@ from arm_kvm.host.snapshots import Snapshot
 from arm_kvm.hosts.spares import SPARES, Spares
 from arm_kvm.machine.machine import Plugin
 from arm_kvm.support.errors import AgentError, LabError, MachineError, NoProbe, QemuKilled
-from arm_kvm.support.limits import told
+from arm_kvm.support.limits import lab_error
 from arm_kvm.support.progress import note
 
+T = TypeVar("T")
 MakePlugin = Callable[[HostConfig], Plugin]
 _ENTROPY = 64  #: bytes
-_TRUST = 2  #: restores of one kind of host in a row that may fail; then it boots
+_TRUST = 2  #: consecutive failures to restore a kind of host, after which it is booted every time
 
 
 class HostBroken(Exception):
-    """This host cannot be used in this run. ``cause`` is the first error met."""
+    """This host cannot be used in this run. ``cause`` is the first error."""
 
     def __init__(self, cause: LabError) -> None:
         super().__init__(str(cause))
@@ -40,7 +42,7 @@ class HostBroken(Exception):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who uses a host: all tests of the run, or those of the same name (a module, a mutant), or one ``alone``."""
+    """Which tests share a host: all of the run, those of one ``name`` (a module, a mutant), or one test ``alone``."""
 
     name: str = ""
     alone: bool = False
@@ -57,7 +59,7 @@ class _Live:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a test will ask for that has a host to itself, and what is done to the host before."""
+    """The host that a later test will need for itself; ``furnish`` prepares it."""
 
     owner: Owner
     name: str
@@ -66,10 +68,10 @@ class Expected:
 
 
 class Pool:
-    """Live hosts by name. ``kernels`` and ``qemus`` map a host's name (or "") to the ``--kernel`` and ``--qemu`` given.
+    """Live hosts by name.
 
-    ``worker`` is part of the names of folders for logs; with ``entropy`` restored hosts have
-    random numbers of their own.
+    ``kernels`` and ``qemus`` map a host's name, or "" for all others, to the values of ``--kernel`` and ``--qemu``.
+    ``worker`` is part of the names of log folders. With ``entropy`` each restored host gets random numbers of its own.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Pool:
     ) -> None:
         self.configs = {config.name: config for config in hosts}
         self.kept: list[Host] = []
-        self.told: set[str] = set()  #: hosts whose trouble a test has already shown in full
+        self.told: set[str] = set()  #: hosts whose failure a test has already reported in full
         self._overrides, self._qemus = kernels, qemus
         self.artifacts = artifacts
         self._worker = worker
@@ -99,8 +101,9 @@ class Pool:
         self._prepare: Callable[[Host], None] = lambda host: None
 
     def apart(self, name: str, why: str, prepare: Callable[[Host], None], kernel: Kernel | None = None) -> Pool:
-        """A pool of this host alone, for what its tests share with nobody: ``prepare``, done to it before the first,
-        and a kernel, if one is given. What is left of them is in a folder of its own (:meth:`folder_apart`).
+        """A separate pool of this one host, prepared by ``prepare`` whenever it is started.
+
+        With ``kernel`` the host runs that kernel. Logs go to :meth:`folder_apart`.
         """
         folder = self.folder_apart(name, why)
         other = Pool([self.configs[name]], self._overrides, self._qemus, folder, self._worker, self._entropy)
@@ -112,18 +115,19 @@ class Pool:
         return other
 
     def folder_apart(self, name: str, why: str) -> Path:
+        """The artifacts' folder of :meth:`apart`."""
         return self.artifacts / "mutants" / f"{name}-{why}"
 
     def override(self, name: str) -> str | None:
-        """The ``--kernel`` that was given for this host."""
+        """The value of ``--kernel`` for this host, if any."""
         return self._overrides.get(name, self._overrides.get(""))
 
     def qemu(self, name: str) -> str | None:
-        """The ``--qemu`` that was given for this host."""
+        """The value of ``--qemu`` for this host, if any."""
         return self._qemus.get(name, self._qemus.get(""))
 
     def fitted(self, name: str) -> HostConfig:
-        """The host on its QEMU, which is fetched on first use. Raises HostBroken."""
+        """The host with its QEMU, which is fetched on first use. Raises HostBroken."""
         if name not in self._fitted:
             self._fitted[name] = self._once(name, lambda: emulators.fitted(self.configs[name], self.qemu(name)))
         return self._fitted[name]
@@ -135,10 +139,10 @@ class Pool:
         return self._kernels[name]
 
     def host(self, name: str, owner: Owner = EVERYBODY, make_plugin: MakePlugin | None = None) -> Host:
-        """The live host of this name that is this owner's. Raises HostBroken, and what preparing it raises.
+        """The live host of this name for this owner, started if need be. Raises HostBroken, and what preparing raises.
 
-        With a plugin made for its QEMU, if one is asked for: a host that runs without is replaced by one with it, and
-        one with it serves those that want none, too.
+        ``make_plugin`` makes the plugin for its QEMU. A host without a plugin is replaced if one is needed; a host with
+        a plugin also serves tests that need none.
         """
         if name in self._broken:
             raise HostBroken(self._broken[name])
@@ -150,7 +154,7 @@ class Pool:
         return self._live[name].host
 
     def _usable(self, host: Host) -> Host:
-        """The host, with KVM in it if it should have it, and prepared; or none at all."""
+        """Check that the host has the KVM that its host file promises, and prepare it; end it if that fails."""
         try:
             if host.config.has_kvm:
                 self._once(host.config.name, host.require_kvm)
@@ -191,9 +195,9 @@ class Pool:
         return self._snapshot(name).restore(logs, plugin, entropy)
 
     def expect(self, coming: Iterable[Expected]) -> None:
-        """Tests to come have hosts of their own: restore and furnish them meanwhile, on CPUs that this one leaves idle.
+        """Restore and furnish hosts for coming tests in the background.
 
-        Where that fails, the test has a host restored when it asks for one, and meets the reason.
+        If that fails, the host is restored when its test asks for it, and the test fails with the reason.
         """
         possible = (test for test in coming if test.name in self._snapshots and test.name not in self._broken)
         self._spares.expect({test.owner.name: partial(self._furnished, test) for test in possible})
@@ -215,17 +219,17 @@ class Pool:
         return self._snapshots[name]
 
     def _logs(self, name: str, owner: Owner) -> Path:
-        """A folder for each machine; those of single tests share some, for a test's folder has its part of the logs."""
+        """A log folder for each machine. Hosts of single tests reuse a few, for each test keeps a copy of its logs."""
         number = next(self._starts)
         parts = [self._worker, f"{number:02}", name]
         if owner.alone:
             parts = [self._worker, name, f"alone{number % (SPARES + 2)}"]
         return self.artifacts / "hosts" / "-".join(filter(None, parts))
 
-    def _once(self, name: str, action):
-        """Do it, unless something failed for this host before; keep the first error that is the host's own.
+    def _once(self, name: str, action: Callable[[], T]) -> T:
+        """Run ``action``, unless the host is broken; if it fails, the host is broken from then on. Raises HostBroken.
 
-        A QEMU that somebody killed is not, nor a probe that cannot be had: without one, the host is as good as ever.
+        A killed QEMU does not break the host, nor does a missing probe, without which the host still works.
         """
         if name in self._broken:
             raise HostBroken(self._broken[name])
@@ -237,15 +241,15 @@ class Pool:
             self._broken[name] = e
             raise HostBroken(e) from e
         except (OSError, MemoryError) as e:
-            self._broken[name] = told(e, self.artifacts)
+            self._broken[name] = lab_error(e, self.artifacts)
             raise HostBroken(self._broken[name]) from e
 
     def holds(self, host: Host) -> bool:
-        """Whether the host is in use; not so once the pool is closed, or has ended or kept it."""
+        """Whether the host is in use: not once the pool has ended it, kept it, or been closed."""
         return any(live.host is host for live in self._live.values())
 
     def done(self, host: Host) -> None:
-        """A test is done with this host. It ends if nobody shares it."""
+        """Called when a test is done with this host: end it if the test had it alone."""
         if self._live[host.config.name].owner.alone:
             del self._live[host.config.name]
             self._spares.end(host)
@@ -256,7 +260,7 @@ class Pool:
             live.host.shutdown()
 
     def keep(self, name: str) -> Host | None:
-        """Take the host out of the run and leave its machine as it is, with the gdbstub free."""
+        """Take the host out of the run but leave its machine running, with the gdbstub free."""
         if (live := self._live.pop(name, None)) is None:
             return None
         live.host.machine.release_gdb()
@@ -269,6 +273,6 @@ class Pool:
         hosts = [*(live.host for live in self._live.values()), *self.kept]
         self._live.clear()
         self.kept.clear()
-        with ExitStack() as stack:  # every one is ended, whatever another says
+        with ExitStack() as stack:  # ends all, even if one raises
             for host in hosts:
                 stack.callback(host.shutdown)

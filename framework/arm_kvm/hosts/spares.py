@@ -1,4 +1,4 @@
-"""Hosts that are made before anybody asks for them, and ended when nobody waits, on a CPU that would be idle."""
+"""Make hosts before the tests that need them, and end hosts after use, in a background thread."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from arm_kvm.host.host import Host
 from arm_kvm.support.errors import LabError, SetupError
 
-SPARES = 16  #: hosts at most; each takes some 40 MB of its own, and next to no CPU while it waits
-LEAST = 1 << 30  #: bytes of memory that must be left on this machine; with less, none is made ahead
-#: Seconds after which a thread that computes lets another: whoever waits for a machine's answer should have it soon.
+SPARES = 16  #: hosts at most; each uses some 40 MB of its own, and almost no CPU while it is idle
+LEAST = 1 << 30  #: bytes of memory that must be available on this machine for a spare to be made
+#: Interpreter switch interval in seconds: the test that waits for a machine's answer must not wait for this thread.
 _TURN = 0.0005
 
 
 class Spares:
-    """Hosts by the name of whoever will want one. They are made one after another."""
+    """Hosts by the name of the owner that will need them. They are made one after another."""
 
     def __init__(self, least: int = LEAST) -> None:
         self._least = least
@@ -27,7 +27,7 @@ class Spares:
         self._coming: dict[str, Future[Host]] = {}
 
     def expect(self, makes: dict[str, Callable[[], Host]]) -> None:
-        """Have these hosts made, the first of them first. Those made for others end."""
+        """Make these hosts in this order, and end the spares of all other owners."""
         for name in self._coming.keys() - makes.keys():
             if not (coming := self._coming.pop(name)).cancel():
                 self._maker.submit(_end, coming)
@@ -42,34 +42,34 @@ class Spares:
         return make()
 
     def take(self, name: str) -> Host | None:
-        """The host made for this one, when it is there; None if there is none, it is dead, or making it failed."""
+        """The host made for this owner, waited for if need be; None if there is none, it died, or making it failed."""
         if (coming := self._coming.pop(name, None)) is None:
             return None
-        with suppress(LabError):  # whoever makes another meets the reason
+        with suppress(LabError):  # the caller then starts a host itself, and fails with the reason
             if (host := coming.result()).machine.alive:
                 return host
             self.end(host)
         return None
 
     def end(self, host: Host) -> None:
-        """End a host that nobody needs any more."""
+        """End a host that is no longer needed, in the background."""
         self._maker.submit(host.shutdown)
 
     def close(self) -> None:
-        """End all that nobody took, and wait for all that end."""
+        """End the spares that were not taken, and wait until all hosts have ended."""
         self.expect({})
         self._maker.shutdown()
 
 
 def _memory_left() -> int:
-    """Bytes that programs on this machine can still have (MemAvailable: Documentation/filesystems/proc.rst).
+    """Bytes of memory available on this machine (MemAvailable, Documentation/filesystems/proc.rst).
 
-    What a container's own limit leaves is not looked at.
+    A container's own limit is not taken into account.
     """
-    found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    return int(found[1]) << 10
+    found = re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return int(found[0]) << 10
 
 
 def _end(coming: Future[Host]) -> None:
-    with suppress(Exception):  # it was for nobody
+    with suppress(Exception):  # its owner no longer needs it
         coming.result().shutdown()

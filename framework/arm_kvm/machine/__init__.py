@@ -1,4 +1,4 @@
 """The emulated board, seen from outside: QEMU's process, RAM, registers, console, QMP.
 
-Knows of Linux only the words in which a kernel on the console says that it is lost.
+All it knows of Linux is how a kernel reports on the console that it has panicked, oopsed or locked up.
 """

@@ -1,7 +1,6 @@
-"""The serial console: every line into a log, and the lines that mean the host is lost recognised.
+"""The serial console: logs every line and recognises those that mean the host is lost.
 
-Nobody types here but a person (``arm-kvm boot``): the lab reads the kernel's own words and talks to
-the host over ssh. Reading is pexpect's; classifying a line is one table.
+The lab only reads it, and talks to the host over ssh and the agent's port; a person may type here (``arm-kvm boot``).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from pexpect.fdpexpect import fdspawn
 
 from arm_kvm.machine.pump import Pump
 from arm_kvm.support.errors import HostError, HostLockup, HostOops, HostPanic, LabError
-from arm_kvm.support.limits import told
+from arm_kvm.support.limits import lab_error
 
-#: What a line on the console means, most severe first. Linux 3.9 to 6.12 print these words:
+#: Console line -> error and meaning, in the order they are tried. Linux 3.9 to 6.12 print them from
 #: kernel/panic.c, arch/arm*/kernel/traps.c, kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/.
 FATAL: tuple[tuple[re.Pattern[str], type[HostError], str], ...] = (
     (re.compile(r"Kernel panic - not syncing"), HostPanic, "the host's kernel panicked"),
@@ -37,26 +36,28 @@ FATAL: tuple[tuple[re.Pattern[str], type[HostError], str], ...] = (
     (re.compile(r"HYP panic"), HostPanic, "the hypervisor panicked"),
 )
 _TAIL_LINES = 40
-#: An oops is worth its trace: read on this long after the first line, in seconds.
+#: Seconds to read on after the first fatal line, for the register dump and backtrace.
 _AFTERMATH = 0.3
 
 
 class Console:
-    """Lines of the host's console, in ``log`` as they come; ``tail()`` is what an error shows."""
+    """The host's console. Its output goes to ``log`` as it arrives; errors show :meth:`tail`."""
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
         self._pump = Pump(sock, log)
         self._sock = sock = self._pump.end
         self._spawn = fdspawn(sock, encoding="utf-8", codec_errors="replace", timeout=0)
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._polled: deque[str] = deque(maxlen=_TAIL_LINES)  # and not yet given by lines()
+        self._polled: deque[str] = deque(maxlen=_TAIL_LINES)  # read by poll(), not yet yielded by lines()
         self.log = log
         self.lines_seen = 0
         self.ended = False
-        self.failure: LabError | None = None  #: why the machine is of no use: the host's end, or no disk for its log
+        self.failure: LabError | None = (
+            None  #: why the machine is unusable: the host crashed, or the log's disk is full
+        )
 
     def _read_line(self, timeout: float) -> str | None:
-        """One line as pexpect delivers it, classified and remembered; None when none came in time."""
+        """Read and classify one line; None when none arrived in time, or the console has ended."""
         try:
             self._spawn.expect_exact("\n", timeout=max(timeout, 0))
         except pexpect.TIMEOUT:
@@ -64,16 +65,16 @@ class Console:
         except (pexpect.EOF, OSError):
             self.ended = True
             return None
-        line = self._spawn.before.rstrip("\r")
+        line = (self._spawn.before or "").rstrip("\r")
         self._lines.append(line)
         self.lines_seen += 1
         self._classify(line)
         return line
 
     def _next_line(self, timeout: float) -> str | None:
-        """Like :meth:`_read_line`, and at the first fatal line takes in what the kernel says after it."""
+        """Like :meth:`_read_line`; after the first fatal line, also read what the kernel prints next."""
         if self._pump.refusal is not None and self.failure is None:
-            self.failure = told(self._pump.refusal, self.log)
+            self.failure = lab_error(self._pump.refusal, self.log)
         if self.ended or self.failure is not None:
             return None
         line = self._read_line(timeout)
@@ -92,9 +93,9 @@ class Console:
                 return
 
     def lines(self, timeout: float) -> Iterator[str]:
-        """Lines as they come, until ``timeout`` seconds brought none or the host is lost.
+        """Yield lines as they arrive, until none came for ``timeout`` seconds or the host is lost.
 
-        What :meth:`poll` has taken in comes first: whoever waits for a line looks after the machine now and then.
+        Lines that :meth:`poll` has read come first: a boot polls the machine while it waits for a line.
         """
         while self._polled:
             yield self._polled.popleft()
@@ -102,15 +103,16 @@ class Console:
             yield line
 
     def poll(self) -> None:
-        """Take in what has arrived, without waiting. Sets :attr:`failure`."""
+        """Read what has arrived, without waiting. Sets :attr:`failure`."""
         while (line := self._next_line(0)) is not None:
             self._polled.append(line)
 
     def take_over(self) -> socket.socket:
-        """The console's own socket, for a person; the lab reads no further."""
+        """Return the console's socket for a person to use; the lab must not read from it afterwards."""
         return self._sock
 
     def tail(self) -> str:
+        """The last lines, and what has arrived of the next."""
         rest = self._spawn.buffer if isinstance(self._spawn.buffer, str) else ""
         return "\n".join([*self._lines, *([rest] if rest.strip() else [])])
 

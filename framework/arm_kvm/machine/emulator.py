@@ -1,6 +1,6 @@
-"""The QEMU that makes a board: which program, what starts it, and which version it is.
+"""A QEMU program: its name, the command that starts it, and its version.
 
-A host file names the program; where it comes from is chosen like a kernel (:mod:`arm_kvm.host.emulators`).
+A host file names the program; :mod:`arm_kvm.host.emulators` chooses where it comes from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from arm_kvm.support.errors import LabError, SetupError
-from arm_kvm.support.programs import run, words
+from arm_kvm.support.programs import run
 
 _PATIENCE = 20.0  #: seconds
 
@@ -21,9 +21,9 @@ _PATIENCE = 20.0  #: seconds
 class Emulator:
     """One QEMU program.
 
-    ``program``: its name, such as ``qemu-system-aarch64``, which says what boards it has. ``command``: what starts it,
-    the program last; before it stands the dynamic loader of another Debian suite, where the program comes from one.
-    ``source``: where it comes from, as ``--qemu`` says it; "" for the one installed on this machine.
+    ``program``: its name, such as ``qemu-system-aarch64``, which determines the boards it has. ``command``: the words
+    that start it, the program last, preceded by its own dynamic loader where it comes from another Debian suite.
+    ``source``: the value of ``--qemu`` that selects it; "" for the one installed on this machine.
     """
 
     program: str
@@ -32,17 +32,17 @@ class Emulator:
 
     @classmethod
     def installed(cls, program: str) -> Emulator:
-        """The one that PATH finds."""
+        """The program of this name in PATH."""
         return cls(program, (program,))
 
     @property
     def version(self) -> tuple[int, ...]:
-        """(7, 2, 22). Raises SetupError: it is not installed, or is no QEMU."""
+        """The release, such as (7, 2, 22). Raises SetupError if it is not installed or not a QEMU."""
         return _version(self.command)
 
     @property
     def name(self) -> str:
-        """``QEMU 10.0.13 (deb:trixie)``, or a word on why it cannot be said."""
+        """A name such as ``QEMU 10.0.13 (deb:trixie)``, or the reason why the version is not known."""
         try:
             release = "QEMU " + ".".join(map(str, self.version))
         except LabError as e:
@@ -50,29 +50,29 @@ class Emulator:
         return f"{release} ({self.source})" if self.source else release
 
     @property
-    def identity(self) -> list:
-        """What distinguishes this build from every other one on this machine. Raises SetupError."""
+    def identity(self) -> list[str | int]:
+        """What distinguishes this build from any other on this machine. Raises SetupError."""
         path = shutil.which(self.command[-1])
         status = Path(path).stat() if path else None
-        return [self.program, _says(self.command), *((status.st_size, status.st_mtime_ns) if status else ())]
+        return [self.program, _version_line(self.command), *((status.st_size, status.st_mtime_ns) if status else ())]
 
 
 @cache
-def _says(command: tuple[str, ...]) -> str:
+def _version_line(command: tuple[str, ...]) -> str:
     """The first line of ``--version``. Raises SetupError, LimitReached."""
-    said = run([*command, "--version"], patience=_PATIENCE)
-    if said.returncode or not said.stdout.startswith("QEMU emulator version"):
+    done = run([*command, "--version"], patience=_PATIENCE)
+    if done.returncode or not done.stdout.startswith("QEMU emulator version"):
         raise SetupError(
-            f"{command[-1]} is not a QEMU that runs here",
+            f"{command[-1]} is not a QEMU that runs on this machine",
             remedy="choose another one with --qemu",
-            evidence=words(said) or said.stdout.strip(),
+            evidence=done.stderr.strip() or done.stdout.strip(),
         )
-    return said.stdout.splitlines()[0]
+    return done.stdout.splitlines()[0]
 
 
 @cache
 def _version(command: tuple[str, ...]) -> tuple[int, ...]:
-    found = re.search(r"version (\d+(?:\.\d+)*)", _says(command))
+    found = re.search(r"version (\d+(?:\.\d+)*)", _version_line(command))
     if not found:
-        raise SetupError(f"{command[-1]} does not say its version: {_says(command)}")
+        raise SetupError(f"{command[-1]} prints no version number: {_version_line(command)}")
     return tuple(map(int, found[1].split(".")))

@@ -1,8 +1,8 @@
-"""The lab's window on the CPUs: QEMU's gdbstub, as far as a judge needs it.
+"""A client of QEMU's gdbstub, through which the lab controls the CPUs.
 
-Interrupt, read and write registers by name, write physical memory, break at instructions, step, continue. Interrupt and
-continue go through this one connection and never through QMP: every stop that gdbstub did not ask for sends an
-unsolicited packet, and one packet left in the stream shifts every later answer.
+It interrupts and continues the machine, reads and writes registers by name, writes physical memory, sets breakpoints,
+and steps. The machine is stopped and continued through this connection only, never through QMP: every stop that the
+gdbstub's client did not ask for sends an unsolicited packet, and a packet left in the stream shifts every later answer.
 
 Protocol: GDB manual, appendix E (remote serial protocol); QEMU 7.2 gdbstub.c.
 """
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from arm_kvm.support import interrupt
@@ -33,12 +34,12 @@ class Gdb:
         self._stream = b""
         self._thread = ""
         self._registers: dict[str, tuple[int, int]] = {}
-        self._lock = threading.RLock()  # a thread that serves breakpoints, beside the one that pauses
-        self._held: set[int] = set()  # CPUs that stand still while the machine runs
+        self._lock = threading.RLock()  # between the thread that pauses and one that serves breakpoints
+        self._held: set[int] = set()  # CPUs that stay stopped while the machine runs
         self.stopped = True  # QEMU stops the machine when a debugger connects
         self._send("qSupported:multiprocess+;vContSupported+")
         while not self._receive().startswith("PacketSize"):
-            pass  # the stop packet of a machine that ran until now
+            pass  # the stop packet of a machine that was running
         self._ask("Qqemu.PhyMemMode:1")
         self.threads = self._list_threads()
 
@@ -59,7 +60,7 @@ class Gdb:
             try:
                 more = self._sock.recv(65536)
             except TimeoutError as e:
-                self._sock.close()  # a late answer would be taken for the next one
+                self._sock.close()  # a late answer would be mistaken for the next one
                 raise MachineError("gdbstub did not answer in time") from e
             except OSError as e:
                 raise QemuDied(f"gdbstub is gone: {e}") from e
@@ -101,23 +102,23 @@ class Gdb:
             self.stopped = True
 
     def resume(self) -> None:
-        """Let all CPUs run, but those that are held."""
+        """Let all CPUs run, except those that are held."""
         if self.stopped:
             going = (f";c:{thread}" for cpu, thread in enumerate(self.threads) if cpu not in self._held)
             self._send("vCont" + ("".join(going) if self._held else ";c"))
             self.stopped = False
 
     def hold(self, cpu: int) -> None:
-        """Leave this CPU where it is when the machine goes on. The machine must be stopped."""
+        """Keep this CPU stopped when the machine is resumed. The machine must be stopped."""
         self._held.add(cpu)
 
     def let_go(self, cpu: int) -> None:
-        """The reverse of :meth:`hold`."""
+        """Undo :meth:`hold`."""
         self._held.discard(cpu)
 
     @contextmanager
-    def pause(self):
-        """The machine is stopped within the block, and runs after it if it ran before."""
+    def pause(self) -> Iterator[Gdb]:
+        """Stop the machine within the block, and resume it afterwards if it was running."""
         with self._lock:
             ran = not self.stopped
             self.interrupt()
@@ -130,29 +131,30 @@ class Gdb:
     # -- breakpoints -----------------------------------------------------------------------------------
 
     def insert_breakpoint(self, va: int) -> None:
-        """Stop any CPU that is about to execute the instruction at ``va``. The machine must be stopped."""
+        """Stop the machine when a CPU is about to execute the instruction at ``va``. The machine must be stopped."""
         self._breakpoint("Z0", va)
 
     def remove_breakpoint(self, va: int) -> None:
-        """The reverse of :meth:`insert_breakpoint`."""
+        """Undo :meth:`insert_breakpoint`."""
         self._breakpoint("z0", va)
 
     def _breakpoint(self, packet: str, va: int) -> None:
         answer = self._ask(f"{packet},{va:x},4")
         if answer != "OK":
-            raise MachineError(f"gdbstub does not take a breakpoint at {va:#x}: {answer or 'refused'}")
+            raise MachineError(f"gdbstub rejects the breakpoint at {va:#x}: {answer or 'not supported'}")
 
     @contextmanager
-    def stopped_at_breakpoint(self, timeout: float):
-        """Within the block the machine stands at a breakpoint, on the CPU given; after it, it runs.
+    def stopped_at_breakpoint(self, timeout: float) -> Iterator[int | None]:
+        """Wait for a CPU to hit a breakpoint; the machine is stopped there within the block and resumed after it.
 
-        None when no CPU came to one within ``timeout`` seconds: then it runs all the time. An interrupt may have
-        been faster: the CPU then stops again as soon as the machine goes on.
+        Yields the CPU, or None, with the machine running, when none was hit within ``timeout`` seconds. If another
+        thread interrupts the machine first, the CPU hits the breakpoint again as soon as the machine is resumed.
         """
-        deadline, cpu = time.monotonic() + timeout, None
+        deadline = time.monotonic() + timeout
+        cpu: int | None = None
         while cpu is None and (left := deadline - time.monotonic()) > 0:
             ready, _, _ = select.select([self._sock], [], [], left)
-            with self._lock:  # what was ready may be an acknowledgement only, or be gone: somebody paused
+            with self._lock:  # an acknowledgement may be all there was, or another thread's pause has read the packet
                 cpu = self._stop_reported() if ready and not self.stopped else None
                 self.stopped |= cpu is not None
         with self._lock:
@@ -163,7 +165,7 @@ class Gdb:
                     self.resume()
 
     def _stop_reported(self) -> int | None:
-        """The CPU whose stop packet is in the stream; acknowledgements alone are none."""
+        """The CPU whose stop packet is in the stream; None if there are only acknowledgements."""
         while select.select([self._sock], [], [], 0)[0]:
             more = self._sock.recv(65536)
             if not more:
@@ -179,14 +181,14 @@ class Gdb:
         return self.threads.index(found[1]) if found and found[1] in self.threads else 0
 
     def step(self, cpu: int) -> None:
-        """Execute one instruction on ``cpu``, the others standing still. The machine must be stopped."""
+        """Execute one instruction on ``cpu`` while the others stay stopped. The machine must be stopped."""
         self._ask(f"vCont;s:{self.threads[cpu]}")
-        self._thread = ""  # QEMU has chosen the thread that stopped
+        self._thread = ""  # QEMU has selected the thread that stopped
 
     # -- registers and memory; the machine must be stopped ------------------------------------------
 
     def _numbers(self) -> dict[str, tuple[int, int]]:
-        """Register name -> (number, bits), from the target description, numbered as gdb does."""
+        """Register name -> (number, bits), from the target description, numbered as gdb numbers them."""
         if not self._registers:
             number = 0
             names = re.findall(rb'xi:include href="([^"]+)"', self._annex("target.xml"))
@@ -198,10 +200,11 @@ class Gdb:
         return self._registers
 
     def has(self, register: str) -> bool:
+        """Whether QEMU's target description has a register of this name."""
         return register in self._numbers()
 
     def read(self, cpu: int, *registers: str) -> list[int]:
-        """Values of the named registers on CPU number ``cpu``. KeyError for a name QEMU does not have."""
+        """Read the named registers of CPU number ``cpu``. Raises KeyError for a name that QEMU does not have."""
         if self._thread != self.threads[cpu]:
             self._ask(f"Hg{self.threads[cpu]}")
             self._thread = self.threads[cpu]
@@ -209,31 +212,31 @@ class Gdb:
         for name in registers:
             answer = self._ask(f"p{self._numbers()[name][0]:x}")
             if answer.startswith("E"):
-                raise MachineError(f"gdbstub does not read {name}: {answer}")
+                raise MachineError(f"gdbstub cannot read {name}: {answer}")
             values.append(int.from_bytes(bytes.fromhex(answer), "little"))
         return values
 
     def write(self, cpu: int, register: str, value: int) -> None:
-        """Write a general register. KeyError for a name QEMU does not have."""
+        """Write a general register. Raises KeyError for a name that QEMU does not have."""
         self.read(cpu, register)  # selects the CPU
         number, bits = self._numbers()[register]
         answer = self._ask(f"P{number:x}={value.to_bytes(bits // 8, 'little').hex()}")
         if answer != "OK":
-            raise MachineError(f"gdbstub does not write {register}: {answer or 'refused'}")
+            raise MachineError(f"gdbstub cannot write {register}: {answer or 'not supported'}")
 
     def write_memory(self, pa: int, data: bytes) -> None:
-        """Write guest-visible physical memory. Translated code at that place is thrown away by QEMU."""
+        """Write the board's physical memory. QEMU invalidates code that it has translated from there."""
         answer = self._ask(f"M{pa:x},{len(data):x}:{data.hex()}")
         if answer != "OK":
-            raise MachineError(f"gdbstub does not write {len(data)} bytes at {pa:#x}: {answer or 'refused'}")
+            raise MachineError(f"gdbstub cannot write {len(data)} bytes at {pa:#x}: {answer or 'not supported'}")
 
     def close(self) -> None:
-        """Hang up, with the machine running."""
+        """Detach, which resumes the machine, and disconnect."""
         if self.stopped:
-            self._ask("D")  # detach, which continues
+            self._ask("D")
             self.stopped = False
         self._sock.close()
 
     def abandon(self) -> None:
-        """Let go of a machine that is gone."""
+        """Close the connection to a machine that is gone."""
         self._sock.close()

@@ -1,7 +1,7 @@
-"""A CPU that is held at an instruction of the kernel while the others go on: a race becomes a deterministic test.
+"""Hold one CPU at an instruction of the kernel while the others run, which makes a race a deterministic test.
 
-A breakpoint of the gdbstub stops the machine where some CPU executes the instruction. If it is the CPU that is waited
-for, all others are resumed without it (vCont with threads named: QEMU, gdbstub.c gdb_continue_partial, 7.2 to 11.1).
+A breakpoint of the gdbstub stops the machine when a CPU is about to execute the instruction. If it is the CPU to be
+held, the others are resumed without it (vCont with threads named: QEMU, gdbstub.c gdb_continue_partial, 7.2 to 11.1).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _POLL = 0.05
 
 
 class Hold:
-    """Holds ``cpu`` when it comes to the instruction at ``va``; for ``seconds`` at most, then it goes on by itself.
+    """Holds ``cpu`` when it reaches the instruction at ``va``, and releases it after at most ``seconds``.
 
-    Armed when it is made. While a CPU stands still, what waits for it waits too: an IPI that is to be answered, a grace
-    period of RCU, any lock it has.
+    Armed on construction. While the CPU is held, everything that waits for it waits too: IPIs to be acknowledged, an
+    RCU grace period, any lock it holds.
     """
 
     def __init__(self, gdb: Gdb, va: int, cpu: int, name: str, seconds: float) -> None:
@@ -32,23 +32,23 @@ class Hold:
         self._thread.start()
 
     def wait(self, seconds: float = 10.0) -> None:
-        """Return when the CPU stands there. Raises HoldFailed when it does not come within so many seconds."""
+        """Wait until the CPU is held. Raises HoldFailed if it does not get there within ``seconds``."""
         deadline = time.monotonic() + seconds
         while not self._there.wait(_POLL):
             self._raise_failure()
             if time.monotonic() > deadline:
                 raise HoldFailed(
-                    f"CPU {self._cpu} did not come to {self._name} within {seconds:.0f} s",
-                    remedy="does what it runs reach that function on this kernel?",
+                    f"CPU {self._cpu} did not reach {self._name} within {seconds:.0f} s",
+                    remedy="check that what it runs calls that function on this kernel",
                 )
 
     @property
     def reached(self) -> bool:
-        """Whether the CPU came there."""
+        """Whether the CPU has reached the instruction."""
         return self._there.is_set()
 
     def release(self) -> None:
-        """Let the CPU go on. Raises HoldFailed when it had gone on by itself before: it was held for too long."""
+        """Let the CPU run on. Raises HoldFailed if it was released before because its time had run out."""
         self._over.set()
         self._thread.join()
         self._raise_failure()
@@ -65,7 +65,7 @@ class Hold:
             if self._there.is_set() and not self._over.wait(self._seconds):
                 self._failure = HoldFailed(
                     f"CPU {self._cpu} was held at {self._name} for {self._seconds:.0f} s and had to be let go",
-                    remedy="what the test does meanwhile may wait for this CPU",
+                    remedy="check whether what the test does meanwhile waits for this CPU",
                 )
             with self._gdb.pause():
                 if self._there.is_set():

@@ -1,7 +1,7 @@
-"""Whatever QEMU writes to the console is taken at once, whether anybody reads it or not.
+"""Drain QEMU's console at once, whether or not the lab is reading it.
 
-The board's serial port sends single bytes, of which a socket takes some 280; then QEMU waits, its lock held, and the
-whole board stands still (seen when the kernel printed an OOM report while the lab waited for ssh).
+The board's serial port sends single bytes, of which a socket buffers some 280. Then QEMU blocks with its lock held,
+which stops the whole board (seen when the kernel printed an OOM report while the lab waited for ssh).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 
 _CHUNK = 1 << 16
-_FAREWELL = 1.0
+_FAREWELL = 1.0  #: seconds for the reader to take what is left when QEMU has closed the console
 
 
 class Pump(threading.Thread):
-    """Copies both ways between ``sock`` and :attr:`end`, of which the latter may be read as late as one likes.
+    """Copies both ways between ``sock`` and :attr:`end`; the latter may be read at any later time.
 
-    What QEMU says goes into the file ``log`` at once: it is there, too, when this process is killed.
+    Console output is written to ``log`` at once, so that it survives a kill of this process.
     """
 
     def __init__(self, sock: socket.socket, log: Path) -> None:
         super().__init__(name="console", daemon=True)
         self._sock = sock
         self._log = log.open("wb", buffering=0)
-        self.refusal: OSError | None = None  #: of the disk under the log
+        self.refusal: OSError | None = None  #: why the log could not be written
         self._inner, self.end = socket.socketpair()
         self._inner.setblocking(False)
         self.start()
@@ -40,7 +40,7 @@ class Pump(threading.Thread):
             self._inner.sendall(waiting)
 
     def _turn(self, waiting: bytearray) -> bool:
-        """Move what can be moved; False when either side is gone."""
+        """Copy what can be copied now; False when either side has closed."""
         readable, writable, _ = select.select([self._sock, self._inner], [self._inner] if waiting else [], [])
         if self._sock in readable:
             if not (data := self._sock.recv(_CHUNK)):

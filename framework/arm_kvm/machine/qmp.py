@@ -1,4 +1,4 @@
-"""QMP of one machine, and what is said on it in a file."""
+"""The QMP connection of one machine, with a log of its own."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-#: What QMP raises when the machine refuses, or is gone.
+#: What QMP raises when QEMU rejects a command or is gone.
 FAILURES = (QMPError, OSError, EOFError)
 
 
 class _Log(logging.FileHandler):
-    """What cannot be written down is not: whoever collects the logs of a full disk says so."""
+    """Ignores errors of writing; a full disk is reported when the logs are collected."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class Qmp:
-    """Connected while it exists; it keeps ``log`` of its own under the machine's name.
+    """A connected QMP session, logged to ``log`` through loggers named after the machine.
 
-    Commands of several threads take turns: the protocol's event loop runs one at a time.
+    Threads take turns: the protocol's event loop runs one command at a time.
     """
 
     def __init__(self, sock: socket.socket, name: str, log: Path, timeout: float) -> None:
-        """Raises one of :data:`FAILURES` when QEMU does not say hello within ``timeout`` seconds."""
+        """Connect. Raises one of :data:`FAILURES` when QEMU sends no greeting within ``timeout`` seconds."""
         self._handler = _Log(log, mode="w")
         self._loggers = [logging.getLogger(f"qemu.qmp.{part}.{name}") for part in ("protocol", "qmp_client")]
         for logger in self._loggers:
             logger.setLevel(logging.DEBUG)
             logger.propagate = False
             logger.addHandler(self._handler)
-        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
-        # another is ended in another.
+        # The protocol uses its thread's event loop. With a loop for each connection, one thread can start a machine
+        # while another ends one.
         self._loop = asyncio.new_event_loop()
         self._turn, self._closed = threading.RLock(), False
         asyncio.set_event_loop(self._loop)
@@ -50,23 +51,23 @@ class Qmp:
             self.close()
             raise
 
-    def __call__(self, command: str, **arguments: object) -> object:
-        """Execute a command and return its result. Raises one of :data:`FAILURES`."""
+    def __call__(self, command: str, **arguments: object) -> Any:
+        """Execute a command and return its result, decoded JSON. Raises one of :data:`FAILURES`."""
         with self._turn:
             if self._closed:  # while this thread waited for its turn
                 raise EOFError("the connection is closed")
             return self._protocol.cmd(command, **arguments)
 
     def give(self, fd: int, name: str) -> None:
-        """Let QEMU have a copy of a descriptor under this name. Raises one of :data:`FAILURES`."""
+        """Pass QEMU a duplicate of the descriptor under this name. Raises one of :data:`FAILURES`."""
         with self._turn:
             self._protocol.send_fd_scm(fd)
             self("getfd", fdname=name)
 
     def drain(self) -> None:
-        """Read the events that have come, and forget them. Raises one of :data:`FAILURES`.
+        """Read the pending events and discard them. Raises one of :data:`FAILURES`.
 
-        They are read with the next command otherwise, however many: after some 95,000 stops that took 20 s.
+        Otherwise the next command reads them all, which took 20 s after some 95,000 stops.
         """
         with self._turn:
             self("query-status")
@@ -74,7 +75,7 @@ class Qmp:
 
     def close(self) -> None:
         with self._turn:
-            # The peer may be gone, which is what is wanted; and what Ctrl-C has interrupted may not be closed at all.
+            # QEMU is usually gone by now, and a connection that Ctrl-C interrupted may not close cleanly.
             self._loop.set_exception_handler(lambda loop, context: None)
             with suppress(*FAILURES, RuntimeError):
                 self._protocol.close()

@@ -1,7 +1,7 @@
-"""A stopped machine in files: its RAM, with holes, and what QEMU saves of its devices.
+"""A saved machine: a sparse file of its RAM, and the state of its devices as QEMU migrates it.
 
-Both have a checksum, made when they were written. What does not match it is not trusted: the check reads the whole of
-RAM once in the life of a lab process, which then keeps the file open.
+The checksums of both are taken when they are written. A lab process verifies them once, which reads all of RAM, and
+then keeps the files open.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from arm_kvm.machine.ram import chunks
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved machine: the files of its RAM and of its devices."""
+    """The files of a saved machine's RAM and devices."""
 
     ram: Path
     devices: Path
 
     @classmethod
     def at(cls, folder: Path) -> Saved:
+        """The files in this folder; they need not exist yet."""
         return cls(folder / "ram", folder / "devices")
 
     def held(self) -> Saved:
-        """The same files, which stay as long as this process, whoever removes them. Raises OSError."""
+        """Open the files, and return paths to them that stay valid in this process after removal. Raises OSError."""
         fds = (os.open(self.ram, os.O_RDWR | os.O_CLOEXEC), os.open(self.devices, os.O_RDONLY | os.O_CLOEXEC))
         return Saved(*(Path(f"/proc/{os.getpid()}/fd/{fd}") for fd in fds))
 
     @contextmanager
     def devices_pipe(self) -> Iterator[int]:
-        """The end of a pipe from which the state of the devices is read. Raises OSError: more than a pipe may hold."""
+        """Within the block, a pipe that holds the devices' state. Raises OSError if it is more than a pipe may hold."""
         state = self.devices.read_bytes()
         end, other = os.pipe()
         try:
@@ -47,12 +48,12 @@ class Saved:
             os.close(end)
 
     def write_ram(self, fd: int) -> None:
-        """Save RAM; zeros become holes."""
+        """Save the RAM in the file ``fd``; zeros become holes."""
         with self.ram.open("wb") as f:
             copy(fd, f.fileno())
 
     def checksums(self) -> dict[str, str]:
-        """Of both files, as they are now. Raises OSError."""
+        """Compute the checksums of both files. Raises OSError."""
         with self.ram.open("rb") as f:
             ram = hashlib.sha256(os.fstat(f.fileno()).st_size.to_bytes(8, "little"))
             for at, data in chunks(f.fileno()):
@@ -61,7 +62,7 @@ class Saved:
 
 
 def copy(source: int, target: int) -> None:
-    """Copy a file with its holes."""
+    """Copy a file, leaving holes where it is zero."""
     os.ftruncate(target, os.fstat(source).st_size)
     for at, data in chunks(source):
         os.pwrite(target, data, at)

@@ -15,7 +15,7 @@ from arm_kvm.pytest_plugin.failures import CausedFailure, Refused
 from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.support import interrupt
 from arm_kvm.support.errors import DiskFull, LimitReached
-from arm_kvm.support.limits import is_limit, told
+from arm_kvm.support.limits import is_limit, lab_error
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def _in_a_test(item: pytest.Item) -> Iterator[None]:
     except (Exception, pytest.fail.Exception) as e:
         cause = e.cause if isinstance(e, CausedFailure | HostBroken) else e
         if is_limit(e):
-            cause = told(e, item.config.stash[POOL].artifacts)
+            cause = lab_error(e, item.config.stash[POOL].artifacts)
         if isinstance(cause, DiskFull | LimitReached) and not isinstance(e, Refused):
             raise Refused(cause) from e
         raise
@@ -51,7 +51,7 @@ def pytest_sessionfinish(session: pytest.Session):
             raise
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
         if terminal := session.config.pluginmanager.getplugin("terminalreporter"):
-            terminal.write_line(f"\narm-kvm: a report cannot be written: {told(e, Path(report))}", red=True)
+            terminal.write_line(f"\narm-kvm: a report cannot be written: {lab_error(e, Path(report))}", red=True)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -61,6 +61,6 @@ def pytest_cmdline_main():
         return (yield)
     except OSError as e:
         with suppress(OSError):
-            print(f"arm-kvm: the run cannot go on: {told(e)}", file=sys.stderr, flush=True)
+            print(f"arm-kvm: the run cannot go on: {lab_error(e)}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it at its end
         return pytest.ExitCode.INTERNAL_ERROR

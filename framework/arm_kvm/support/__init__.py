@@ -1,1 +1,1 @@
-"""What every room stands on: errors and exit codes, paths, the cache, limits of this machine, programs, Ctrl-C."""
+"""What every room uses: errors and exit codes, paths, the cache, limits of this machine, programs, Ctrl-C."""

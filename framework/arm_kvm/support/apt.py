@@ -1,7 +1,7 @@
-"""Debian's archive, as this machine is configured to reach it, for other architectures and suites.
+"""Access to Debian's archive for other architectures and suites, through this machine's apt.
 
-Mirrors come from apt's own configuration and nowhere else. Foreign packages are looked up in a private
-apt state, so that nothing of this machine's package management changes and no root is needed.
+Mirrors are taken from apt's own configuration only. Foreign packages are looked up in a private apt state, so that
+this machine's package management stays unchanged and root is not needed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from arm_kvm.support.programs import run
 from arm_kvm.support.progress import note
 
 _TRIES = 3
-_PATIENCE = 900  #: seconds; apt waits for ever for a disk that is full
-_NO_ROOM = "enough free space"  #: what apt says before it downloads more than the disk has room for
-#: What apt says of a suite that the archive does not have (apt-pkg/acquire-item.cc).
+_PATIENCE = 900  #: seconds; on a full disk apt waits for ever
+_NO_ROOM = "enough free space"  #: part of apt's message when a download does not fit on the disk
+#: Part of apt's message about a suite that the archive does not have (apt-pkg/acquire-item.cc).
 _NO_SUCH_SUITE = "does not have a Release file"
 
 
@@ -36,10 +36,10 @@ class Archive:
 def archives() -> list[Archive]:
     """The Debian repositories with a main component in this machine's apt configuration. Raises SetupError."""
     if shutil.which("apt-get") is None:
-        raise SetupError("apt-get is not installed: Debian's packages cannot be had", remedy="use a Debian machine")
+        raise SetupError("apt-get is not installed: Debian's packages cannot be fetched", remedy="use a Debian machine")
     wanted = "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)|$(RELEASE)"
-    said = run(["apt-get", "indextargets", "--format", wanted, "Identifier: Packages"]).stdout
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
+    targets = run(["apt-get", "indextargets", "--format", wanted, "Identifier: Packages"]).stdout
+    rows = [line.split("|") for line in targets.splitlines() if line.count("|") == 3]
     found = [Archive(r[2], r[3]) for r in rows if r[1] == "main" and r[0] in ("Debian", "")]
     if not found:
         raise _no_archive({r[0] for r in rows})
@@ -51,7 +51,7 @@ def _no_archive(origins: set[str]) -> SetupError:
         return SetupError(
             f"apt on this machine has no Debian archive configured, only {', '.join(sorted(origins))}",
             remedy="add a source of Debian's main component (`man sources.list`), run `apt-get update`, "
-            "and see that debian-archive-keyring is installed",
+            "and check that debian-archive-keyring is installed",
         )
     return SetupError(
         "apt on this machine has no Debian archive configured, or has never read its index",
@@ -60,25 +60,25 @@ def _no_archive(origins: set[str]) -> SetupError:
 
 
 def main_archive() -> str:
-    """URI of the archive that carries whole suites, not updates or security only."""
+    """URI of the archive that has whole suites, not only updates or security. Raises SetupError."""
     plain = [a.uri for a in archives() if "-" not in a.suite]
     if not plain:
         raise SetupError("apt on this machine has only partial Debian suites configured")
     return plain[0]
 
 
-#: Suites that have neither updates nor a security archive: what is newer is in them.
+#: Suites that have neither updates nor a security archive.
 _ROLLING = ("sid", "unstable", "experimental")
-#: What belongs to a release beside its main suite, and is taken along where this machine has it for its own release.
+#: Suites beside a release's main one, used if this machine has them configured for its own release.
 _COMPANIONS = ("updates", "security")
 
 
 def source_lines(suite: str) -> list[list[str]]:
-    """apt source lines for ``suite``, the fullest set first: with updates and security, then without.
+    """Return sets of apt source lines for ``suite``: first with updates and security, then without.
 
-    ``suite`` may be a release or a part of one, such as trixie-backports, which needs its release. Where the updates of
-    another release are is derived from where this machine has those of its own. More than one set, because a mirror in
-    the middle of a sync must not stop a build.
+    ``suite`` may be a release or a part of one, such as trixie-backports, which needs its release. The archives of
+    another release's updates are derived from those that this machine uses for its own. The second set is for a mirror
+    in the middle of a sync, which must not stop a build. Raises SetupError.
     """
     main = main_archive()
     release = suite.partition("-")[0]
@@ -88,7 +88,7 @@ def source_lines(suite: str) -> list[list[str]]:
     extra = [f"deb {uri} {release}-{part} main" for uri, part in beside]
     extra = [line for line in extra if line not in base]
     if not beside and release not in _ROLLING:
-        note(f"apt on this machine has no updates or security archive configured: {suite} is taken without")
+        note(f"apt on this machine has no updates or security archive configured: {suite} is used without them")
     return [[*base, *extra], base] if extra else [base]
 
 
@@ -108,24 +108,24 @@ class PrivateApt:
             *("-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root"),
             *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
         ]
-        if "-" in suite:  # backports are taken only when they are asked for
+        if "-" in suite:  # apt prefers the release to its backports
             self._options += ["-o", f"APT::Default-Release={suite}"]
         self._update()
 
-    def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        """Raises DiskFull: apt says so, or waits for room."""
+    def _run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run an apt program. Raises DiskFull if apt reports a full disk or waits for space, NoArchive if it hangs."""
         try:
             done = run([arguments[0], *self._options, *arguments[1:]], cwd=cwd, patience=_PATIENCE)
         except Unending as e:
             if is_full(self._folder):
                 raise disk_full(self._folder, e.message) from e
-            raise NoArchive(e.message, remedy="see whether the archive is reachable") from e
+            raise NoArchive(e.message, remedy="check whether the archive is reachable") from e
         if done.returncode and _NO_ROOM in done.stderr:
             raise disk_full(self._folder)
         return done
 
     def _update(self) -> None:
-        """Read the index of the fullest set of sources that can be read."""
+        """Fetch the index of the fullest set of sources that is available."""
         failure = ""
         while self._sets:
             for _ in range(_TRIES):
@@ -138,7 +138,7 @@ class PrivateApt:
         if _NO_SUCH_SUITE in failure:
             raise PackageError(
                 f"Debian has no suite {self._suite!r}",
-                remedy="name one that this machine's archive has: bookworm, trixie, trixie-backports, sid ...",
+                remedy="name one that this machine's archive has, such as bookworm, trixie, trixie-backports, sid",
                 evidence=failure,
             )
         raise NoArchive(
@@ -148,7 +148,7 @@ class PrivateApt:
         )
 
     def _read(self, lines: list[str]) -> str:
-        """What is wrong with the index of these sources; "" where nothing is."""
+        """Fetch the index of these sources; returns apt's error message, or ""."""
         keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
         option = f"[signed-by={keyring}] " if keyring.exists() else ""
         sources = "\n".join(line.replace("deb ", f"deb {option}", 1) for line in lines)
@@ -157,10 +157,10 @@ class PrivateApt:
         return (done.stderr.strip() or "apt-get update failed") if done.returncode else ""
 
     def fetch(self, choose: Callable[[PrivateApt], list[str]], where: Path) -> list[Path]:
-        """The .deb files of the packages that ``choose`` names, in the folder ``where``.
+        """Download the packages that ``choose`` names into the folder ``where``, and return the .deb files.
 
-        Updates of a release that is no longer supported stay in the index when the archive has removed them: then the
-        choice is made again without.
+        The index of a release that is no longer supported lists updates that the archive has removed; ``choose`` is
+        then called again without updates.
         """
         while True:
             try:
@@ -173,7 +173,7 @@ class PrivateApt:
             self._update()
 
     def depends(self, package: str) -> list[str]:
-        """Names of what ``package`` depends on directly, first alternatives only."""
+        """Names of the direct dependencies of ``package``, first alternatives only."""
         done = self._run("apt-cache", "show", "--no-all-versions", package)
         if done.returncode:
             raise PackageError(
@@ -187,17 +187,17 @@ class PrivateApt:
         return [item.split("|")[0].split("(")[0].split(":")[0].strip() for f in fields for item in f.split(",")]
 
     def _nearest(self, package: str) -> str:
-        """What to do about a package that is not there: the name that is nearest, of those that begin alike."""
+        """The remedy for an unknown package: the nearest name of those with the same first word."""
         alike = self._run("apt-cache", "pkgnames", package.partition("-")[0]).stdout.split()
         near = difflib.get_close_matches(package, alike, n=1, cutoff=0.8)
         return f"did you mean {near[0]}?" if near else "correct package and suite"
 
     def closure(self, package: str) -> list[str]:
-        """Names of all packages that installing ``package`` on an empty machine takes."""
+        """Names of all packages that apt would install with ``package`` on an empty machine."""
         done = self._run("apt-get", "install", "--simulate", "--no-install-recommends", package)
         if done.returncode:
             raise PackageError(
-                f"suite {self._suite!r} has no package {package!r} that can be installed",
+                f"suite {self._suite!r} has no installable package {package!r}",
                 remedy="correct the suite",
                 evidence=done.stderr.strip(),
             )

@@ -1,4 +1,4 @@
-"""Cross binutils: assemble and link what runs without an operating system."""
+"""Assemble and link bare-metal programs with cross binutils."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from arm_kvm.support.programs import run
 
 
 class Binutils:
-    """The assembler and linker of one instruction set, working in a folder of their own."""
+    """The assembler and linker of one instruction set, run in a folder of their own."""
 
     def __init__(self, prefix: str, folder: Path, what: str) -> None:
         self._prefix, self.folder, self._what = prefix, folder, what
 
     def run(self, tool: str, *arguments: str) -> None:
-        """Run ``as``, ``ld`` or ``objcopy``. Raises SetupError when it is missing, or refuses."""
+        """Run ``as``, ``ld`` or ``objcopy``. Raises SetupError if it is missing or fails."""
         program = self._prefix + tool
         if shutil.which(program) is None:
             raise SetupError(
@@ -27,16 +27,16 @@ class Binutils:
             )
         done = run([program, *arguments], cwd=self.folder)
         if done.returncode:
-            raise SetupError(f"{program} does not assemble the {self._what}", evidence=done.stderr)
+            raise SetupError(f"{program} fails on the {self._what}", evidence=done.stderr)
 
 
 @contextmanager
 def binutils(prefix: str, what: str) -> Iterator[Binutils]:
-    """Binutils with this name prefix; ``what`` is named in their errors. The folder goes with the block."""
+    """Binutils with this name prefix; ``what`` is named in their errors. The folder is removed after the block."""
     with tempfile.TemporaryDirectory(prefix="arm-kvm-") as folder:
         yield Binutils(prefix, Path(folder), what)
 
 
 def equates(names: dict[str, int]) -> str:
-    """Assembler text that gives numbers names, so that Python and assembly agree by construction."""
+    """Return assembler text that defines these symbols, so that Python and assembly cannot disagree."""
     return "".join(f".equ {name}, {value:#x}\n" for name, value in names.items())

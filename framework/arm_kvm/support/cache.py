@@ -1,10 +1,10 @@
-"""The cache: folders named by a key of all their inputs, made once, whoever asks first.
+"""The cache: folders named by a key of all their inputs, each made once by the first process that needs it.
 
-An entry is made in a folder beside its final place and renamed when it is whole, under a lock per key:
-two processes never make the same entry twice, and an interrupted one leaves nothing that is taken for
-a result. ``work`` survives an interruption, so that a download or a build goes on where it stopped; what nobody came
-back to for a month goes, and the oldest when there are more than four. The sizes of an entry's files are kept with it:
-one that was damaged since is made anew.
+An entry is made in a folder next to its final place and renamed when it is complete, under a lock per key, so that two
+processes never make the same entry, and an interrupted one leaves nothing that could be taken for a result. The scratch
+folder ``work`` survives an interruption, so that a download or a build resumes where it stopped; the four newest
+scratch folders of each kind are kept for a month. The sizes of an entry's files are stored with it, and a damaged entry
+is made anew.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from arm_kvm.support.limits import refusals_told
+from arm_kvm.support.limits import lab_errors
 from arm_kvm.support.paths import cache_root
 from arm_kvm.support.progress import note
 
 
 def key_of(*inputs: object) -> str:
-    """A short name for these inputs: bytes are hashed as they are, anything else as sorted JSON."""
+    """Hash these inputs into a short name: bytes as they are, anything else as sorted JSON."""
     digest = hashlib.sha256()
     for item in inputs:
         data = item if isinstance(item, bytes) else json.dumps(item, sort_keys=True, default=str).encode()
@@ -36,8 +37,11 @@ def key_of(*inputs: object) -> str:
 
 
 _META, _SIZES = "meta.json", "sizes.json"
-#: For how long, in seconds, and how many scratch folders of interrupted makers are kept: a kernel's has 1 to 2 GB.
+#: How long, in seconds, and how many scratch folders of interrupted makers are kept: a kernel's has 1 to 2 GB.
 _KEPT, _MOST = 30 * 24 * 3600, 4
+
+#: What the maker of an entry records about it, in JSON; its keys depend on the kind of entry.
+Meta = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,17 @@ class CacheEntry:
     folder: Path
 
     @property
-    def meta(self) -> dict:
-        return json.loads((self.folder / _META).read_text())
+    def meta(self) -> Meta:
+        """What its maker recorded about the entry."""
+        found: Meta = json.loads((self.folder / _META).read_text())
+        return found
 
     def damage(self) -> str:
-        """The file of a finished entry that is not as it was made; "" where all are."""
+        """The first file of a finished entry that differs from when it was made; "" if none does."""
         for name in (_META, _SIZES):
             try:
                 sizes = json.loads((self.folder / name).read_text())
-            except FileNotFoundError:  # of an entry that is checked otherwise
+            except FileNotFoundError:  # an entry that has checksums instead
                 sizes = {}
             except (OSError, ValueError):
                 return name
@@ -67,12 +73,12 @@ def _entry_folder(kind: str, key: str) -> Path:
 
 
 def _size_of(path: Path) -> int:
-    """-1 for what is not there."""
+    """Size in bytes; -1 for a file that does not exist."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def lookup(kind: str, key: str) -> CacheEntry | None:
-    """The entry, if it is there and whole; a damaged one is taken away."""
+    """The entry, if it exists and is undamaged. A damaged one is removed."""
     entry = CacheEntry(_entry_folder(kind, key))
     if not (entry.folder / _META).is_file():
         return None
@@ -88,7 +94,7 @@ def entries(kind: str) -> list[CacheEntry]:
     found = []
     for meta in (cache_root() / kind).glob("*/meta.json"):
         with suppress(FileNotFoundError):  # just removed
-            if "." not in meta.parent.name:  # else it is being made, or taken away
+            if "." not in meta.parent.name:  # else it is being made, or removed
                 found.append((meta.stat().st_mtime, meta.parent))
     return [CacheEntry(folder) for _, folder in sorted(found, reverse=True)]
 
@@ -104,7 +110,7 @@ def _forget_old_leftovers(kind: str) -> None:
 
 
 def leftovers(kind: str) -> list[CacheEntry]:
-    """What interrupted processes left of entries: scratch folders, which the next attempt goes on with, and halves."""
+    """What interrupted processes left: scratch folders, from which the next attempt resumes, and partial entries."""
     folders = (cache_root() / kind).glob("*.*/")
     return [CacheEntry(folder) for folder in folders if not _locked(folder.with_suffix(".lock"))]
 
@@ -122,7 +128,7 @@ def _locked(path: Path) -> bool:
 
 
 def size(entry: CacheEntry) -> int:
-    """Bytes of disk that an entry takes, holes not counted."""
+    """Bytes of disk that an entry uses, holes not counted."""
     used = 0
     for path in entry.folder.rglob("*"):
         with suppress(FileNotFoundError):
@@ -131,22 +137,22 @@ def size(entry: CacheEntry) -> int:
 
 
 def kinds() -> list[str]:
-    """What the cache has entries of, or leftovers."""
+    """The kinds that the cache has entries or leftovers of."""
     return sorted(kind.name for kind in cache_root().glob("*/") if entries(kind.name) or leftovers(kind.name))
 
 
 def remove(entry: CacheEntry) -> None:
-    """Take an entry away. A file of it that somebody has open stays as long as that."""
+    """Remove an entry. Processes that have its files open can still read them."""
     gone = entry.folder.with_suffix(f".gone-{os.getpid()}")
-    with suppress(FileNotFoundError):  # somebody was faster
+    with suppress(FileNotFoundError):  # another process was faster
         os.rename(entry.folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def keep_within(kind: str, budget: int) -> None:
-    """Remove entries of a kind, those used longest ago first, until the rest fits ``budget`` bytes.
+    """Remove the least recently used entries of a kind until the rest fits in ``budget`` bytes.
 
-    Using an entry means touching its meta.json. The newest stays whatever it takes.
+    Using an entry means touching its meta.json. The newest entry is kept whatever its size.
     """
     used = 0
     for number, entry in enumerate(entries(kind)):
@@ -155,20 +161,20 @@ def keep_within(kind: str, budget: int) -> None:
             remove(entry)
 
 
-Maker = Callable[[Path, Path], dict]
+Maker = Callable[[Path, Path], Meta]
 
 
 def obtain(kind: str, key: str, make: Maker, *, sized: bool = True) -> CacheEntry:
-    """The entry of this key, made if it is not there. ``sized``: whether its files are known by their sizes later.
+    """Return the entry of this key; make it if it does not exist.
 
-    ``make(out, work)`` fills the folder ``out`` and returns the entry's meta data; ``work`` is its
-    scratch folder, kept when it is interrupted and removed when it succeeds. Raises DiskFull, and
-    whatever ``make`` raises.
+    ``make(out, work)`` fills the folder ``out`` and returns the entry's metadata; ``work`` is its scratch folder, kept
+    when it is interrupted and removed when it succeeds. With ``sized`` the sizes of the files are stored, to detect
+    damage. Raises DiskFull, CacheUnusable, and whatever ``make`` raises.
     """
     if found := lookup(kind, key):
         return found
     final = _entry_folder(kind, key)
-    with refusals_told(cache_root()):
+    with lab_errors(cache_root()):
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
             _forget_old_leftovers(kind)

@@ -1,7 +1,7 @@
-"""Every error the lab raises, in one tree. The docstring of each class says what went wrong, and whose fault it is.
+"""Every error that the lab raises, in one tree. The docstring of each class says what went wrong.
 
-Catch a meaning (``except KernelError``), not an enumeration of causes. ``exit_code`` is the exit code of ``arm-kvm``; a
-class without one of its own has its parent's. pytest keeps its own exit codes.
+Catch a meaning (``except KernelError``), not a list of causes. ``exit_code`` is the exit code of ``arm-kvm``; a class
+without one of its own has its parent's. pytest keeps its own exit codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 
 
 class LabError(Exception):
-    """The root of the tree. ``str()`` is one message with its cause; ``remedy`` says what to do about it."""
+    """The root of the tree. ``str()`` gives the message, its remedy and the evidence."""
 
     exit_code = 1
 
@@ -49,7 +49,7 @@ class SetupError(LabError):
 
 
 class Unending(SetupError):
-    """A program of this machine did not end in time, and was ended."""
+    """A program on this machine did not end in time, and was killed."""
 
 
 class KernelError(LabError):
@@ -59,7 +59,7 @@ class KernelError(LabError):
 
 
 class Offline(KernelError):
-    """ARM_KVM_OFFLINE forbids the download of a kernel."""
+    """ARM_KVM_OFFLINE forbids downloading a kernel."""
 
     exit_code = 5
 
@@ -71,29 +71,29 @@ class DownloadFailed(KernelError):
 
 
 class ArchiveSilent(KernelError):
-    """Debian's archive cannot be reached for a kernel package."""
+    """Debian's archive is not reachable, or does not deliver a kernel package."""
 
     exit_code = 34
 
 
-#: What keeps a kernel from here though nobody has made a mistake: a case that needs it is skipped.
+#: Why a kernel cannot be obtained for now, with no mistake made: cases that need it are skipped.
 UNAVAILABLE = (Offline, DownloadFailed, ArchiveSilent)
 
 
 class WrongChecksum(KernelError):
-    """What was delivered as a kernel is something else."""
+    """A kernel's tarball does not have the checksum that its host file gives."""
 
     exit_code = 7
 
 
 class BuildFailed(KernelError):
-    """A kernel, or a patch to it, did not build."""
+    """A kernel does not build, or a patch to it does not apply."""
 
     exit_code = 8
 
 
 class NoKvm(KernelError):
-    """The kernel boots, but has no KVM in it."""
+    """The kernel boots without KVM, or cannot be configured with it."""
 
     exit_code = 9
 
@@ -117,7 +117,7 @@ class PackageError(LabError):
 
 
 class NoArchive(PackageError):
-    """Debian's archive cannot be reached, or does not deliver: try again later."""
+    """Debian's archive is not reachable, or does not deliver; try again later."""
 
 
 class RootfsError(LabError):
@@ -139,7 +139,7 @@ class CacheUnusable(LabError):
 
 
 class LimitReached(LabError):
-    """This machine gives the lab too few files, processes or bytes of memory."""
+    """This machine does not allow the lab enough open files, processes or memory."""
 
     exit_code = 35
 
@@ -157,7 +157,7 @@ class QemuRefused(MachineError):
 
 
 class PortBusy(MachineError):
-    """QEMU could not have the port for ssh."""
+    """The port for ssh is in use."""
 
     exit_code = 14
 
@@ -169,11 +169,11 @@ class QemuDied(MachineError):
 
 
 class QemuKilled(QemuDied):
-    """QEMU was ended by SIGKILL or SIGTERM: by a person, or by this machine for want of memory."""
+    """QEMU was killed by SIGKILL or SIGTERM, perhaps by this machine's OOM killer."""
 
 
 class HoldFailed(MachineError):
-    """A CPU did not come to where a test was to hold it, or was held there for too long."""
+    """A CPU did not reach the instruction where a test wanted to hold it, or was held there for too long."""
 
     exit_code = 36
 
@@ -203,7 +203,7 @@ class HostOops(HostError):
 
 
 class HostLockup(HostError):
-    """A CPU or task of the host hangs, says the host's own watchdog."""
+    """The host's own watchdog reports that a CPU or task hangs."""
 
     exit_code = 19
 
@@ -227,17 +227,17 @@ class AgentError(LabError):
 
 
 class AgentTimeout(AgentError):
-    """The agent gave no answer before the request's deadline."""
+    """The agent did not answer before the request's deadline."""
 
     exit_code = 23
 
 
 class AgentFault(AgentError):
-    """The agent raised; ``evidence`` is its own traceback, from inside the host."""
+    """The agent raised an exception; ``evidence`` is its traceback, from inside the host."""
 
 
 class HostOsError(AgentError):
-    """A system call inside the host failed. ``errno`` is the host's number (same names on all Arm Linux)."""
+    """A system call inside the host failed. ``errno`` is the host's number."""
 
     def __init__(self, call: str, errno: int) -> None:
         self.call = call
@@ -247,7 +247,7 @@ class HostOsError(AgentError):
 
 
 class NoLiveMachine(LabError):
-    """A command needs a running machine, and none runs."""
+    """A command needs a running machine, and none is running."""
 
     exit_code = 24
 
@@ -259,7 +259,7 @@ class NonConformance(LabError):
 
 
 class TraceError(LabError):
-    """A saved trace cannot be read (the message names the file and the line), or the kernel's lacks events."""
+    """A saved trace cannot be read (the message names file and line), or the kernel's trace lacks events."""
 
     exit_code = 28
 

@@ -1,7 +1,7 @@
-"""Guardians: one line of shell that runs when this process ends, however it ends.
+"""Guardians: a line of shell that runs when this process ends, however it ends.
 
-A guardian is a small process that holds the read end of a pipe; the write end closes when the lab is
-gone, by a clean exit, an exception or ``kill -9`` alike.
+A guardian is a small process that reads from a pipe whose write end the lab holds. The kernel closes it when the lab
+ends, by a clean exit, an exception or ``kill -9`` alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Guardian:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C must not reach it
         )
 
     def fire(self) -> None:
@@ -31,7 +31,7 @@ class Guardian:
         self._end(b"")
 
     def cancel(self) -> None:
-        """Send the guardian home."""
+        """End the guardian without running the script."""
         self._end(b"home\n")
 
     def _end(self, order: bytes) -> None:
@@ -39,12 +39,16 @@ class Guardian:
             self._process.communicate(order, timeout=30)
 
 
-def spawn(argv: list[str], *left: str, **how: Any) -> tuple[subprocess.Popen, Guardian]:
-    """Start ``argv`` in a process group of its own that ends with the lab; then the folders ``left`` are removed."""
+def spawn(argv: list[str], *folders: str, **options: Any) -> tuple[subprocess.Popen[bytes], Guardian]:
+    """Start ``argv`` in a process group of its own, killed when the lab ends; ``folders`` are removed then.
+
+    ``options`` are keyword arguments of :class:`subprocess.Popen`; its pipes are binary.
+    """
     process = subprocess.Popen(
-        ["sh", "-c", _WAIT, "arm-kvm", *argv], stdin=subprocess.PIPE, start_new_session=True, **how
+        ["sh", "-c", _WAIT, "arm-kvm", *argv], stdin=subprocess.PIPE, start_new_session=True, **options
     )
-    guardian = Guardian('kill -s KILL -- "-$1"; shift; rm -rf -- "$@"', str(process.pid), *left)
+    guardian = Guardian('kill -s KILL -- "-$1"; shift; rm -rf -- "$@"', str(process.pid), *folders)
+    assert process.stdin is not None, "a pipe, see above"
     os.write(process.stdin.fileno(), b"go\n")
     process.stdin.close()
     return process, guardian

@@ -1,4 +1,4 @@
-"""Ctrl-C, remembered: what it interrupts may fail over it, and then that failure is what comes out."""
+"""Remember Ctrl-C, for the code that it interrupts may raise another exception in place of KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _heard = False
 
 
 def listen() -> None:
-    """From here on KeyboardInterrupt is raised at Ctrl-C, and :func:`heard` says so."""
+    """From now on Ctrl-C raises KeyboardInterrupt, and :func:`heard` reports it."""
     _serve(_interrupt)
 
 
 def leave_when_heard(code: int) -> None:
-    """From here on Ctrl-C ends this process with this exit code."""
+    """From now on Ctrl-C ends this process with this exit code."""
 
     def leave(*_: object) -> None:
         raise SystemExit(code)
@@ -24,7 +24,7 @@ def leave_when_heard(code: int) -> None:
 
 
 def _serve(handler: Callable[..., None]) -> None:
-    """Unless Ctrl-C is ignored here, or this is no thread that hears it."""
+    """Install the handler, unless SIGINT is ignored or this is not the main thread."""
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
@@ -36,7 +36,7 @@ def heard() -> bool:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt again after Ctrl-C: what failed over it may have put another exception in its place."""
+    """Raise KeyboardInterrupt again if Ctrl-C was pressed: another exception may have replaced the first."""
     if _heard and threading.current_thread() is threading.main_thread():
         raise KeyboardInterrupt
 
@@ -48,5 +48,5 @@ def _interrupt(*_: object) -> None:
 
 
 def deaf() -> None:
-    """Ignore Ctrl-C from here on: what is left to do is done in a moment, and guardians are at work."""
+    """Ignore Ctrl-C from now on: all that is left is a short clean-up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

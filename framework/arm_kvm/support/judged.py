@@ -1,4 +1,4 @@
-"""What a failure says about the kernel under test, for code that must not read its text."""
+"""How a failure names the rules that the kernel broke, for code that must not parse its text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 class Judged:
     """Mixin of the exceptions that blame the kernel.
 
-    ``verdicts`` names the rules that it broke: members of enums whose values are these names. It is empty where the
-    failure is the kernel's and no rule has a name for it.
+    ``verdicts`` names the rules that it broke, by the values of enums such as the oracle's verdicts. It is empty where
+    the kernel failed and no rule names the failure.
     """
 
     verdicts: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""What this machine refuses the lab: an OSError as one message that names the thing, and what to do about it."""
+"""Turn limits of this machine, and what it forbids, into errors of the lab that say what to do about them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 from arm_kvm.support.errors import CacheUnusable, ConfigError, DiskFull, LabError, LimitReached, SetupError
 from arm_kvm.support.paths import cache_root, is_there
 
-#: The errors of a disk, or a quota, that is used up.
+#: A full disk, or an exhausted quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _FILES = (errno.EMFILE, errno.ENFILE)
 _LIMITS = (*_FULL, *_FILES, errno.EFBIG, errno.ENOMEM)
-_NO_THREAD = "can't start new thread"  #: Python's words, threading.Thread.start()
-_LITTLE = 1 << 20  #: bytes; a disk with less is full
+_NO_THREAD = "can't start new thread"  #: Python's message, threading.Thread.start()
+_LITTLE = 1 << 20  #: bytes; a disk with less free space counts as full
 
 
 def is_limit(e: BaseException) -> bool:
-    """Whether this is a limit of this machine: no fault of whoever meets it, a test case for example."""
+    """Whether this is a limit of this machine, and so no fault of the code that meets it."""
     no_thread = isinstance(e, RuntimeError) and _NO_THREAD in str(e)
     return isinstance(e, MemoryError) or no_thread or (isinstance(e, OSError) and e.errno in _LIMITS)
 
 
-def told(e: BaseException, where: Path | None = None) -> LabError:
-    """The error for what this machine refused. ``where``: what was being written, when ``e`` does not say."""
+def lab_error(e: BaseException, where: Path | None = None) -> LabError:
+    """Return the error for what this machine refused. ``where`` was being written; used if ``e`` names no file."""
     if not isinstance(e, OSError):
         return _no_memory() if isinstance(e, MemoryError) else _no_process()
     own = Path(os.fsdecode(e.filename)) if isinstance(e.filename, str | bytes) else None
@@ -55,16 +55,16 @@ def told(e: BaseException, where: Path | None = None) -> LabError:
         if _within(named, _cache()):
             return CacheUnusable(
                 f"cannot write {named}: {e.strerror}",
-                remedy="see to its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
+                remedy="correct its owner and permissions, or put the cache elsewhere with ARM_KVM_CACHE",
             )
-        return SetupError(f"{named}: {e.strerror}", remedy="see to its owner and permissions")
+        return SetupError(f"{named}: {e.strerror}", remedy="correct its owner and permissions")
     if e.errno == errno.ENOENT and own is not None and len(own.parts) == 1:
-        return SetupError(f"there is no {own}, or not in PATH", remedy="run `arm-kvm setup`, or correct PATH")
+        return SetupError(f"{own} is not installed, or not in PATH", remedy="run `arm-kvm setup`, or correct PATH")
     return SetupError(f"{own}: {e.strerror}" if own else str(e))
 
 
 def disk_full(where: Path | None = None, why: str = os.strerror(errno.ENOSPC)) -> DiskFull:
-    """The same for a program that says itself that a disk is full, or that waits for room on one."""
+    """Return the error for a program that reports a full disk itself, or waits for space on one."""
     return _full(OSError(errno.ENOSPC, why), where)
 
 
@@ -81,29 +81,29 @@ def _no_process() -> LimitReached:
 
 
 @contextmanager
-def refusals_told(where: Path) -> Iterator[None]:
-    """Within the block, which writes to ``where``, limits and what is forbidden are raised as :func:`told`."""
+def lab_errors(where: Path) -> Iterator[None]:
+    """Within the block, which writes to ``where``, raise limits and missing permissions as :func:`lab_error`."""
     try:
         yield
     except OSError as e:
         if e.errno in (*_LIMITS, *_FORBIDDEN):
-            raise told(e, where) from e
+            raise lab_error(e, where) from e
         raise
 
 
 def _full(e: OSError, named: Path | None) -> DiskFull:
-    """The disk that is really full: the named file's if it is, else that of one of the lab's folders."""
+    """Name the disk that is actually full: the named file's if it is, else that of one of the lab's folders."""
     folders = [folder for folder, _ in _places()]
     full = next((path for path in (named, *folders) if path and is_full(path)), named)
     elsewhere = next((how for folder, how in _places() if full and _within(full, folder)), "")
     return DiskFull(
         f"the disk with {full} is full ({e.strerror})" if full else f"a disk is full ({e.strerror})",
-        remedy=f"free some space there{elsewhere and ', or ' + elsewhere}",
+        remedy=f"free some space on it{elsewhere and ', or ' + elsewhere}",
     )
 
 
 def _places() -> list[tuple[Path, str]]:
-    """Where the lab writes unless it is told otherwise, and how it is."""
+    """The folders that the lab writes to, and how to choose others."""
     places = [(Path(os.environ.get("TMPDIR") or "/tmp"), "set TMPDIR to another folder")]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         places.insert(0, (Path(runtime), "set XDG_RUNTIME_DIR to another folder"))
@@ -122,7 +122,7 @@ def _within(path: Path, folder: Path | None) -> bool:
 
 
 def is_full(path: Path) -> bool:
-    """Whether the disk that it is on, or would be, has no room left."""
+    """Whether the disk that the path is on, or would be on, has no space left."""
     there = next((p for p in (path, *path.parents) if is_there(p)), None)
     with suppress(OSError):
         disk = os.statvfs(there or "/")

@@ -1,4 +1,4 @@
-"""Where the lab's own files are, and the switches that hold for a whole run."""
+"""Where the lab's own files are, and the environment variables that apply to a whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = TESTCASES.parent  #: the checkout, or where an installed package has its 
 
 
 def offline() -> bool:
-    """ARM_KVM_OFFLINE=1: caches, local files, loopback and this machine's package registries only."""
+    """Whether ARM_KVM_OFFLINE is set: only caches, local files, loopback and Debian's archive are used."""
     return os.environ.get("ARM_KVM_OFFLINE", "") not in ("", "0")
 
 
@@ -23,26 +23,23 @@ def cache_root() -> Path:
     """ARM_KVM_CACHE, else the user's cache folder (XDG base directory specification). Raises ConfigError."""
     if chosen := os.environ.get("ARM_KVM_CACHE"):
         return written_path(chosen, "ARM_KVM_CACHE ").absolute()
-    if (base := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():  # another is to be ignored
+    if (base := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():  # the specification ignores relative ones
         return base / "arm-kvm"
     try:
         return Path.home() / ".cache" / "arm-kvm"
     except RuntimeError as e:
-        raise ConfigError("this user has no home folder for the cache: set ARM_KVM_CACHE to a folder") from e
+        raise ConfigError("this user has no home folder for the cache", remedy="set ARM_KVM_CACHE to a folder") from e
 
 
 def plain_file(path: Path) -> Path:
-    """The path, unless it is there and no file: a FIFO would be waited for, and some devices never end.
-
-    Raises OSError.
-    """
+    """Return the path. Raises OSError for FIFOs and devices, reading from which may block or never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a file", str(path))
     return path
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file or folder of this path, also where it could not be one (too long, for example)."""
+    """Whether this file or folder exists; False also for a path that is not possible, such as one that is too long."""
     try:
         return path.exists()
     except OSError:
@@ -50,7 +47,7 @@ def is_there(path: Path) -> bool:
 
 
 def written_path(text: str, said_by: str = "") -> Path:
-    """A path as a person writes it, ``~`` included; ``said_by`` stands before it in an error. Raises ConfigError."""
+    """Expand ``~`` in a path that a user wrote; ``said_by`` precedes it in the error. Raises ConfigError."""
     try:
         return Path(text).expanduser()
     except RuntimeError as e:

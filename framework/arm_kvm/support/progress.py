@@ -1,4 +1,4 @@
-"""Progress of what takes longer than a second: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of what takes longer than a second: a bar on a terminal, a line every 20 s elsewhere."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ def _console() -> Console:
 
 
 def note(text: str) -> None:
-    """One line to the person at the terminal or to the log, where there is one to take it."""
+    """Print one line on stderr. A stderr that cannot be written is ignored."""
     with suppress(OSError):
         _console().print(f"arm-kvm: {text}", soft_wrap=True, markup=False)
 
 
 class Task:
-    """A running task; call the object with the amount done and, if it helps, a word on what is done now."""
+    """A running task; call it with the amount done since the last call and, if it helps, what is being done now."""
 
     def __init__(self, title: str, total: int | None, unit: str, bar: Progress | None) -> None:
-        self._title, self._total, self._unit, self._bar = title, total, unit, bar
+        self._title, self._total, self._unit = title, total, unit
         self._done = 0
-        self._said = time.monotonic()
-        self._id = bar.add_task(title, total=total) if bar else None
+        self._noted = time.monotonic()
+        self._row = (bar, bar.add_task(title, total=total)) if bar else None
 
     def __call__(self, amount: int = 1, detail: str = "") -> None:
         self._done += amount
-        if self._bar is not None:
-            self._bar.update(self._id, advance=amount, description=f"{self._title} {detail}".strip())
-        elif time.monotonic() - self._said > _LINE_EVERY:
-            self._said = time.monotonic()
+        if self._row is not None:
+            bar, row = self._row
+            bar.update(row, advance=amount, description=f"{self._title} {detail}".strip())
+        elif time.monotonic() - self._noted > _LINE_EVERY:
+            self._noted = time.monotonic()
             of = f" of {self._total}" if self._total else ""
             note(f"{self._title}: {self._done}{of} {self._unit}")
 
 
 @contextmanager
 def task(title: str, total: int | None = None, unit: str = "steps") -> Iterator[Task]:
-    """Show that ``title`` is under way. ``total`` in ``unit``, None when nobody knows it."""
+    """Show that ``title`` is in progress. ``total`` is in ``unit``, None if it is not known."""
     console = _console()
     if not console.is_terminal:
         note(f"{title} ...")

@@ -1,4 +1,4 @@
-"""The system packages the lab stands on: by name, through apt, and nothing that is there already."""
+"""The system packages that the lab needs; those that are missing are installed with apt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARCHIVES = Path("/var/cache/apt/archives")
 
 @dataclass(frozen=True)
 class Need:
-    """A program, the Debian package that brings it, and what for. A path is looked for as a file."""
+    """A program, the Debian package that provides it, and its purpose. An absolute path is any file."""
 
     program: str
     package: str
@@ -26,6 +26,7 @@ class Need:
 
     @property
     def met(self) -> bool:
+        """Whether it is installed."""
         return os.path.exists(self.program) if self.program.startswith("/") else shutil.which(self.program) is not None
 
 
@@ -51,12 +52,12 @@ NEEDS = (
 
 
 def missing() -> list[str]:
-    """Packages that are not installed, each once."""
+    """The packages that are not installed, without duplicates."""
     return list(dict.fromkeys(need.package for need in NEEDS if not need.met))
 
 
 def install() -> list[str]:
-    """Install what is missing; the packages' names. Raises SetupError with the line to run, if not root."""
+    """Install what is missing and return the packages' names. Raises SetupError; not as root, with the line to run."""
     packages = missing()
     if not packages:
         return []
@@ -64,7 +65,7 @@ def install() -> list[str]:
         lacking = [f"{need.program} ({need.purpose}; Debian: {need.package})" for need in NEEDS if not need.met]
         raise SetupError(
             "system packages are missing, and this machine has no apt-get to install them with",
-            remedy="install by this machine's own means:\n  " + "\n  ".join(lacking),
+            remedy="install them in this machine's own way:\n  " + "\n  ".join(lacking),
         )
     line = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(packages)}"
     if os.geteuid() != 0:
@@ -73,18 +74,18 @@ def install() -> list[str]:
         if _apt("update"):
             break
     else:
-        note("an apt index is broken (a mirror in the middle of a sync?); going on with what there is")
+        note("apt-get update fails (a mirror in the middle of a sync?); going on with the index that exists")
     note(f"installing {' '.join(packages)}")
     for _ in range(_TRIES):
         if _apt("install", "-y", "--no-install-recommends", *packages):
             return packages
         _apt("update")
-    raise SetupError("apt-get does not install the packages", remedy=f"run it by hand and see what it says: {line}")
+    raise SetupError("apt-get fails to install the packages", remedy=f"run it by hand and read its output: {line}")
 
 
 def _apt(*arguments: str) -> bool:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     argv = ["apt-get", "-q", "-o", "Dpkg::Use-Pty=0", *arguments]
-    if is_full(_ARCHIVES):  # where apt would wait for ever
+    if is_full(_ARCHIVES):  # apt would wait for ever
         raise disk_full(_ARCHIVES)
     return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL).returncode == 0

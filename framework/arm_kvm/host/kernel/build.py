@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from arm_kvm.host.config import hint
@@ -23,7 +24,7 @@ _TAIL = 25
 
 @dataclass(frozen=True)
 class Toolchain:
-    """How to build for one architecture: ARCH, CROSS_COMPILE, make target, image below the build folder."""
+    """How to build for one architecture: ARCH, CROSS_COMPILE, make target, the image's path in the build folder."""
 
     arch: str
     prefix: str
@@ -32,14 +33,14 @@ class Toolchain:
     objects: int  #: files compiled for the lab's own configuration, for the progress bar
 
     def version(self) -> str:
-        """First line of the compiler's --version: an input of every build. Raises SetupError."""
+        """The first line of the compiler's --version, an input of every build. Raises SetupError."""
         for program in (f"{self.prefix}gcc", "gcc", "make", "flex", "bison", "bc"):
             if shutil.which(program) is None:
                 raise SetupError(f"{program} is not installed: kernels cannot be built", remedy="run `arm-kvm setup`")
         return run([f"{self.prefix}gcc", "--version"]).stdout.splitlines()[0]
 
 
-#: The soft-float compiler for 32-bit Arm: with the hard-float one 5.4 falls back to Armv5 and fails.
+#: 32-bit Arm uses the soft-float compiler: with the hard-float one 5.4 falls back to Armv5 and fails.
 TOOLCHAINS = {
     "arm": Toolchain("arm", "arm-linux-gnueabi-", "zImage", "arch/arm/boot/zImage", 1700),
     "arm64": Toolchain("arm64", "aarch64-linux-gnu-", "Image", "arch/arm64/boot/Image", 1900),
@@ -47,7 +48,7 @@ TOOLCHAINS = {
 
 
 def fragment_files(names: list[str]) -> list[Path]:
-    """The fragments' files; ConfigError names the nearest for one that is not there."""
+    """The files of these fragments. Raises ConfigError, which suggests the nearest name for an unknown one."""
     known = {path.stem: path for path in sorted((IMAGES / "kernel").glob("*.config"))}
     for name in names:
         if name not in known:
@@ -61,7 +62,7 @@ def _wanted(fragments: list[Path]) -> dict[str, str]:
 
 
 class Build:
-    """One build of ``source`` in ``folder``, which may hold an interrupted build of the same inputs."""
+    """A build of ``source`` in ``folder``, which may contain an interrupted build of the same inputs."""
 
     def __init__(self, source: Path, folder: Path, arch: str, fragments: list[Path]) -> None:
         self._source = source
@@ -71,7 +72,7 @@ class Build:
         self._log = folder.parent / "build.log"
 
     def run(self) -> Path:
-        """Configure and compile; the image's path. Raises BuildFailed, NoKvm, SetupError, DiskFull."""
+        """Configure and compile, and return the image's path. Raises BuildFailed, NoKvm, SetupError, DiskFull."""
         self._folder.mkdir(exist_ok=True)
         self._log.unlink(missing_ok=True)
         self._configure()
@@ -80,15 +81,16 @@ class Build:
         return self._folder / self._tools.image
 
     def version(self) -> str:
-        """VERSION.PATCHLEVEL.SUBLEVEL of the source tree. BuildFailed when it is not a kernel tree."""
+        """VERSION.PATCHLEVEL.SUBLEVEL of the source tree. Raises BuildFailed if it is not a kernel tree."""
         try:
             head = (self._source / "Makefile").read_text(errors="replace")[:2000]
         except OSError as e:
             raise BuildFailed(f"{self._source} is not a kernel source tree: {e.strerror}: Makefile") from e
-        parts = [re.search(rf"^{key}\s*=\s*(\d+)", head, re.M) for key in ("VERSION", "PATCHLEVEL", "SUBLEVEL")]
-        if not all(parts):
+        found = [re.search(rf"^{key}\s*=\s*(\d+)", head, re.M) for key in ("VERSION", "PATCHLEVEL", "SUBLEVEL")]
+        parts = [match[1] for match in found if match]
+        if len(parts) < len(found):
             raise BuildFailed(f"{self._source}/Makefile names no kernel version: not a kernel source tree")
-        return ".".join(p[1] for p in parts)
+        return ".".join(parts)
 
     def _configure(self) -> None:
         config = self._folder / "fragments.config"
@@ -102,7 +104,7 @@ class Build:
                 remedy="32-bit Arm hosts need Linux 3.9 to 5.6",
             )
         if missing:
-            note(f"this kernel does not have or not take: {' '.join(missing)}")
+            note(f"this kernel does not have or does not accept: {' '.join(missing)}")
 
     def _make(self, *targets: str, title: str, total: int | None) -> None:
         argv = [
@@ -112,12 +114,12 @@ class Build:
         if "KBUILD_HOSTCFLAGS" in (self._source / "Makefile").read_text(errors="replace"):
             argv.append("HOSTCFLAGS=-fcommon")  # before about 5.4.20 dtc defines yylloc twice
         environment = os.environ | {"KBUILD_BUILD_USER": "arm-kvm", "KBUILD_BUILD_HOST": "lab", "LC_ALL": "C"}
-        process, guardian = spawn(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
+        process, guardian = spawn(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        assert process.stdout is not None, "a pipe, see above"
+        output = TextIOWrapper(process.stdout, errors="replace")
         try:
             with self._log.open("a", buffering=1) as log, task(title, total, "files") as step:
-                for line in process.stdout:
+                for line in output:
                     log.write(line)
                     if line.startswith("  ") and line[2:4].strip():
                         step(1, line.split()[-1][-30:])
@@ -131,9 +133,9 @@ class Build:
 
     def _failure(self, title: str) -> LabError:
         lines = self._log.read_text(errors="replace").splitlines()
-        said = "\n".join(lines[-_TAIL:])
-        if os.strerror(errno.ENOSPC) in said:
+        tail = "\n".join(lines[-_TAIL:])
+        if os.strerror(errno.ENOSPC) in tail:
             return disk_full(self._folder, "the kernel's build stopped")
         errors = [line for line in lines if re.search(r"\berror\b|\*\*\*", line, re.I)]
         first = errors[0] if errors else "see below"
-        return BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=said)
+        return BuildFailed(f"{title} failed: {first}", remedy=f"the whole log is {self._log}", evidence=tail)

@@ -1,4 +1,4 @@
-"""Debian's kernels: the image and the few modules a host needs, out of the packages of any suite."""
+"""Debian's kernels: the image and the few modules that a host needs, from the packages of any suite."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import lzma
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from arm_kvm.host.kernel.kernel import Kernel, check_image
 from arm_kvm.support import cache
 from arm_kvm.support.apt import PrivateApt
 from arm_kvm.support.errors import ArchiveSilent, KernelError, NoArchive, PackageError, SetupError
-from arm_kvm.support.programs import run, words
+from arm_kvm.support.programs import unpack
 from arm_kvm.support.progress import task
 
 _FORMAT = 2  #: raise it when what is taken from a package changes
@@ -23,9 +24,9 @@ _MODULE = re.compile(r"^(?P<name>.+)\.ko(?P<packing>\.xz|\.gz|\.zst)?$")
 
 
 def from_package(package: str, suite: str, arch: str, modules: list[str]) -> Kernel:
-    """The kernel of a Debian package. Raises KernelError, SetupError, DiskFull."""
+    """Fetch the kernel of a Debian package. Raises KernelError, SetupError, DiskFull."""
 
-    def make(out: Path, work: Path) -> dict:
+    def make(out: Path, work: Path) -> cache.Meta:
         with task(f"Debian kernel {package} ({suite}, {_ARCH[arch]})"):
             root = _unpack(package, suite, arch, work)
             image = _find_image(root)
@@ -42,7 +43,7 @@ def from_package(package: str, suite: str, arch: str, modules: list[str]) -> Ker
 
 
 def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
-    """Download the package with what it depends on of the kernel's own, and unpack it all."""
+    """Download and unpack the package, and the kernel packages that it depends on; returns the folder."""
     if shutil.which("dpkg-deb") is None:
         raise SetupError("dpkg-deb is not installed", remedy="use a Debian machine, or another kernel source")
     debs, root = work / "debs", work / "root"
@@ -51,7 +52,7 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
         folder.mkdir()
     try:
         apt = PrivateApt(work / "apt", _ARCH[arch], suite)
-        found = apt.fetch(lambda apt: _kernels_own(apt, package), debs)
+        found = apt.fetch(lambda apt: _with_kernel_packages(apt, package), debs)
     except PackageError as e:
         kind = ArchiveSilent if isinstance(e, NoArchive) else KernelError
         raise kind(e.message, remedy=e.remedy, evidence=e.evidence) from e
@@ -60,9 +61,10 @@ def _unpack(package: str, suite: str, arch: str, work: Path) -> Path:
     return root
 
 
-def _kernels_own(apt: PrivateApt, package: str) -> list[str]:
-    """The package, and what it depends on of the kernel's own."""
-    wanted, queue = [], [package]
+def _with_kernel_packages(apt: PrivateApt, package: str) -> list[str]:
+    """The package, and the kernel packages that it depends on."""
+    wanted: list[str] = []
+    queue = [package]
     while queue:
         name = queue.pop()
         if name not in wanted:
@@ -72,7 +74,7 @@ def _kernels_own(apt: PrivateApt, package: str) -> list[str]:
 
 
 def _module_root(root: Path) -> Path:
-    """lib/modules, wherever this suite keeps it."""
+    """The suite's lib/modules: in /usr or not. Raises KernelError."""
     for folder in ("usr/lib/modules", "lib/modules"):
         if (root / folder).is_dir():
             return root / folder
@@ -82,12 +84,12 @@ def _module_root(root: Path) -> Path:
 def _find_image(root: Path) -> Path:
     found = sorted(root.glob("boot/vmlinuz-*")) + sorted(root.glob("usr/lib/modules/*/vmlinuz"))
     if not found:
-        raise KernelError("the kernel package has no vmlinuz in it")
+        raise KernelError("the kernel package contains no vmlinuz")
     return found[0]
 
 
 def _unwrapped(image: Path) -> bytes:
-    """The image as QEMU can load it: an EFI zboot wrapper taken off (drivers/firmware/efi/libstub/zboot-header.S)."""
+    """The image as QEMU can load it, without an EFI zboot wrapper (drivers/firmware/efi/libstub/zboot-header.S)."""
     data = image.read_bytes()
     if data[:2] != b"MZ" or data[4:8] != b"zimg":
         return data
@@ -95,11 +97,11 @@ def _unwrapped(image: Path) -> bytes:
     packing = data[24:32].rstrip(b"\0").decode()
     unpack = {"gzip": gzip.decompress, "xzkern": lzma.decompress, "lzma": lzma.decompress, "zstd": _unzstd}.get(packing)
     if unpack is None:
-        raise KernelError(f"{image.name} is packed with {packing}, which the lab does not unpack")
+        raise KernelError(f"{image.name} is compressed with {packing}, which the lab cannot unpack")
     try:
         return unpack(data[offset : offset + size])
     except (lzma.LZMAError, OSError, EOFError) as e:
-        raise KernelError(f"{image.name} is not the {packing} image it says it is: {e}") from e
+        raise KernelError(f"{image.name} is not the {packing} image that its header describes: {e}") from e
 
 
 def _unzstd(data: bytes) -> bytes:
@@ -109,22 +111,28 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _tool(argv: list[str], data: bytes | None = None) -> bytes:
-    """Run an unpacker; its output. Raises KernelError, and what :func:`arm_kvm.support.programs.run` raises."""
-    done = run(argv, input=data)
+    """Run an unpacker; return its output. Raises KernelError, and what :func:`arm_kvm.support.programs.run` raises."""
+    done = unpack(argv, data)
     if done.returncode:
-        raise KernelError(f"{argv[0]} does not unpack the kernel package", evidence=words(done))
+        evidence = done.stderr.decode(errors="replace").strip()
+        raise KernelError(f"{argv[0]} cannot unpack the kernel package", evidence=evidence)
     return done.stdout
 
 
 def _unpacked_module(path: Path) -> bytes:
     data = path.read_bytes()
-    return {".xz": lzma.decompress, ".gz": gzip.decompress, ".zst": _unzstd}.get(path.suffix, bytes)(data)
+    unpackers: dict[str, Callable[[bytes], bytes]] = {
+        ".xz": lzma.decompress,
+        ".gz": gzip.decompress,
+        ".zst": _unzstd,
+    }
+    return unpackers[path.suffix](data) if path.suffix in unpackers else data
 
 
 def _copy_modules(root: Path, wanted: list[str], out: Path) -> list[str]:
-    """Copy the wanted modules and what they depend on; their file names in load order.
+    """Copy the wanted modules and their dependencies; return their file names in load order.
 
-    One whose name ends in "?" may be missing.
+    A module whose name ends in "?" may be missing. Raises KernelError.
     """
     home = _module_root(root)
     files = {m["name"].replace("-", "_"): p for p in home.rglob("*.ko*") if (m := _MODULE.match(p.name))}
@@ -141,7 +149,7 @@ def _copy_modules(root: Path, wanted: list[str], out: Path) -> list[str]:
         if name not in files:
             raise KernelError(f"the kernel package has no module {name!r}", remedy="correct `modules` in the host file")
         data = _unpacked_module(files[name])
-        # .modinfo holds "depends=a,b" as a C string: no depmod is needed for a handful of modules.
+        # .modinfo contains "depends=a,b" as a C string, so that depmod is not needed.
         depends = re.search(rb"\0depends=([^\0]*)\0", data)
         for dependency in filter(None, (depends[1].decode() if depends else "").split(",")):
             load(dependency)

@@ -1,4 +1,4 @@
-"""Fetch a release tarball: resumed where it stopped, checked against its sha256, cached under it."""
+"""Download a release tarball: resumed where it stopped, checked against its sha256, and cached under it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch(url: str, partial: Path) -> None:
-    """Append to ``partial`` what it lacks of ``url``."""
+    """Append to ``partial`` the rest of ``url``. Raises OSError, HTTPError, HTTPException, ValueError."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     loopback = _is_loopback(urlsplit(url).hostname)
@@ -57,27 +57,28 @@ def _fetch(url: str, partial: Path) -> None:
 
 
 def tarball(url: str, sha256: str) -> Path:
-    """The file at ``url``, from the cache if it is there.
+    """Return the file at ``url``, from the cache if it is there.
 
     Raises Offline, DownloadFailed, WrongChecksum, DiskFull.
     """
     name = Path(urlsplit(url).path).name
     if (entry := cache.lookup("downloads", sha256)) is not None:
-        return entry.folder / entry.meta["name"]
+        return _file_of(entry)
     if offline() and not _is_loopback(urlsplit(url).hostname):
         raise Offline(
             f"{name} is not cached and ARM_KVM_OFFLINE forbids the download",
             remedy="give a kernel with --kernel PATH, or unset ARM_KVM_OFFLINE",
         )
 
-    def make(out: Path, work: Path) -> dict:
+    def make(out: Path, work: Path) -> cache.Meta:
         partial = work / name
         try:
             _fetch(url, partial)
         except urllib.error.HTTPError as e:
-            partial.unlink(missing_ok=True)  # also when it is the range of a partial file that is refused
+            partial.unlink(missing_ok=True)  # the server may have rejected the range of a partial file
             raise DownloadFailed(
-                f"cannot download {url}: the server says {e.code} {e.reason}", remedy="correct the url in the host file"
+                f"cannot download {url}: the server answers {e.code} {e.reason}",
+                remedy="correct the url in the host file",
             ) from e
         except (http.client.HTTPException, OSError, ValueError) as e:
             reason = getattr(e, "reason", e)
@@ -85,18 +86,21 @@ def tarball(url: str, sha256: str) -> Path:
                 raise reason from e
             raise DownloadFailed(
                 f"cannot download {url}: {reason}",
-                remedy="try again when the network is back (it goes on where it stopped), or give --kernel PATH",
+                remedy="try again when the network is back (it resumes where it stopped), or give --kernel PATH",
             ) from e
         verify(partial, sha256, forget=True)
         partial.rename(out / name)
         return {"url": url, "name": name}
 
-    entry = cache.obtain("downloads", sha256, make)
-    return entry.folder / entry.meta["name"]
+    return _file_of(cache.obtain("downloads", sha256, make))
+
+
+def _file_of(entry: cache.CacheEntry) -> Path:
+    return entry.folder / str(entry.meta["name"])
 
 
 def verify(path: Path, sha256: str, *, forget: bool = False) -> None:
-    """Raise WrongChecksum (and remove the file, with ``forget``) or KernelError (unreadable)."""
+    """Raise WrongChecksum if the checksum differs (``forget`` removes the file), KernelError if it is unreadable."""
     try:
         found = _sha256(path)
     except OSError as e:

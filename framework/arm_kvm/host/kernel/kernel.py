@@ -1,4 +1,4 @@
-"""A kernel that can be booted: an image QEMU understands, and the modules it needs in load order."""
+"""A bootable kernel: an image that QEMU can load, and the modules that the host needs, in load order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from arm_kvm.support.errors import KernelError
 
 _ZIMAGE_MAGIC = (0x24, struct.pack("<I", 0x016F2818))  # Documentation/arm/booting.rst
 _IMAGE_MAGIC = (0x38, b"ARM\x64")  # Documentation/arm64/booting.rst
-_HEADERS = 0x1000  #: bytes; what an image says of itself is in them
+_HEADERS = 0x1000  #: bytes at the start of an image that contain its headers
 _ARCH_NAMES = {"arm": "a 32-bit Arm", "arm64": "an arm64"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """``name`` is what the header of a run shows; ``modules`` are (file name, contents) in load order."""
+    """A kernel. ``name`` is shown at the start of a run; ``modules`` are (file name, contents) in load order."""
 
     name: str
     image: Path
@@ -26,7 +26,7 @@ class Kernel:
 
     @property
     def unpacked_size(self) -> int:
-        """About how many bytes of memory its code and data take: an image that unpacks itself is a quarter of that."""
+        """Estimate of the bytes of memory that its code and data take: four times the size of a compressed image."""
         with self.image.open("rb") as f:
             plain = f.read(64)[_IMAGE_MAGIC[0] :].startswith(_IMAGE_MAGIC[1])
         return self.image.stat().st_size * (1 if plain else 4)
@@ -40,11 +40,11 @@ def _magic(head: bytes) -> str | None:
 
 
 def architecture_of(image: Path) -> str | None:
-    """``arm`` or ``arm64`` by the image's own header (a gzipped Image too), None for anything else.
+    """``arm`` or ``arm64`` according to the image's header (of a gzipped Image too), None for anything else.
 
-    Raises KernelError when the file cannot be read.
+    Raises KernelError if the file cannot be read.
     """
-    if image.exists() and not image.is_file():  # a FIFO would be waited for
+    if image.exists() and not image.is_file():  # opening a FIFO would block
         raise KernelError(f"cannot read the kernel {image}: it is not a file")
     try:
         with image.open("rb") as f:
@@ -58,7 +58,7 @@ def architecture_of(image: Path) -> str | None:
 
 
 def _require_whole(image: Path) -> None:
-    """Raises KernelError for a file that was cut, as far as its header tells: a zImage's, an Image's, or gzip's end."""
+    """Raise KernelError for a truncated image, as far as the headers of a zImage or Image, or gzip's trailer, tell."""
     with image.open("rb") as f:
         head, size = f.read(_HEADERS), os.fstat(f.fileno()).st_size
     try:
@@ -71,36 +71,37 @@ def _require_whole(image: Path) -> None:
     try:
         whole = _size_by_headers(head)
     except struct.error as e:
-        raise KernelError(f"{image} was cut: {size:,} bytes, not even its headers", remedy="copy it again") from e
+        raise KernelError(f"{image} is truncated: {size:,} bytes, less than its headers", remedy="copy it again") from e
     if size < whole:
-        raise KernelError(f"{image} was cut: {size:,} of {whole:,} bytes", remedy="copy it again")
+        raise KernelError(f"{image} is truncated: {size:,} of {whole:,} bytes", remedy="copy it again")
 
 
 def _size_by_headers(head: bytes) -> int:
-    """Bytes of the whole image, as far as its headers tell. Raises struct.error: they are cut themselves."""
+    """Bytes of the whole file, as far as its headers tell. Raises struct.error if they are truncated themselves."""
     offset, magic = _ZIMAGE_MAGIC
     if head[offset : offset + 4] == magic:
-        start, end = struct.unpack_from("<II", head, offset + 4)
+        start, end = map(int, struct.unpack_from("<II", head, offset + 4))
         return end - start
     return _size_by_sections(head)
 
 
 def _size_by_sections(head: bytes) -> int:
-    """Bytes of a file that is an EFI program, too (arch/arm64/kernel/efi-header.S); 0 for one that is none.
+    """Bytes of an Image that is also an EFI program (arch/arm64/kernel/efi-header.S); 0 for any other file.
 
-    An Image's own header tells how much memory it takes, with what is not in the file.
+    The size in an Image's own header is of memory, including what is not in the file.
     """
     at = struct.unpack_from("<I", head, 0x3C)[0] if head[:2] == b"MZ" else len(head)
     if head[at : at + 4] != b"PE\0\0":
         return 0
-    sections, more = struct.unpack_from("<H12xH", head, at + 6)  # IMAGE_FILE_HEADER: how many, size of what follows
+    # IMAGE_FILE_HEADER: NumberOfSections, SizeOfOptionalHeader
+    sections, more = struct.unpack_from("<H12xH", head, at + 6)
     tables = [at + 24 + more + 40 * n for n in range(sections)]
     ends = [sum(struct.unpack_from("<II", head, table + 16)) for table in tables if table + 40 <= len(head)]
     return max(ends, default=0)
 
 
 def check_image(image: Path, linux_arch: str) -> Path:
-    """The image, if a board of this architecture can boot it. Raises KernelError."""
+    """Return the image if a board of this architecture can boot it. Raises KernelError."""
     arch = architecture_of(image)
     if arch == linux_arch:
         _require_whole(image)

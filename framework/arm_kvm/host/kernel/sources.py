@@ -1,4 +1,4 @@
-"""From a host file's ``kernel`` keys, or from ``--kernel``, to a kernel that can be booted."""
+"""Obtain a bootable kernel from a host file's ``kernel`` keys, or from ``--kernel``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from arm_kvm.support.paths import is_there, written_path
 
 
 def obtain(config: HostConfig, override: str | None = None) -> Kernel:
-    """The host's kernel: ``override`` (see :func:`from_argument`) or the one the host file names.
+    """Return the host's kernel: ``override`` (see :func:`from_argument`), or the one that the host file names.
 
-    Raises KernelError and its kinds, SetupError, DiskFull, ConfigError.
+    Raises KernelError and its subclasses, SetupError, DiskFull, ConfigError.
     """
     try:
         return from_argument(config, override) if override is not None else _SOURCES[config.kernel["source"]](config)
     except OSError as e:
         if e.filename is None or is_limit(e):
             raise
-        raise SetupError(f"{e.filename}: {e.strerror}", remedy="see to its owner and permissions") from e
+        raise SetupError(f"{e.filename}: {e.strerror}", remedy="correct its owner and permissions") from e
 
 
 def from_argument(config: HostConfig, what: str) -> Kernel:
-    """``--kernel``: an image, a source tree (built with the host's fragments), or ``deb:PACKAGE@SUITE``."""
+    """The kernel of ``--kernel``: an image, a tree (built with the host's fragments) or ``deb:PACKAGE@SUITE``."""
     if what.startswith("deb:"):
         package, suite = _package(what)
         return deb.from_package(package, suite, config.linux_arch, config.kernel.get("modules", []))
@@ -40,7 +40,7 @@ def from_argument(config: HostConfig, what: str) -> Kernel:
 
 
 def check(config: HostConfig, what: str) -> None:
-    """Raises KernelError where it can be known without fetching or building that :func:`from_argument` will fail."""
+    """Raise KernelError if it is clear, without fetching or building, that :func:`from_argument` will fail."""
     if what.startswith("deb:"):
         _package(what)
     elif (path := _given(what)).is_dir():
@@ -55,13 +55,13 @@ def _package(what: str) -> tuple[str, str]:
     if not match:
         raise KernelError(
             f"--kernel {what}: a Debian kernel is written deb:PACKAGE@SUITE",
-            remedy="deb:linux-image-arm64@trixie, for example",
+            remedy="write deb:linux-image-arm64@trixie, for example",
         )
     return match[1], match[2]
 
 
 def _given(what: str) -> Path:
-    """A path as a person writes it."""
+    """The existing path that a user gave. Raises KernelError."""
     path = written_path(what, "--kernel ")
     if not what or not is_there(path):
         remedy = "give an image (zImage or Image), a kernel source tree, or deb:PACKAGE@SUITE"
@@ -70,30 +70,37 @@ def _given(what: str) -> Path:
 
 
 def build_for(config: HostConfig, source: Path, patches: list[Path], more: list[str]) -> Kernel:
-    """Build a source tree for a host into the cache, with ``more`` fragments than its own."""
+    """Build a source tree for a host into the cache, with its own fragments and ``more``."""
     return tree.from_tree(source, config.linux_arch, [*fragments_of(config), *more], patches)
 
 
 def tree_of(config: HostConfig, override: str | None = None) -> Path | None:
-    """The source tree that the host's kernel is built from; None when it comes from elsewhere."""
+    """The source tree that the host's kernel is built from; None if it is not built from a tree."""
     if override is not None:
         return path if not override.startswith("deb:") and (path := _given(override)).is_dir() else None
     return _path(config, config.kernel["path"]) if config.kernel["source"] == "tree" else None
 
 
 def with_patch(config: HostConfig, override: str | None, patch: Path) -> Kernel:
-    """The kernel of :func:`tree_of`, with one patch more."""
+    """Build the tree of :func:`tree_of`, which must not be None, with one more patch."""
     patches = [] if override is not None else _patches(config)
-    return tree.from_tree(tree_of(config, override), config.linux_arch, fragments_of(config), [*patches, patch])
+    source = tree_of(config, override)
+    if source is None:
+        raise KernelError(
+            f"{config.name}: its kernel is not built from a source tree, so that no patch can be applied",
+            remedy="give a tree with --kernel",
+        )
+    return tree.from_tree(source, config.linux_arch, fragments_of(config), [*patches, patch])
 
 
 def fragments_of(config: HostConfig) -> list[str]:
-    """The configuration fragments a kernel for this host is built with."""
-    return config.kernel.get("fragments", [f"{config.linux_arch}-virt", "lab"])
+    """The configuration fragments that a kernel for this host is built with."""
+    fragments: list[str] = config.kernel.get("fragments", [f"{config.linux_arch}-virt", "lab"])
+    return fragments
 
 
 def _path(config: HostConfig, name: str) -> Path:
-    """A path in a host file is relative to that file."""
+    """Resolve a path in a host file, which is relative to that file."""
     return config.path.parent / written_path(name, f"{config.path}: ")
 
 
@@ -108,7 +115,8 @@ def _deb(config: HostConfig) -> Kernel:
 
 
 def _tree(config: HostConfig) -> Kernel:
-    return tree.from_tree(tree_of(config), config.linux_arch, fragments_of(config), _patches(config))
+    source = _path(config, config.kernel["path"])
+    return tree.from_tree(source, config.linux_arch, fragments_of(config), _patches(config))
 
 
 def _patches(config: HostConfig) -> list[Path]:
@@ -121,13 +129,13 @@ def _tarball(config: HostConfig) -> Kernel:
         path = _path(config, keys["path"])
         download.verify(path, keys["sha256"])
         return tree.from_tarball(path, keys["sha256"], arch, fragments_of(config))
-    with suppress(SetupError):  # no compiler here: then nothing was built here either
+    with suppress(SetupError):  # without a compiler nothing was built here either
         if (built := tree.cached_tarball(keys["sha256"], arch, fragments_of(config))) is not None:
             return built
     try:
         path = download.tarball(keys["url"], keys["sha256"])
     except (Offline, DownloadFailed) as e:
-        # Better a kernel of the same kind than none, as long as the run says which it is.
+        # Fall back on a cached kernel of the same series; its name tells the user.
         series = re.search(r"\d+\.\d+", Path(keys["url"]).name)
         cached = tree.cached_build(arch, fragments_of(config), series[0]) if series else None
         if cached is None:

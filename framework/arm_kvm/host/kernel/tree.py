@@ -1,4 +1,4 @@
-"""Source trees and tarballs as inputs of a build: what they are, and a cached kernel made of them."""
+"""Source trees and tarballs as inputs of a build, and the cached kernels that are built from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import lzma
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arm_kvm.host.kernel.build import TOOLCHAINS, Build, fragment_files
@@ -19,14 +19,14 @@ from arm_kvm.support.paths import plain_file
 from arm_kvm.support.programs import run
 from arm_kvm.support.progress import task
 
-#: Python asks for a filter since 3.12, and Debian 12's 3.11.2 does not know any.
-_UNPACKING = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
-#: Folders of a kernel tree that no build of ours reads.
+#: Python 3.12 warns if no filter is given, and Debian 12's 3.11.2 has none.
+_FILTERS = hasattr(tarfile, "tar_filter")
+#: Folders of a kernel tree that the lab's builds do not read.
 _UNREAD = frozenset({".git", "Documentation", "samples", "LICENSES"})
 
 
 def check_tree(tree: Path) -> None:
-    """Raises KernelError when this is no kernel source tree."""
+    """Raise KernelError if this is not a kernel source tree."""
     if not (tree / "Kconfig").is_file() or not (tree / "arch").is_dir():
         raise KernelError(
             f"{tree} is not a kernel source tree (it has no Kconfig, or no arch)",
@@ -35,7 +35,7 @@ def check_tree(tree: Path) -> None:
 
 
 def fingerprint(tree: Path, arch: str) -> str:
-    """A hash of the contents of every file that a build for ``arch`` can read."""
+    """Hash the contents of every file that a build for ``arch`` can read. Raises KernelError, BuildFailed."""
     check_tree(tree)
     if (tree / ".config").exists() or (tree / "include/config").exists():
         raise BuildFailed(
@@ -58,12 +58,12 @@ def fingerprint(tree: Path, arch: str) -> str:
 
 
 def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) -> Kernel:
-    """The kernel built from a source tree, with patches applied to a copy of it."""
+    """Build the kernel of a source tree; patches are applied to a copy of it."""
 
     def prepare(work: Path) -> Path:
         return _patched(tree, patches, work) if patches else tree
 
-    fragment_files(fragments)  # a wrong name is said before the tree is read
+    fragment_files(fragments)  # reports an unknown name before the tree is read
     if patches and shutil.which("patch") is None:
         raise SetupError("patch is not installed", remedy="run `arm-kvm setup`")
     inputs = [fingerprint(tree, arch), *(_read_patch(p) for p in patches)]
@@ -72,20 +72,18 @@ def from_tree(tree: Path, arch: str, fragments: list[str], patches: list[Path]) 
 
 
 def from_tarball(tarball: Path, sha256: str, arch: str, fragments: list[str]) -> Kernel:
-    """The kernel built from a release tarball."""
+    """Build the kernel of a release tarball."""
     return _built(tarball.name, arch, fragments, [sha256], lambda work: _unpacked(tarball, work))
 
 
 def cached_tarball(sha256: str, arch: str, fragments: list[str]) -> Kernel | None:
-    """The kernel built from the tarball of this checksum, if it is in the cache: the tarball is then not needed."""
+    """The cached kernel that was built from the tarball of this checksum, if any; the tarball is not needed then."""
     entry = cache.lookup("kernels", build_key(arch, fragments, [sha256]))
-    return entry and _kernel(entry)
+    return _kernel(entry) if entry else None
 
 
 def cached_build(arch: str, fragments: list[str], series: str) -> Kernel | None:
-    """The newest kernel of a series (5.4) in the cache that was built for this architecture with these fragments, and
-    no patches.
-    """
+    """The newest cached kernel of a series (5.4) that was built for ``arch`` with these fragments and no patches."""
     for entry in cache.entries("kernels"):
         meta = {} if entry.damage() else entry.meta
         same = (meta.get("arch"), meta.get("fragments"), meta.get("patches", 0)) == (arch, fragments, 0)
@@ -94,8 +92,8 @@ def cached_build(arch: str, fragments: list[str], series: str) -> Kernel | None:
     return None
 
 
-def build_key(arch: str, fragments: list[str], inputs: list[object]) -> str:
-    """All that a build depends on: architecture, compiler, fragments' contents, sources."""
+def build_key(arch: str, fragments: list[str], inputs: Sequence[object]) -> str:
+    """The cache key of a build: of architecture, compiler, fragments' contents and sources (``inputs``)."""
     texts = [path.read_bytes() for path in fragment_files(fragments)]
     return cache.key_of("build", arch, TOOLCHAINS[arch].version(), *texts, *inputs)
 
@@ -104,16 +102,16 @@ def _built(
     label: str,
     arch: str,
     fragments: list[str],
-    inputs: list[object],
+    inputs: Sequence[object],
     prepare: Callable[[Path], Path],
     patches: int = 0,
 ) -> Kernel:
-    def make(out: Path, work: Path) -> dict:
+    def make(out: Path, work: Path) -> cache.Meta:
         build = Build(prepare(work), work / "build", arch, fragment_files(fragments))
         shutil.copy(build.run(), out / "image")
         shutil.copy(work / "build/.config", out / "config")
         about = {"label": label, "version": build.version(), "arch": arch}
-        return about | {"fragments": fragments, "patches": patches}
+        return {**about, "fragments": fragments, "patches": patches}
 
     return _kernel(cache.obtain("kernels", build_key(arch, fragments, inputs), make))
 
@@ -131,7 +129,7 @@ def _read_patch(patch: Path) -> bytes:
 
 
 def _patched(tree: Path, patches: list[Path], work: Path) -> Path:
-    """A copy of the tree with the patches applied; made anew if an earlier one was not finished."""
+    """Copy the tree and apply the patches; an unfinished earlier copy is made anew. Raises BuildFailed, KernelError."""
     copy, done = work / "source", work / "source.done"
     if not done.exists():
         shutil.rmtree(copy, ignore_errors=True)
@@ -157,17 +155,20 @@ def _copy(tree: Path, copy: Path) -> None:
 
 
 def _unpacked(tarball: Path, work: Path) -> Path:
-    """The tarball's one top folder, unpacked; made anew if an earlier unpacking was not finished."""
+    """Unpack the tarball and return its one top folder; unfinished earlier work is redone. Raises KernelError."""
     folder, done = work / "source", work / "source.done"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with task(f"unpack {tarball.name}"), tarfile.open(tarball) as archive:
-                archive.extractall(folder, **_UNPACKING)
+                if _FILTERS:
+                    archive.extractall(folder, filter="tar")
+                else:
+                    archive.extractall(folder)
         except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
             raise KernelError(f"{tarball} is not a tar archive: {e}") from e
         done.touch()
     tops = [p for p in folder.iterdir() if p.is_dir()]
     if len(tops) != 1:
-        raise KernelError(f"{tarball.name} does not hold one folder with a kernel in it")
+        raise KernelError(f"{tarball.name} does not contain a single folder with a kernel in it")
     return tops[0]
