@@ -1,6 +1,6 @@
-"""The words of test authors: all that a test case may import of this package, beside the fixtures.
+"""The public interface for test authors: all that a test case imports from this package, besides its fixtures.
 
-What is not in ``__all__`` is private and changes without notice.
+Everything outside ``__all__`` is private and may change without notice.
 """
 
 from __future__ import annotations
@@ -36,81 +36,93 @@ from arm_kvm.vmm.vcpu import Vcpu
 from arm_kvm.vmm.vgic import Frame, Vgic
 from arm_kvm.vmm.vm import Vm
 
-__all__ = [
+#: By subject, which is the order of the documentation.
+__all__ = [  # noqa: RUF022
+    # -- the host
+    "Host",
+    "Hold",
+    "facilities",
+    "huge_pages",
+    "selfchecks",
+    # -- VMs and their VMMs
+    "Vm",
+    "Vcpu",
+    "Vmm",
+    "Fleet",
+    "Vgic",
+    "vgic",
+    "Frame",
+    "calls",
+    "injection",
+    # -- memory
+    "PAGE",  #: bytes of a page
+    "BLOCK",  #: bytes that a level 2 block maps, with 4 KiB pages
+    "GIB",  #: bytes that a level 1 block maps, with 4 KiB pages
+    "Memory",
+    "File",
+    "Advice",
+    "Prot",
+    "UserFaults",
+    "content_of",
+    "Child",
+    # -- memslots
+    "Memslot",
+    "SlotFlags",
+    "Window",
+    "Memslots",
+    "Refused",
+    # -- guests
+    "Guest",
+    "Hammer",
+    "Order",
+    "OrderResult",
+    "RunFailed",
+    "GuestException",
+    "Access",
+    "Exit",
+    "Mmio",
+    "Signal",
+    "GuestStage1",
+    "Isa",
+    "ISAS",  #: both instruction sets by name
     "A32",  #: the 32-bit instruction set, A32
     "A64",  #: the 64-bit instruction set, A64
-    "BLOCK",  #: bytes that a level 2 block maps, with 4 KiB pages
-    "CHANGE_PTE_GONE",
     "CODE",  #: IPA of the guest's payload
-    "GIB",  #: bytes that a level 1 block maps, with 4 KiB pages
-    "ISAS",  #: both instruction sets by name
     "MAILBOX",  #: IPA of vCPU 0's mailbox; the others' follow
     "MAILBOX_SIZE",  #: bytes of one vCPU's mailbox
-    "PAGE",  #: bytes of a page
-    "Access",
-    "Actor",
-    "Advice",
-    "Call",
-    "Child",
-    "Consecutive",
-    "Descriptor",
-    "Exit",
-    "File",
+    # -- stage 2 and its judgement
+    "Stage2",
+    "Leaf",
+    "descriptors",
+    "tables",
+    "memcache",
+    "guests_on_cpus",
+    "Verdict",
     "Finding",
-    "Fleet",
-    "Frame",
-    "Guest",
-    "GuestException",
-    "GuestStage1",
-    "Hammer",
-    "Hold",
-    "Host",
+    "Violation",
+    # -- MMU notifiers
+    "Operation",
+    "Call",
+    "CHANGE_PTE_GONE",
+    "Testimony",
+    "calls_in",
+    # -- VMIDs
+    "Consecutive",
+    "VcpuLoads",
+    # -- random sequences
+    "player",
+    "search",
+    # -- requests to the agent, and any ioctl
+    "op",
+    "request",
+    "Actor",
+    "Job",
+    "ioctls",
+    "Ioctl",
+    "Descriptor",
+    # -- errors
+    "LabError",
     "HostOops",
     "HostOsError",
     "HostPanic",
-    "Ioctl",
-    "Isa",
-    "Job",
-    "LabError",
-    "Leaf",
-    "Memory",
-    "Memslot",
-    "Memslots",
-    "Mmio",
-    "Operation",
-    "Order",
-    "OrderResult",
-    "Prot",
-    "Refused",
-    "RunFailed",
-    "Signal",
-    "SlotFlags",
-    "Stage2",
-    "Testimony",
-    "UserFaults",
-    "Vcpu",
-    "VcpuLoads",
-    "Verdict",
-    "Vgic",
-    "Violation",
-    "Vm",
-    "Vmm",
-    "Window",
-    "calls",
-    "calls_in",
-    "content_of",
-    "descriptors",
-    "facilities",
-    "guests_on_cpus",
-    "huge_pages",
-    "injection",
-    "ioctls",
-    "memcache",
-    "op",
-    "player",
-    "request",
-    "search",
-    "selfchecks",
-    "tables",
-    "vgic",
 ]
