@@ -215,7 +215,7 @@ class Operations:
         """
         return self._runners[cpu].wait(seconds)
 
-    def vcpu_measure_mmio(self, vm: int, vcpu: int, exits: int) -> dict[str, object] | None:
+    def vcpu_measure_mmio(self, vm: int, vcpu: int, exits: int) -> dict[str, float] | None:
         """Measure the seconds that one MMIO exit takes, as the mean of ``exits``."""
         target = self._vcpu(vm, vcpu)
         target.start(lambda: kvm.measure_mmio(target, exits))
