@@ -1,7 +1,7 @@
 """The second mechanism: breakpoints of the gdbstub, at which the machine stops and the tables are read.
 
-It is slow, because QEMU discards all translated code at every stop for a breakpoint, but needs only a gdbstub. It is for
-a QEMU with an unknown plugin API, and to check the probe.
+It is slow, because QEMU discards all translated code at every stop for a breakpoint, but needs only a gdbstub. It is
+for a QEMU with an unknown plugin API, and to check the probe.
 """
 
 from __future__ import annotations

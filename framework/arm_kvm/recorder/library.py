@@ -35,7 +35,7 @@ def obtain(qemu: Emulator) -> Path:
 
 
 def _make(qemu: Emulator, out: Path, work: Path) -> dict[str, object]:
-    rejection = _load(qemu, _compile(_TOO_NEW, work / "too-new.so"))
+    rejection = _load(qemu, _compile(_TOO_NEW, work / "asks.so"))
     newest = re.search(r"supports only up to version (\d+)", rejection)
     if newest is None:
         raise NoProbe(f"{qemu.name} takes no TCG plugins", remedy=_REMEDY, evidence=rejection)
