@@ -49,7 +49,7 @@ class World:
 
     def findings(self):
         tables = sweep.sweep(self.stage2.regime, self.ram)
-        view = judge.look(tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas))
+        view = judge.host_view(tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas))
         written = np.full(len(view.ipa), self.written)
         writable = d.linux_arm_writable(view.host_desc)
         return judge.Case(tables, self.slots, view, writable, written, self.ram, self.windows).findings()

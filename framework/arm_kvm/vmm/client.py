@@ -223,7 +223,7 @@ class Agent:
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
     def receive(self, number: int, deadline: float = _DEFAULT_DEADLINE) -> Any:
-        """Wait up to ``deadline`` seconds for the answer to this request. Also raises what ``do`` of meanwhile raised."""
+        """Wait up to ``deadline`` seconds for the answer to this request. Also raises what :meth:`meanwhile` caught."""
         failure = self._do_meanwhile()
         end = time.monotonic() + deadline
         reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
