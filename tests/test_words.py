@@ -135,8 +135,12 @@ def test_siginfo_of_a_signal(vm):
     assert (info.number, info.code, info.address, info.lsb) == (7, 4, memory.hva + PAGE, 12)  # BUS_MCEERR_AR
 
 
+@pytest.mark.isolation("test")
 def test_pending_signals(host):
-    """A signal that was sent to the VMM is pending until it is taken."""
+    """A signal that was sent to the VMM is pending until it is taken.
+
+    It needs a host of its own: the signal is not blocked in threads that the VMM, for an actor, started before.
+    """
     assert host.take_signals(12) == []
     host.ssh.run(f"kill -12 {host.agent.hello['pid']}")
     assert [info.number for info in host.take_signals(12)] == [12]

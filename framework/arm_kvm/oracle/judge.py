@@ -105,9 +105,7 @@ class Case:
     def findings(self) -> list[Finding]:
         """Find all that is wrong with this VM's entries."""
         out = [
-            Finding(
-                Verdict.MALFORMED_ENTRY, "invalid, or a meaning", _malformed(m), m.ia, 1 << KIB4.level_shift(m.level)
-            )
+            Finding(Verdict.MALFORMED_ENTRY, "an invalid or a well-formed entry", _malformed(m), m.ia, _span(m))
             for m in self.tables.malformed
         ]
         for check in (self._outside, self._wrong_frame, self._excess, self._memory_type):
@@ -187,6 +185,10 @@ class Case:
             )
             for run in runs
         ]
+
+
+def _span(m: Malformed) -> int:
+    return 1 << KIB4.level_shift(m.level)
 
 
 def _malformed(m: Malformed) -> str:

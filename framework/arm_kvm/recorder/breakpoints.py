@@ -117,9 +117,9 @@ class Breakpoints:
         if point.what is What.VTTBR:
             self._vttbr[cpu] = operand
         if point.all_vms:
-            changes = self._tables.look_at_all()
+            changes = self._tables.compare_all()
         else:
-            changes = self._tables.look_at(self._vttbr[cpu], self._vtcr[cpu])
+            changes = self._tables.compare(self._vttbr[cpu], self._vtcr[cpu])
         self._records += [RawEntry(now, *change) for change in changes]
         self._records.append(RawEvent(now, cpu, index, operand))
 
@@ -141,7 +141,8 @@ class TableWatch:
         self._roots.pop(root, None)
         self._was = {key: was for key, was in self._was.items() if key[0] != root}
 
-    def look_at(self, vttbr: int, vtcr: int) -> list[Change]:
+    def compare(self, vttbr: int, vtcr: int) -> list[Change]:
+        """Return the changes of the tables under this VTTBR since they were last compared."""
         root = root_of(vttbr)
         if not root:
             return []
@@ -149,7 +150,8 @@ class TableWatch:
             self._roots[root] = self._shape(vttbr, vtcr)
         return self._changes(self._roots[root])
 
-    def look_at_all(self) -> list[Change]:
+    def compare_all(self) -> list[Change]:
+        """Return the changes of all VMs' tables since they were last compared."""
         return [change for regime in self._roots.values() for change in self._changes(regime)]
 
     def _changes(self, regime: Regime) -> list[Change]:

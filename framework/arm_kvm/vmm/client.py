@@ -217,7 +217,7 @@ class Agent:
             except TimeoutError:
                 self._check()
                 if time.monotonic() > end:
-                    self._lose(AgentTimeout("the agent does not take a request"))
+                    self._lose(AgentTimeout("the agent does not read its request"))
             except (OSError, EOFError, paramiko.SSHException) as e:
                 self._check_again()
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
