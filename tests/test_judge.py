@@ -127,7 +127,7 @@ def test_device_is_device_memory_and_never_executable(world):
     world.host_maps(0, DEVICE_PA)
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
     assert world.findings() == []
-    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NOBODY)
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NONE)
     assert world.verdicts() == [Verdict.EXCESS_PERMISSION]
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
     assert world.verdicts() == [Verdict.WRONG_MEMORY_TYPE]
@@ -241,7 +241,7 @@ def test_a_window_over_a_memslot_is_no_wrong_frame(world):
         (-1, DEVICE_PA, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # the other page of the device
         (-3, DEVICE_PA - PAGE, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # beside the window
         (-2, DEVICE_PA, {}, Verdict.WRONG_MEMORY_TYPE),
-        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NOBODY}, Verdict.EXCESS_PERMISSION),
+        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NONE}, Verdict.EXCESS_PERMISSION),
     ],
 )
 def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):
