@@ -72,7 +72,10 @@ class Listener:
 class Line(Protocol):
     """A connection to an agent."""
 
-    stream: socket.socket | paramiko.Channel  #: carries bytes in both directions
+    @property
+    def stream(self) -> socket.socket | paramiko.Channel:
+        """Carries bytes in both directions."""
+        ...
 
     def over(self) -> bool:
         """Return whether the agent is known to have ended."""
