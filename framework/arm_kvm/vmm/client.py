@@ -89,7 +89,8 @@ class SshLine:
     """The channel that an agent was started by."""
 
     def __init__(self, channel: paramiko.Channel) -> None:
-        self.stream = self._channel = channel
+        self.stream: socket.socket | paramiko.Channel = channel
+        self._channel = channel
 
     def over(self) -> bool:
         return self._channel.eof_received
@@ -109,7 +110,7 @@ class SerialLine:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self.stream = machine.port
+        self.stream: socket.socket | paramiko.Channel = machine.port
         self._machine = machine
         self._opened = False
 
