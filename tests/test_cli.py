@@ -110,7 +110,7 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
         assert first[1].startswith("shell:  ssh ") and "-p " in first[1]
         watched = arm_kvm("stage2", "arm64", "--seconds", "0.2")
         assert watched.returncode == 0 and "no guest was seen" in watched.stdout
-        count, mib = re.search(r"machines that run: (\d+), (\d+) MiB", arm_kvm("cache").stdout).groups()
+        count, mib = re.search(r"running machines: (\d+), (\d+) MiB", arm_kvm("cache").stdout).groups()
         assert count == "1" and 50 < int(mib) < 1024, "of its 1 GiB of RAM what it has used"
     finally:
         process.send_signal(signal.SIGINT)
@@ -182,4 +182,4 @@ def test_benchmarks_that_are_interrupted_print_what_they_have():
 def test_benchmarks_as_a_table(arm_kvm):
     done = arm_kvm("bench", "--", "-k", "sweep_of")
     assert done.returncode == 0, done.stderr
-    assert "median" in done.stdout and "quartiles" in done.stdout
+    assert "median" in done.stdout and "IQR" in done.stdout

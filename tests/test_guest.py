@@ -1,4 +1,4 @@
-"""The payload and its driver, on real hosts: batches, exceptions as data, hypercalls, registers, concurrency."""
+"""The payload and its driver on real hosts: batches, exceptions, hypercalls, registers, concurrency."""
 
 import pytest
 from arm_kvm.guest import payload
@@ -25,7 +25,7 @@ def test_missing_binutils_name_the_remedy(monkeypatch):
         payload.assemble("A32")
 
 
-def test_isas_refuse_what_they_do_not_have():
+def test_unknown_accesses_and_registers_are_refused():
     with pytest.raises(ValueError, match="A32 has no access 'ldr-x'"):
         A32.access("ldr-x")
     with pytest.raises(ValueError, match="no access of 8 bytes"):
@@ -34,7 +34,7 @@ def test_isas_refuse_what_they_do_not_have():
         A64.gadget(A64.accesses[0], 15)
 
 
-def test_a_batch_answers_order_by_order(vm):
+def test_a_batch_has_a_result_for_each_order(vm):
     vm.add_memory(IPA, 0x1000)
     orders = [
         Order("fill", IPA, count=2, stride=4),
@@ -49,7 +49,7 @@ def test_a_batch_answers_order_by_order(vm):
         vm.guest.batch([Order("nop")] * 64)
 
 
-def test_an_undefined_instruction_comes_back_as_data(vm, isa):
+def test_an_undefined_instruction_raises_guest_exception(vm, isa):
     vm.add_memory(IPA, 0x1000).write(8, UNDEFINED[isa])
     with pytest.raises(GuestException) as caught:
         vm.guest.execute(IPA + 8)
@@ -58,7 +58,7 @@ def test_an_undefined_instruction_comes_back_as_data(vm, isa):
 
 
 def test_an_unknown_hypercall_is_not_supported(vm, isa):
-    """Arm DEN0022 (PSCI), DEN0028 (SMCCC): -1 in the result register."""
+    """Arm DEN0022 (PSCI), DEN0028 (SMCCC): NOT_SUPPORTED, -1, in the result register."""
     assert vm.guest.hypercall(0x8400_FFFF) == (1 << ISAS[isa].pointer_bits) - 1
 
 
@@ -70,7 +70,7 @@ def test_flush_and_registers(vm):
     assert vcpu.get_register(core + 4 * bits // 32) == 0xFEED
 
 
-def test_a_guest_that_never_comes_back_is_kicked_out(vm):
+def test_a_guest_that_never_exits_is_kicked(vm):
     vm.add_memory(IPA, 0x1000).write(0, bytes.fromhex("feffffea" if vm.isa is A32 else "00000014"))  # b .
     vcpu = vm.vcpus[0]
     vm.guest._begin([Order("execute", IPA)], wait=0.0)
@@ -80,7 +80,7 @@ def test_a_guest_that_never_comes_back_is_kicked_out(vm):
     vm.guest.ping()
 
 
-def test_what_fails_while_an_answer_is_on_its_way_leaves_none_behind(host):
+def test_a_failure_in_meanwhile_leaves_no_answer_unread(host):
     def fail():
         raise ValueError("not the agent's")
 
@@ -104,8 +104,8 @@ def test_tables_are_read_while_guests_spin(make_vm, stage2):
 
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("rounds", [1, 1 << 25])
-def test_a_vm_that_stays_inside_ends_by_itself(vm, pinned, rounds):
-    """Also where the agent has long answered that it goes on."""
+def test_spinning_for_some_rounds_ends_by_itself(vm, pinned, rounds):
+    """The larger number of rounds takes longer than the agent waits before it answers that the vCPU still runs."""
     if pinned:
         vm.vcpus[0].pin(1)
     with vm.guest.spinning_for(rounds):
@@ -113,8 +113,8 @@ def test_a_vm_that_stays_inside_ends_by_itself(vm, pinned, rounds):
     vm.guest.ping()
 
 
-def test_what_the_agent_begins_may_run_anywhere(host, make_vm):
-    """The thread that answers is on the first CPU; vCPUs' threads and children are not bound to it."""
+def test_threads_and_children_of_the_agent_may_run_on_every_cpu(host, make_vm):
+    """The agent's main thread is bound to the first CPU; the threads of vCPUs and forked children are not."""
 
     def allowed(pid):
         found = host.ssh.run(f"grep -H Cpus_allowed_list /proc/{pid}/task/*/status")
@@ -129,7 +129,7 @@ def test_what_the_agent_begins_may_run_anywhere(host, make_vm):
     assert of_child == {child.pid: "0-1"}
 
 
-def test_a_vm_that_cannot_be_made_leaves_nothing(host, isa, make_vm):
+def test_a_vm_that_cannot_be_created_leaves_nothing(host, isa, make_vm):
     with pytest.raises(HostOsError):
         make_vm(ipa_bits=7 << 8)
     make_vm().guest.ping()

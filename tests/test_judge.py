@@ -1,7 +1,7 @@
-"""Every verdict on a table that deserves it, and none on one that does not.
+"""Every verdict on a table that violates its rule, and no verdict on a correct table.
 
-Made-up tables in made-up RAM: the judge is pure. The same verdicts on a real kernel's tables are in
-test_verdicts_live.py.
+The judge is pure, so these are constructed tables in constructed RAM. test_verdicts_live.py has the same verdicts on a
+real kernel's tables.
 """
 
 from dataclasses import replace
@@ -49,7 +49,9 @@ class World:
 
     def findings(self):
         tables = sweep.sweep(self.stage2.regime, self.ram)
-        view = judge.look(tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas))
+        view = judge.host_view(
+            tables.leaves, self.slots, lambda hvas: sweep.translate(self.host.regime, self.ram, hvas)
+        )
         written = np.full(len(view.ipa), self.written)
         writable = d.linux_arm_writable(view.host_desc)
         return judge.Case(tables, self.slots, view, writable, written, self.ram, self.windows).findings()
@@ -62,12 +64,12 @@ def world():
     return w
 
 
-def test_a_right_leaf_is_right(world):
+def test_a_correct_leaf(world):
     world.maps(0, world.frame)
     assert world.findings() == []
 
 
-def test_a_read_only_leaf_is_less_than_allowed_and_right(world):
+def test_a_leaf_with_fewer_permissions_than_permitted_is_correct(world):
     world.maps(0, world.frame, s2ap=d.Grant.READ)
     assert world.findings() == []
 
@@ -125,7 +127,7 @@ def test_device_is_device_memory_and_never_executable(world):
     world.host_maps(0, DEVICE_PA)
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE)
     assert world.findings() == []
-    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NOBODY)
+    world.maps(0, DEVICE_PA, memattr=d.MemAttr.DEVICE_nGnRE, xn=d.Never.NONE)
     assert world.verdicts() == [Verdict.EXCESS_PERMISSION]
     world.maps(0, DEVICE_PA, memattr=d.MemAttr.NORMAL_WB)
     assert world.verdicts() == [Verdict.WRONG_MEMORY_TYPE]
@@ -137,7 +139,7 @@ def test_malformed_entry(world):
 
 
 def test_block_is_judged_page_by_page(world):
-    """A block over 512 host pages, one of which is another frame: exactly that page is named."""
+    """A block over 512 host pages, one of which has another frame: the finding is exactly that page."""
     for page in range(512):
         world.host_maps(page, world.frame + page * PAGE)
     world.stage2.put(IPA, 2, d.encode(d.LeafFields(world.frame), 2))
@@ -183,12 +185,12 @@ def test_a_table_that_maps_nothing_is_spare(world):
     assert Stage2(sweep.sweep(world.stage2.regime, world.ram)).spare_tables == 2  # of levels 2 and 3
 
 
-def test_no_table_is_shared_in_a_good_world(world):
+def test_no_table_is_shared_in_a_correct_world(world):
     world.maps(0, world.frame)
     assert judge.shared_tables({"VM 1": sweep.sweep(world.stage2.regime, world.ram)}) == {"VM 1": []}
 
 
-def test_the_diff_says_what_a_kernel_developer_needs(world):
+def test_the_diff_shows_verdict_place_expected_found_and_context(world):
     world.maps(0, world.frame + PAGE)
     text = str(Violation("stage 2 of VM 1", world.findings(), "Last requests to the agent:\n  > 7 vcpu_run"))
     for part in ("wrong-frame", f"IPA [{IPA:#x}", "expected", "found", "level 3", "HVA 0x10000000", "> 7 vcpu_run"):
@@ -200,7 +202,7 @@ def test_a_violation_carries_its_verdicts(world):
     world.stage2.put(IPA - PAGE, 3, d.encode(d.LeafFields(world.frame), 3))
     broken = Violation("stage 2", world.findings())
     assert isinstance(broken, Judged) and broken.verdicts == {Verdict.WRONG_FRAME, Verdict.OUTSIDE_MEMSLOTS}
-    assert broken.verdicts == {"wrong-frame", "outside-memslots"}, "names, for who does not know the oracle"
+    assert broken.verdicts == {"wrong-frame", "outside-memslots"}, "names, for modules that do not know the oracle"
 
 
 def test_a_long_list_of_findings_is_cut_with_a_count(world):
@@ -216,7 +218,7 @@ DEVICE = {"memattr": d.MemAttr.DEVICE_nGnRE}
 
 @pytest.fixture
 def window(world):
-    """The world with a window of two pages onto a device, outside the memslot."""
+    """The world with a window of two pages onto a device, outside every memslot."""
     world.windows = (Window(IPA - 2 * PAGE, 2 * PAGE, DEVICE_PA),)
     return world
 
@@ -239,7 +241,7 @@ def test_a_window_over_a_memslot_is_no_wrong_frame(world):
         (-1, DEVICE_PA, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # the other page of the device
         (-3, DEVICE_PA - PAGE, DEVICE, Verdict.OUTSIDE_MEMSLOTS),  # beside the window
         (-2, DEVICE_PA, {}, Verdict.WRONG_MEMORY_TYPE),
-        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NOBODY}, Verdict.EXCESS_PERMISSION),
+        (-2, DEVICE_PA, DEVICE | {"xn": d.Never.NONE}, Verdict.EXCESS_PERMISSION),
     ],
 )
 def test_what_a_window_does_not_allow(window, page, pa, kind, verdict):

@@ -42,6 +42,10 @@ def test_every_fault_is_met_by_a_case():
     assert named == set(KNOWN_FAULTS)
 
 
+def test_every_fault_was_seen_somewhere():
+    assert [fault.name for fault in KNOWN_FAULTS.values() if not fault.seen] == []
+
+
 def test_names_are_names():
     assert [name for name in KNOWN_FAULTS if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", name)] == []
 

@@ -268,6 +268,25 @@ def test_artifacts_of_a_test_are_in_one_folder_and_in_junit(run, tmp_path):
     assert {str(path) for path in folder.iterdir()} <= attached
 
 
+TALKS_TO_QEMU = """
+import logging
+
+def test_fails(host):
+    host.machine.qmp("query-status")
+    logging.getLogger("mine").warning("a record of the test itself")
+    assert False
+"""
+
+
+def test_a_failure_shows_no_qmp_traffic(run, tmp_path):
+    """Even with pytest's log capture, which the lab's own configuration turns off."""
+    code, said = run(TALKS_TO_QEMU, "--host", "arm64", "-o", "addopts=-ra --tb=short")
+    assert code == 1 and "a record of the test itself" in said
+    assert "qemu.qmp" not in said and "DEBUG" not in said
+    (log,) = (tmp_path / "artifacts").glob("**/test_suite.test_fails*/qmp.log")
+    assert "query-status" in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -1,8 +1,8 @@
-"""Every rule of VMIDs and TLB maintenance, broken on a real host and caught under its name.
+"""Every rule of VMIDs and TLB maintenance, violated on a real host and reported under its name.
 
-Two ways to break one: a function of the running kernel is made to return at once (its first instruction is overwritten
-through the gdbstub), or the value that is about to be written to VTTBR is changed in the CPU's registers. The recorder
-knows of neither; the trace is what the CPUs then did.
+There are two ways to violate one. A function of the running kernel is made to return at once, by overwriting its first
+instruction through the gdbstub; or the value that is about to be written to VTTBR is changed in the CPU's registers.
+The recorder is not involved: the trace shows what the CPUs then do.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.native
 
 @pytest.fixture
 def enter_under(host, recorder):
-    """``enter_under(vm, change)``: the VM's next entry (of that vCPU; on that CPU) is under ``change(VTTBR)``."""
+    """``enter_under(vm, change)``: the next entry of the VM (vCPU ``index``, on CPU ``on``) has ``change(VTTBR)``."""
     gdb = host.machine.gdb
     register = "x" if host.config.architecture.name == "armv8" else "r"
     switch = {p.va: p for p in recorder.points if p.what is What.VTTBR and "vcpu_run" in p.function}
 
     def entry_changed(change, on):
-        """Serve stops until the switch to a guest was changed, on that CPU if one is named."""
+        """Handle one stop. Returns whether it was the switch to a guest, on CPU ``on`` if not None, and was changed."""
         with gdb.stopped_at_breakpoint(5.0) as cpu:
             assert cpu is not None, "no entry"
             (pc,) = gdb.read(cpu, "pc")
@@ -58,17 +58,17 @@ def enter_under(host, recorder):
         with gdb.pause():
             for va in switch:
                 gdb.insert_breakpoint(va)
-        with ThreadPoolExecutor(1) as pool:  # the agent cannot answer while the machine stands at a breakpoint
+        with ThreadPoolExecutor(1) as pool:  # the agent cannot answer while the machine is stopped at a breakpoint
             served = pool.submit(serve, change, on)
             vm.guests[index].start_fill(IPA + 0x1000 * index, 1)
             served.result()
-        with suppress(GuestException):  # what a guest meets under tables that are not its own is anybody's guess
+        with suppress(GuestException):  # with another VM's tables or VMID, the guest may take any exception
             vm.guests[index].finish()
 
     return enter
 
 
-#: Whatever takes entries of one VM out of the TLBs; newer kernels have the last.
+#: The functions that invalidate TLB entries of one VM; newer kernels have the last.
 FLUSHES = ("__kvm_tlb_flush_vmid_ipa", "__kvm_tlb_flush_vmid", "__kvm_tlb_flush_vmid_range")
 
 
@@ -77,12 +77,12 @@ def kinds(run):
 
 
 def number(vmid):
-    """Puts another VMID into VTTBR."""
+    """Return a function that replaces the VMID in a VTTBR."""
     return lambda vttbr: (vttbr & ((1 << VMID_SHIFT) - 1)) | vmid << VMID_SHIFT
 
 
 def running(make_vms, count):
-    """VMs that have run once, with two pages of memory each at IPA."""
+    """Create VMs with two pages of memory each at IPA, and run each once."""
     fleet = Fleet(make_vms(count))
     fleet.add_memory(IPA, 0x2000)
     fleet.ping()
@@ -93,7 +93,7 @@ def running(make_vms, count):
 
 
 def test_healthy_host_breaks_no_rule(make_vms, record, enter_under):
-    """What the other cases do, without breaking anything."""
+    """What the other cases do, without a violation."""
     with record() as run:
         (vm,) = running(make_vms, 1)
         vm.guest.write(IPA, 1)
@@ -105,7 +105,7 @@ def test_healthy_host_breaks_no_rule(make_vms, record, enter_under):
 
 
 def test_unmap_without_invalidation(make_vms, record, without):
-    """The host takes a page back, and nobody tells the TLBs."""
+    """The host unmaps a page, and the TLBs are not invalidated."""
     with record(judge=False) as run:
         (vm,) = running(make_vms, 1)
         vm.guest.write(IPA, 1)
@@ -118,7 +118,7 @@ def test_unmap_without_invalidation(make_vms, record, without):
 
 
 def test_remap_without_invalidation(make_vms, record, without):
-    """The page is taken back and the guest gets another one: two frames for one IPA in the TLBs."""
+    """The page is unmapped and the guest gets another one: the TLBs may hold two frames for one IPA."""
     with record(judge=False) as run:
         (vm,) = running(make_vms, 1)
         vm.guest.write(IPA, 1)
@@ -129,7 +129,7 @@ def test_remap_without_invalidation(make_vms, record, without):
 
 
 def test_write_protection_without_invalidation(make_vms, record, without):
-    """Dirty logging makes the page read-only; a TLB may still let the guest write it, and the log would miss it."""
+    """Dirty logging write-protects the page; a TLB may still permit the guest to write, which the log would miss."""
     with record(judge=False) as run:
         (vm,) = running(make_vms, 1)
         vm.guest.write(IPA, 1)
@@ -144,7 +144,7 @@ def test_write_protection_without_invalidation(make_vms, record, without):
 
 
 def test_entered_with_vmid_0(make_vms, record, enter_under):
-    """The host's own number."""
+    """VMID 0 is the host's own."""
     with record(judge=False) as run:
         (vm,) = running(make_vms, 1)
         enter_under(vm, number(0))
@@ -152,7 +152,7 @@ def test_entered_with_vmid_0(make_vms, record, enter_under):
 
 
 def test_two_vms_with_one_vmid(make_vms, record, vmid, enter_under):
-    """The second VM is entered with the first one's number, at its first run."""
+    """The second VM is entered with the first one's VMID, at its first run."""
     with record(judge=False) as run:
         one, two = make_vms(2)
         two.add_memory(IPA, 0x1000)
@@ -161,8 +161,8 @@ def test_two_vms_with_one_vmid(make_vms, record, vmid, enter_under):
     assert TraceRule.VMID_SHARED in kinds(run)
 
 
-def test_number_of_a_destroyed_vm_given_again(make_vms, record, vmid, enter_under):
-    """Its translations may still be in the TLBs: nothing was invalidated since."""
+def test_vmid_of_a_destroyed_vm_is_reused(make_vms, record, vmid, enter_under):
+    """The destroyed VM's translations may still be in the TLBs, which were not invalidated."""
     with record(judge=False) as run:
         one, two = make_vms(2)
         two.add_memory(IPA, 0x1000)
@@ -176,7 +176,7 @@ def test_number_of_a_destroyed_vm_given_again(make_vms, record, vmid, enter_unde
 @pytest.mark.needs("a15")
 @pytest.mark.parametrize("destroyed", [False, True])
 def test_counter_held_still(host, recorder, make_vms, record, destroyed):
-    """The kernel's own counter, put back to what it was before the first VM took its number from it."""
+    """The kernel's VMID counter is set back to the value before the second VM took its VMID from it."""
     counter = recorder.kernel.pa(recorder.kernel.symbols["kvm_next_vmid"])
     with record(judge=False) as run:
         one, two, three = make_vms(3)
@@ -192,7 +192,7 @@ def test_counter_held_still(host, recorder, make_vms, record, destroyed):
 
 
 def test_two_vcpus_with_different_vmids(make_vm, record, vmid, enter_under):
-    """vCPU 0 is inside on CPU 1; vCPU 1 is entered on CPU 0 under the next number."""
+    """vCPU 0 is in the guest on CPU 1; vCPU 1 is entered on CPU 0 with the next VMID."""
     with record(judge=False) as run:
         vm = make_vm(vcpus=2)
         vm.add_memory(IPA, 0x2000)
@@ -207,10 +207,10 @@ def test_two_vcpus_with_different_vmids(make_vm, record, vmid, enter_under):
 @pytest.mark.needs("vmid8")
 @pytest.mark.isolation("test")
 def test_rollover_without_invalidation(make_vms, record, without):
-    """A new generation, and the TLBs are full of the old one's translations.
+    """A new generation begins, and the TLBs still hold the old one's translations.
 
-    On a host of its own: where VMs of earlier cases have kept the last numbers of a generation, it ends before 255, and
-    all that the trace shows is numbers given twice.
+    It needs a host of its own. If VMs of earlier cases keep the last VMIDs of a generation, it ends before 255, and the
+    trace shows only that VMIDs are assigned twice.
     """
     with record(judge=False) as run, without("__kvm_flush_vm_context"):
         running(make_vms, 300)
@@ -218,21 +218,21 @@ def test_rollover_without_invalidation(make_vms, record, without):
 
 
 @pytest.mark.needs("vmid8")
-def test_number_of_an_old_generation(make_vms, record, enter_under):
-    """A VM that slept through the rollover is entered with the number it had, which is another VM's by now."""
+def test_vmid_of_an_old_generation(make_vms, record, enter_under):
+    """A VM that did not run since the rollover is entered with its old VMID, which is another VM's now."""
     with record(judge=False) as run:
         vms = running(make_vms, 300)
         Fleet(vms).ping()
         run.look()
-        last = {run.vmids(vm)[-1]: vm for vm in vms}  # a number's last owner; an earlier one slept
+        last = {run.vmids(vm)[-1]: vm for vm in vms}  # by VMID, the VM that got it last; others did not run since then
         sleeper = next(vm for vm in vms if run.entered_last(vm) < run.entered_last(last[run.vmids(vm)[-1]]))
         enter_under(sleeper, number(run.vmids(sleeper)[-1]))
     assert TraceRule.OLD_GENERATION in kinds(run)
 
 
 @pytest.mark.needs("vmid8")
-def test_not_the_next_number(make_vms, record, enter_under):
-    """250, when the generation has only begun: nobody's number, but not the allocator's choice."""
+def test_not_the_next_vmid(make_vms, record, enter_under):
+    """250, early in a generation: no VM has this VMID, but the allocator would not choose it."""
     with record(judge=False) as run:
         running(make_vms, 300)
         run.look()
@@ -247,7 +247,7 @@ def test_not_the_next_number(make_vms, record, enter_under):
 
 
 def test_root_of_a_destroyed_vm(make_vms, record, enter_under):
-    """VTTBR points at memory that was a table."""
+    """VTTBR points to memory that was a table before."""
     with record(judge=False) as run:
         one, two = running(make_vms, 2)
         run.look()
@@ -258,7 +258,7 @@ def test_root_of_a_destroyed_vm(make_vms, record, enter_under):
 
 
 def test_vcpus_share_a_cpu_without_local_flush(make_vm, record, without):
-    """vCPU 1 is entered where vCPU 0 ran last, with vCPU 0's translations."""
+    """vCPU 1 is entered on the CPU where vCPU 0 ran last, whose TLB may hold vCPU 0's translations."""
     with record(judge=False) as run:
         vm = make_vm(vcpus=2)
         with without("__kvm_flush_cpu_context"):

@@ -1,4 +1,4 @@
-"""The recorder: two mechanisms that know nothing of each other see the same, and none sees anything when it is off."""
+"""The recorder: two independent mechanisms record the same, and between recordings nothing is recorded."""
 
 from itertools import groupby
 
@@ -17,7 +17,7 @@ IPA = 0x8000_0000
 
 
 def exercise(make_vm):
-    """Everything there is to see: first runs, faults, an unmap, a refault, vCPUs that change, a VM that goes."""
+    """Cause events of all kinds: first runs, faults, an unmap, a refault, a change of vCPUs, a destroyed VM."""
     vm = make_vm(vcpus=2)
     memory = vm.add_memory(IPA, 0x4000)
     for index, vcpu in enumerate(vm.vcpus):
@@ -33,9 +33,10 @@ def exercise(make_vm):
 
 
 def essence(trace):
-    """The trace without addresses, times and VMIDs. Interrupts split stays: of VTTBRs and entries, each kind once.
+    """Reduce a trace to what two runs have in common: without addresses, times and VMIDs.
 
-    An ioctl loads its vCPU, too, and may flush once more, by the CPU its thread is on: what repeats counts once.
+    The number of VTTBR writes and entries depends on interrupts, so each is counted once. An ioctl loads its vCPU, too,
+    and depending on the CPU of its thread it may flush once more, so an immediate repetition is dropped.
     """
     names = {}
 
@@ -57,14 +58,14 @@ def essence(trace):
                 out.append(("entry", name(root), ipa, level, old & 0xFFF, new & 0xFFF))
             case Created(root=root) | Destroyed(root=root):
                 out.append((event.word, name(root)))
-    stays = [event for event in out if event[0] in ("vttbr", "enter")]
-    rest = [event for event, _ in groupby(event for event in out if event not in stays)]
-    return rest + list(dict.fromkeys(stays))
+    switches = [event for event in out if event[0] in ("vttbr", "enter")]
+    rest = [event for event, _ in groupby(event for event in out if event not in switches)]
+    return rest + list(dict.fromkeys(switches))
 
 
 @pytest.mark.native
 def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
-    exercise(make_vm)  # a host's very first VM also begins the first generation
+    exercise(make_vm)  # a host's first VM also begins the first generation of VMIDs
     host.reset()
     with record() as by_probe:
         exercise(make_vm)
@@ -88,7 +89,7 @@ def test_both_mechanisms_see_the_same(host, oracle, make_vm, record):
 
 @pytest.mark.native
 def test_off_means_off(host, make_vm, record):
-    """Between recordings nothing is logged, and the next one begins with nothing."""
+    """Between recordings nothing is logged, and the next one starts empty."""
     with record() as first:
         make_vm().guest.ping()
     position = host.machine.plugin.position
@@ -101,7 +102,7 @@ def test_off_means_off(host, make_vm, record):
 
 @pytest.mark.native
 def test_every_point_is_an_instruction_of_the_hypervisor(host, recorder):
-    """Found by encoding, and told by kallsyms to be in KVM; a guest entry and an exit are among them."""
+    """The points are found by encoding; kallsyms says that they are in KVM, with a guest entry and an exit."""
     assert {p.what for p in recorder.points} >= {What.VTTBR, What.INVALIDATE, What.ENTER, What.EXIT}
     for point in recorder.points:
         assert "kvm" in point.function or "guest_e" in point.function or "hyp" in point.function, point
@@ -123,14 +124,14 @@ def test_trace_survives_saving(make_vm, record, tmp_path):
 
 @pytest.mark.native
 def test_a_failed_test_keeps_its_trace(make_vm, record):
-    """What happened before an exception is there to be looked at."""
+    """The trace has the events before the test's exception."""
     with pytest.raises(ZeroDivisionError), record() as run:
         make_vm().guest.ping()
         raise ZeroDivisionError
     assert run.entries()
 
 
-# -- what can be wrong on the lab's side --------------------------------------------------------------------------
+# -- incomplete logs and unusable kernels -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def probe(own_cache):
         ("head", 1 << 40, "the rest is lost"),
     ],
 )
-def test_a_log_that_is_not_whole_is_no_log(probe, number, value, message):
+def test_an_incomplete_log_raises(probe, number, value, message):
     probe._set(**{number: value})
     with pytest.raises(MachineError, match=message):
         list(probe.records())

@@ -131,7 +131,7 @@ def test_a_picture_has_a_bar_for_each_entry_on_the_row_of_its_vm_and_on_the_stri
     svg = drawn(GOOD)
     bars = ["VM 1, VMID 255, CPU 0, 1.100-2.500 ms", "VM 1, VMID 2, CPU 0, 5.100-6.100 ms"]
     bars.append("VM 2, VMID 1, CPU 1, 3.200-4.200 ms")
-    assert of_class(svg, "stay") == bars
+    assert of_class(svg, "run") == bars
     assert sorted(of_class(svg, "strip")) == sorted(bars)
     words = [element.text for element in svg.iterfind(".//{*}text")]
     assert {"VM 1", "VM 2", "CPU 0", "CPU 1", "255", "the rules are kept"} <= set(words)
@@ -155,22 +155,22 @@ def test_what_is_wrong_is_marked_and_spelled_out(drawn):
     )
 
 
-def test_a_stay_ends_where_the_next_vttbr_is_written(drawn):
+def test_a_run_ends_where_the_next_vttbr_is_written(drawn):
     """The world switch turned back at its last step, and the recording stopped inside a guest."""
     turned_back = f"{HEAD}0.001 0 vttbr 0x0007000081000000\n0.002 0 enter vcpu=0x1\n0.003 0 vttbr 0x0\n"
     svg = drawn(f"{turned_back}0.004 0 vttbr 0x0007000081000000\n0.005 0 enter vcpu=0x1\n0.006 - mark\n")
-    assert [title.rpartition(", ")[2] for title in of_class(svg, "stay")] == ["2.000-3.000 ms", "5.000-6.000 ms"]
+    assert [title.rpartition(", ")[2] for title in of_class(svg, "run")] == ["2.000-3.000 ms", "5.000-6.000 ms"]
 
 
 def test_a_root_that_is_used_again_is_another_row(drawn):
     svg = drawn(f"{GOOD}0.008 - created root=0x82000000 vm=3\n0.009 1 vttbr 0x0003000082000000\n0.010 1 enter vcpu=1\n")
     assert "VM 3" in [element.text for element in svg.iterfind(".//{*}text")]
-    assert sum(title.startswith("VM 3, VMID 3") for title in of_class(svg, "stay")) == 1
+    assert sum(title.startswith("VM 3, VMID 3") for title in of_class(svg, "run")) == 1
 
 
 @pytest.mark.parametrize("text", [HEAD, "arm-kvm-trace 1\n"], ids=["no entry", "nothing at all"])
 def test_a_trace_without_guests_is_drawn_too(drawn, text):
-    assert of_class(drawn(text), "stay") == []
+    assert of_class(drawn(text), "run") == []
 
 
 def test_facts_may_hold_anything(drawn):
@@ -188,7 +188,7 @@ def test_ten_thousand_events_are_a_picture_of_bearable_size(arm_kvm, trace, tmp_
     out = tmp_path / "big.svg"
     assert arm_kvm("trace", "draw", trace(HEAD + "\n".join(lines)), "-o", out).stdout == f"{out}\n"
     assert out.stat().st_size < 1_500_000
-    assert len(of_class(ElementTree.parse(out).getroot(), "stay")) == 3333
+    assert len(of_class(ElementTree.parse(out).getroot(), "run")) == 3333
 
 
 @pytest.mark.parametrize("where", ["none/a.svg", "."])

@@ -1,6 +1,6 @@
-"""Every verdict on a real host: tables corrupted in the machine's RAM, memslots lied about, real splats.
+"""Every verdict on a real host: tables corrupted in the machine's RAM, wrong records of memslots, real splats.
 
-The kernel is healthy; the lab breaks its tables through the gdbstub, sees the verdict, and mends them.
+The kernel is correct. The test corrupts its tables through the gdbstub, checks the verdict, and restores them.
 """
 
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def entry_of(host, oracle):
 
 @pytest.fixture
 def stored(host):
-    """``with stored(pa, word, then=old):`` the word stands in RAM within the block, ``old`` after it."""
+    """``with stored(pa, word, then=old):`` the word is in RAM within the block, ``old`` after it."""
 
     def write(pa, word):
         with host.machine.gdb.pause() as gdb:
@@ -63,8 +63,8 @@ def stored(host):
     return store
 
 
-def test_what_goes_while_guests_run(vm, memory, host, witness, entry_of, stored):
-    """Of what no guest uses nothing is mapped again: it is gone, and the kernel has told of other pages."""
+def test_a_leaf_is_lost_while_guests_run(vm, memory, host, witness, entry_of, stored):
+    """A leaf that no guest uses disappears, and the kernel has called the notifiers for another page only."""
     pa, desc = entry_of(vm, IPA + 3 * PAGE)
     with vm.guest.hammering(IPA + 4 * PAGE, 4), stored(pa, desc, then=desc):
         with witness(Operation.DONTNEED, memory, 4 * PAGE, PAGE, exact=False):
@@ -109,7 +109,7 @@ def test_write_permission_in_a_read_only_memslot(vm, oracle, entry_of, stored):
     assert found == [(Verdict.EXCESS_PERMISSION, IPA, "not writable: the memslot is read-only")]
 
 
-def test_write_permission_the_host_does_not_have(vm, memory, oracle, entry_of, stored):
+def test_write_permission_on_memory_that_the_host_maps_read_only(vm, memory, oracle, entry_of, stored):
     memory.protect(Prot.READ)
     vm.guest.read(IPA)
     ((kind, ipa, expected),) = made_writable(vm, oracle, entry_of, stored, IPA)
@@ -124,22 +124,20 @@ def test_write_permission_on_a_clean_page(vm, memory, oracle, entry_of, stored):
     assert found == [(Verdict.EXCESS_PERMISSION, IPA, "not writable: clean in the dirty log")]
 
 
-def test_a_memslot_that_is_denied(vm, memory, oracle):
-    """The lab is told that the VM has no such memslot: its leaves are then outside every memslot."""
-    truth = vm.slots.copy()
-    del vm.slots[vm.slot_at(IPA).slot]
+def test_a_memslot_that_is_not_recorded(vm, memory, oracle):
+    """The lab's record lacks a memslot: its leaves are then outside every memslot."""
+    slot = vm.slots.pop(vm.slot_at(IPA).slot)
     _, findings = oracle.examine(vm)[0]
-    vm.slots = truth
+    vm.slots[slot.slot] = slot
     assert [(f.verdict, f.ipa, f.size) for f in findings] == [(Verdict.OUTSIDE_MEMSLOTS, IPA, 8 * PAGE)]
 
 
-def test_a_memslot_that_is_lied_about(vm, memory, oracle):
-    """The lab is told another HVA: every leaf then has the wrong frame."""
-    truth = vm.slots.copy()
+def test_a_memslot_that_is_recorded_with_another_hva(vm, memory, oracle):
+    """Every leaf of the memslot then has the wrong frame."""
     slot = vm.slot_at(IPA)
     vm.slots[slot.slot] = replace(slot, hva=slot.hva + PAGE)
     _, findings = oracle.examine(vm)[0]
-    vm.slots = truth
+    vm.slots[slot.slot] = slot
     assert {f.verdict for f in findings} == {Verdict.WRONG_FRAME}
     assert sum(f.size for f in findings) == 8 * PAGE
 
@@ -166,7 +164,7 @@ def test_a_table_that_two_vms_share(host, make_vm, oracle, stored):
 
 
 def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
-    """A record as WARN_ON writes it, put into the real log of the real host."""
+    """A message as of WARN_ON, written to the host's kernel log."""
     host.ssh.run("echo '<4>WARNING: CPU: 0 PID: 1 at arch/arm/kvm/mmu.c:1 made_up+0x0/0x4' > /dev/kmsg")
     (finding,) = oracle.splats()
     assert finding.verdict is Verdict.KERNEL_SPLAT and "made_up" in finding.found
@@ -174,7 +172,7 @@ def test_a_splat_in_the_kernel_log(host, isa, vm, oracle):
 
 
 def test_a_trace_that_lost_events(host, isa):
-    """A ring of one page, and more events than it holds."""
+    """A trace buffer of one page, and more events than it holds."""
     ring = "/sys/kernel/tracing/instances/arm-kvm/buffer_size_kb"
     host.ssh.run(f"echo 4 > {ring}")
     try:

@@ -1,4 +1,4 @@
-"""Words for what has no method of its own: an example of each, as docs/how-to/any-system-call.md shows them."""
+"""Ioctls, system calls and races without a method of their own: the examples in docs/how-to/any-system-call.md."""
 
 import errno
 import struct
@@ -30,13 +30,13 @@ pytestmark = pytest.mark.native
 
 
 def test_ioctl_on_the_system(host):
-    """KVM_CHECK_EXTENSION of the memslots: a number goes in, a number comes out."""
+    """KVM_CHECK_EXTENSION(KVM_CAP_NR_MEMSLOTS): an ioctl whose argument is a number."""
     assert host.kvm.ioctl(ioctls.KVM_CHECK_EXTENSION, 10) >= 32  # KVM_CAP_NR_MEMSLOTS
 
 
 @pytest.mark.feature("nisv-to-user")
 def test_capability_of_a_vm(vm):
-    """KVM_ENABLE_CAP(KVM_CAP_ARM_NISV_TO_USER): accesses without a syndrome are user space's business from then on."""
+    """KVM_ENABLE_CAP(KVM_CAP_ARM_NISV_TO_USER): accesses without a valid syndrome exit to user space from then on."""
     enable = struct.pack("<IIQQQQ64x", 177, 0, 0, 0, 0, 0)  # struct kvm_enable_cap
     vm.descriptor.exchange(ioctls.KVM_ENABLE_CAP, enable)
     with pytest.raises(RunFailed) as failed:
@@ -46,7 +46,7 @@ def test_capability_of_a_vm(vm):
 
 @pytest.mark.feature("inject-abort")
 def test_events_of_a_vcpu(vm):
-    """KVM_SET_VCPU_EVENTS: an external abort is pending, and the guest's next instruction takes it."""
+    """KVM_SET_VCPU_EVENTS makes an external abort pending, which the guest takes at its next instruction."""
     vm.guest.ping()
     events = struct.pack("<BBB5xQ48x", 0, 0, 1, 0)  # struct kvm_vcpu_events: ext_dabt_pending
     vm.vcpus[0].descriptor.exchange(ioctls.KVM_SET_VCPU_EVENTS, events)
@@ -56,7 +56,7 @@ def test_events_of_a_vcpu(vm):
 
 @pytest.mark.feature("dirty-ring")
 def test_dirty_ring(make_vm):
-    """A ring is asked for before there are vCPUs, mapped from the vCPU's descriptor, and read in the VMM's memory."""
+    """A dirty ring is enabled before vCPUs are created, mapped from the vCPU's descriptor, and read in VMM memory."""
     vm = make_vm(create_vcpus=False)
     enable = struct.pack("<IIQQQQ64x", 223, 0, 4 * PAGE, 0, 0, 0)  # KVM_CAP_DIRTY_LOG_RING_ACQ_REL, bytes of a ring
     vm.descriptor.exchange(ioctls.KVM_ENABLE_CAP, enable)
@@ -70,7 +70,7 @@ def test_dirty_ring(make_vm):
 
 
 def test_vcpu_that_is_not_initialised(make_vm):
-    """KVM_RUN before KVM_ARM_VCPU_INIT is refused, and possible after it."""
+    """KVM_RUN fails before KVM_ARM_VCPU_INIT and succeeds after it."""
     vm = make_vm(create_vcpus=False)
     vm.vcpus[0].create(init=False)
     exit_ = vm.vcpus[0].run()
@@ -86,7 +86,7 @@ def test_ioctl_that_fails_says_which(vm):
 
 @pytest.mark.guests("A64", "A32")
 def test_attribute_of_a_device(host, make_vgic, vm):
-    """KVM_DEV_ARM_VGIC_GRP_NR_IRQS, as KVM has it."""
+    """KVM_DEV_ARM_VGIC_GRP_NR_IRQS is set and read back."""
     vgic = make_vgic(vm)
     vgic.set_attribute(3, 0, 64)
     assert vgic.get_attribute(3, 0) & 0xFFFF_FFFF == 64
@@ -96,13 +96,13 @@ def test_attribute_of_a_device(host, make_vgic, vm):
 
 
 def test_mapping_of_a_device(host, vm):
-    """An idle virtio-mmio slot of the board through /dev/mem, at its PA: it begins with a magic value."""
+    """An unused virtio-mmio device of the board, mapped through /dev/mem at its PA, starts with a magic value."""
     slot = vm.memory(PAGE, shared=True, file=File.open(host.agent, "/dev/mem"), offset=0x0A00_0000, prot=Prot.READ)
     assert slot.read(0, 4) == b"virt"
 
 
 def test_prctl(host, vm, stage2):
-    """PR_SET_THP_DISABLE: from then on no huge page, and no block, whatever madvise says."""
+    """PR_SET_THP_DISABLE: no huge page is allocated, and no block is mapped, in spite of MADV_HUGEPAGE."""
     host.system_call("prctl", 41, 1, 0, 0, 0)
     memory = vm.memory(BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
@@ -114,7 +114,7 @@ def test_prctl(host, vm, stage2):
 
 @pytest.mark.feature("MADV_COLLAPSE")
 def test_collapse(vm, stage2):
-    """MADV_COLLAPSE: a huge page at once, without khugepaged."""
+    """MADV_COLLAPSE makes a huge page at once, without khugepaged."""
     memory = vm.add_memory(IPA, BLOCK, align=BLOCK)
     vm.guest.fill(IPA, BLOCK // PAGE)
     assert not stage2(vm).leaf(IPA).is_block
@@ -125,26 +125,30 @@ def test_collapse(vm, stage2):
 
 @pytest.mark.needs("memory-failure")
 def test_siginfo_of_a_signal(vm):
-    """A guest touches memory that failed: KVM_RUN ends with SIGBUS, whose siginfo says where, as an HVA."""
+    """A guest accesses failed memory: SIGBUS interrupts KVM_RUN, and its siginfo has the HVA."""
     memory = vm.add_memory(IPA, 4 * PAGE)
     vm.guest.write(IPA + PAGE, 1)
     memory.advise(Advice.HWPOISON, PAGE, PAGE)
     with pytest.raises(RunFailed) as failed:
         vm.guest.read(IPA + PAGE)
-    told = failed.value.exit.signal
-    assert (told.number, told.code, told.address, told.lsb) == (7, 4, memory.hva + PAGE, 12)  # BUS_MCEERR_AR
+    info = failed.value.exit.signal
+    assert (info.number, info.code, info.address, info.lsb) == (7, 4, memory.hva + PAGE, 12)  # BUS_MCEERR_AR
 
 
+@pytest.mark.isolation("test")
 def test_pending_signals(host):
-    """A signal that the VMM was sent, and has not taken: none at first, then one."""
+    """A signal that was sent to the VMM is pending until it is taken.
+
+    It needs a host of its own: the signal is not blocked in threads that the VMM, for an actor, started before.
+    """
     assert host.take_signals(12) == []
     host.ssh.run(f"kill -12 {host.agent.hello['pid']}")
-    assert [told.number for told in host.take_signals(12)] == [12]
+    assert [info.number for info in host.take_signals(12)] == [12]
 
 
 @pytest.mark.feature("PAGEMAP_SCAN")
 def test_pages_written_since(host, vm):
-    """userfaultfd with WP_ASYNC protects without asking; PAGEMAP_SCAN says what was written since, by guests, too."""
+    """PAGEMAP_SCAN finds the pages written since userfaultfd (WP_ASYNC) protected them, also those guests wrote."""
     memory = vm.add_memory(IPA, 16 * PAGE, align=BLOCK)
     vm.guest.fill(IPA, 16)
     faults = host.userfaultfd(0o2000000)  # O_CLOEXEC
@@ -166,7 +170,7 @@ def test_pages_written_since(host, vm):
 
 
 def test_registers_after_an_exception(vm):
-    """What the guest's registers held when it took one: the address, and the data of its store."""
+    """The guest's general registers when it took the exception; one of them holds the address of its branch."""
     vm.add_memory(IPA, PAGE, flags=SlotFlags.READONLY)
     with pytest.raises(GuestException) as taken:
         vm.guest.execute(IPA + BLOCK)
@@ -176,24 +180,23 @@ def test_registers_after_an_exception(vm):
 
 
 def test_access_flag_of_the_guests_own_tables(vm):
-    """A leaf of the guest's own stage 1 without the flag: an access flag fault, at level 1."""
+    """A leaf of the guest's own stage 1 without the access flag: the guest takes an access flag fault, level 1."""
     vm.add_memory(IPA, 16 * PAGE)
     stage1 = GuestStage1(vm.isa, root=IPA)
     stage1.map_block(3 << 30, IPA & -(1 << 30), af=False)
-    for at, data in ((0, stage1.encode()),):
-        vm.memories[-1].write(at, data)
+    vm.memories[-1].write(0, stage1.encode())
     vm.guest.enable_mmu(stage1)
     with pytest.raises(GuestException) as taken:
         vm.guest.read(3 << 30)
     assert taken.value.syndrome & 0x3F == 0b001001
-    assert vm.guest.read(CODE) != 0, "the rest is mapped as ever"
+    assert vm.guest.read(CODE) != 0, "the rest is still mapped"
 
 
-# -- more than one thing at a time -------------------------------------------------------------------------------
+# -- concurrency -------------------------------------------------------------------------------------------------
 
 
 def test_actor(host, vm):
-    """A second thread of the VMM answers, and so does the first meanwhile; what fails there fails here."""
+    """An actor and the agent's main thread work at the same time; a failure in the actor is raised by the job."""
     actor = host.actor()
     job = actor.begin(op.stay_in_user_mode, seconds=0.5)
     assert host.agent(op.hello) == host.agent.hello and not job.done()
@@ -206,7 +209,7 @@ def test_actor(host, vm):
 
 
 def test_held_cpu(host, vm):
-    """CPU 1 stands in madvise while CPU 0 goes on; the page goes when it is let go."""
+    """CPU 1 is held in madvise(2) while CPU 0 goes on; the page is unmapped when CPU 1 is released."""
     memory = vm.memory(PAGE)
     memory.write(0, b"here")
     actor = host.actor(cpu=1)
@@ -218,7 +221,7 @@ def test_held_cpu(host, vm):
     assert memory.read(0, 4) == bytes(4)
 
 
-def test_another_cpu_passes_by_the_one_that_is_waited_for(host, vm):
+def test_other_cpus_are_not_held(host, vm):
     memory = vm.memory(PAGE)
     with host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held:
         for _ in range(5):  # on CPU 0
@@ -227,7 +230,7 @@ def test_another_cpu_passes_by_the_one_that_is_waited_for(host, vm):
         assert not held.reached
 
 
-def test_cpu_that_does_not_come(host):
+def test_cpu_that_does_not_reach_the_symbol(host):
     with (
         host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held,
         pytest.raises(HoldFailed, match="did not reach unmap_page"),
@@ -243,11 +246,11 @@ def test_cpu_that_is_held_for_too_long(host, vm):
     with too_long, host.hold("unmap_page_range", "__zap_vma_range", cpu=1, seconds=1.0) as held:
         job = actor.begin(op.memory_advise, hva=memory.hva, size=PAGE, advice=Advice.DONTNEED)
         held.wait()
-        job.result(seconds=5.0)  # it has been let go
+        job.result(seconds=5.0)  # the CPU has been released
     assert memory.read(0, 4) == bytes(4)
 
 
-def test_what_cannot_be_held(host):
+def test_cpu_0_and_unknown_symbols_cannot_be_held(host):
     with (
         pytest.raises(ConfigError, match="CPU 0 cannot be held"),
         host.hold("unmap_page_range", "__zap_vma_range", cpu=0),

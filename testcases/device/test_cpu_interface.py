@@ -1,30 +1,14 @@
-"""The GICv2's CPU interface in the guest: the board's own registers, mapped by KVM at the first run.
+"""The GICv2 CPU interface as a guest sees it: the board's own registers, which KVM maps at the VM's first run.
 
-virt/kvm/arm/vgic/vgic-v2.c vgic_v2_map_resources, virt/kvm/arm/mmu.c (5.4) kvm_phys_addr_ioremap: two pages, whatever
-their place, device memory, read-write, never executable. Since 6.19 the first alone ("KVM: arm64: GICv2: Always trap
-GICV_DIR register"): the second holds GICC_DIR, and what is not mapped of the interface is emulated.
+virt/kvm/arm/vgic/vgic-v2.c vgic_v2_map_resources and virt/kvm/arm/mmu.c (5.4) kvm_phys_addr_ioremap map two pages as
+device memory, read-write and never executable, wherever user space has placed them. Since 6.19 ("KVM: arm64: GICv2:
+Always trap GICV_DIR register") they map only the first page: the second holds GICC_DIR, and KVM emulates the registers
+that it does not map.
 """
 
 import pytest
-from arm_kvm.guest.isa import GuestException
-from arm_kvm.model.kvm.memslots import SlotFlags
-from arm_kvm.oracle import Verdict, Violation
-from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Child
-from arm_kvm.vmm.vgic import (
-    CPU_INTERFACE_SIZE,
-    GICC_CTLR,
-    GICC_EOIR,
-    GICC_IAR,
-    GICC_IIDR,
-    GICC_PMR,
-    GICD_CTLR,
-    GICD_ICFGR,
-    GICD_ISENABLER,
-    GICD_TYPER,
-    NOTHING_PENDING,
-    Frame,
-)
-from arm_kvm.vmm.vm import Mmio
+from arm_kvm.vocabulary import BLOCK, PAGE, Advice, Child, Frame, GuestException, Mmio, SlotFlags, Verdict, Violation
+from arm_kvm.vocabulary import vgic as gicv2
 
 GICD, GICC = 0x2C00_1000, 0x2C00_2000
 SPI = 40
@@ -41,32 +25,32 @@ def vgic(vm, make_vgic):
 
 
 def mapped(stage2, vm, ipa=GICC):
-    return stage2(vm).mapped(ipa, CPU_INTERFACE_SIZE)
+    return stage2(vm).mapped(ipa, gicv2.CPU_INTERFACE_SIZE)
 
 
 def traps_dir(host):
-    """Whether this KVM traps the page of GICC_DIR, and so emulates the interface where it is not mapped."""
+    """Whether this KVM traps the page that holds GICC_DIR, and so emulates the interface where it is not mapped."""
     return host.kernel_version >= (6, 19)
 
 
 def pages(host, ipa=GICC):
-    """IPAs of the pages that KVM maps of a CPU interface that was placed there."""
+    """The IPAs at which KVM maps a CPU interface that is placed at ``ipa``."""
     return [ipa] if traps_dir(host) else [ipa, ipa + PAGE]
 
 
 def switch_on(guest, spi=SPI):
-    """What a guest's driver does first: enable the distributor, one interrupt, and its own interface."""
-    guest.write(GICD + GICD_ISENABLER + 4 * (spi // 32), 1 << spi % 32)
-    guest.write(GICD + GICD_CTLR, 1)
-    guest.write(GICC + GICC_PMR, 0xFF)
-    guest.write(GICC + GICC_CTLR, 1)
+    """Enable the distributor, one interrupt and the CPU interface, as a guest's driver does first."""
+    guest.write(GICD + gicv2.GICD_ISENABLER + 4 * (spi // 32), 1 << spi % 32)
+    guest.write(GICD + gicv2.GICD_CTLR, 1)
+    guest.write(GICC + gicv2.GICC_PMR, 0xFF)
+    guest.write(GICC + gicv2.GICC_CTLR, 1)
 
 
-# -- where it is, and what it is -------------------------------------------------------------------------------
+# -- how it is mapped ------------------------------------------------------------------------------------------
 
 
 def test_mapped_at_the_first_run(vm, vgic, stage2, host):
-    """At the place that was chosen, of the board's GICV, without a fault."""
+    """The first run maps the board's GICV at the chosen IPA, without a fault."""
     vm.guest.ping()
     tables, gicv = stage2(vm), host.gicv
     assert mapped(stage2, vm) == pages(host)
@@ -78,15 +62,15 @@ def test_mapped_at_the_first_run(vm, vgic, stage2, host):
 
 
 def test_distributor_is_not_mapped(vm, vgic, stage2):
-    """It is emulated: every access is a trap, and none reaches user space."""
-    assert vm.guest.read(GICD + GICD_TYPER) & 0x1F == 7  # 256 interrupts
+    """The distributor is emulated: every access traps to KVM, and none reaches user space."""
+    assert vm.guest.read(GICD + gicv2.GICD_TYPER) & 0x1F == 7  # 256 interrupts
     assert stage2(vm).leaf(GICD) is None
     assert vm.exits == []
 
 
 @pytest.mark.parametrize("ipa", [0, BLOCK - PAGE, 0x7FFF_F000, 0xFFFF_0000], ids=hex)
 def test_any_page_will_do(vm, make_vgic, stage2, ipa, host):
-    """The last page of a table and the first of the next, too."""
+    """Also where the two pages are the last of one table and the first of the next."""
     vgic = make_vgic(vm)
     vgic.place(Frame.DISTRIBUTOR, GICD)
     vgic.place(Frame.CPU_INTERFACE, ipa)
@@ -96,16 +80,16 @@ def test_any_page_will_do(vm, make_vgic, stage2, ipa, host):
 
 @pytest.mark.vcpus(2)
 def test_all_vcpus_share_the_mapping(vm, make_vgic, stage2, host):
-    """One mapping for all: which vCPU's registers it shows, the board decides by CPU."""
+    """One mapping serves all vCPUs: the board's GIC banks the registers by CPU."""
     vgic = make_vgic(vm)
     vgic.place(Frame.DISTRIBUTOR, GICD)
     vgic.place(Frame.CPU_INTERFACE, GICC)
-    assert vm.guests[0].read(GICC + GICC_IIDR) == vm.guests[1].read(GICC + GICC_IIDR)
+    assert vm.guests[0].read(GICC + gicv2.GICC_IIDR) == vm.guests[1].read(GICC + gicv2.GICC_IIDR)
     assert mapped(stage2, vm) == pages(host)
 
 
 def test_every_vm_has_its_own(make_vm, make_vgic, stage2, host):
-    """Two VMs, two places, the same frames."""
+    """Two VMs map the same frames at different IPAs."""
     for place in (GICC, GICC + 0x10_0000):
         vm = make_vm()
         vgic = make_vgic(vm)
@@ -115,34 +99,34 @@ def test_every_vm_has_its_own(make_vm, make_vgic, stage2, host):
         assert mapped(stage2, vm, place) == pages(host, place)
 
 
-# -- the guest drives it -----------------------------------------------------------------------------------------
+# -- how the guest uses it -----------------------------------------------------------------------------------------
 
 
 def test_identification_register(vm, vgic):
-    """GICC_IIDR of QEMU's GICv2: revision 2, implementer Arm. No exit to user space."""
-    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    """GICC_IIDR reads as QEMU's GICv2 does (revision 2, implementer Arm), without an exit to user space."""
+    assert vm.guest.read(GICC + gicv2.GICC_IIDR) == 0x0002_043B
     assert vm.exits == []
 
 
 def test_registers_are_registers_and_not_memory(vm, vgic):
-    """GICC_PMR keeps five bits of priority of what is written to it."""
-    vm.guest.write(GICC + GICC_PMR, 0xFF)
-    assert vm.guest.read(GICC + GICC_PMR) == 0xF8
-    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+    """GICC_PMR keeps only the five priority bits of the value written."""
+    vm.guest.write(GICC + gicv2.GICC_PMR, 0xFF)
+    assert vm.guest.read(GICC + gicv2.GICC_PMR) == 0xF8
+    assert vm.guest.read(GICC + gicv2.GICC_IAR) == gicv2.NOTHING_PENDING
 
 
 def test_injected_interrupt_is_acknowledged(vm, vgic, stage2):
     switch_on(vm.guest)
     vgic.line(SPI, 1)
-    assert vm.guest.read(GICC + GICC_IAR) == SPI
-    vm.guest.write(GICC + GICC_EOIR, SPI)
+    assert vm.guest.read(GICC + gicv2.GICC_IAR) == SPI
+    vm.guest.write(GICC + gicv2.GICC_EOIR, SPI)
     vgic.line(SPI, 0)
-    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+    assert vm.guest.read(GICC + gicv2.GICC_IAR) == gicv2.NOTHING_PENDING
     stage2(vm)
 
 
 def test_injected_interrupt_is_taken(vm, vgic):
-    """The guest sleeps in WFI; the interrupt's exception wakes it."""
+    """The guest sleeps in WFI until the interrupt's exception wakes it."""
     switch_on(vm.guest)
     vm.guest.await_interrupt(GICC)
     vgic.line(SPI, 1)
@@ -150,7 +134,7 @@ def test_injected_interrupt_is_taken(vm, vgic):
 
 
 def test_level_comes_again_until_it_is_lowered(vm, vgic):
-    vm.guest.write(GICD + GICD_ICFGR + 4 * (SPI // 16), 0)
+    vm.guest.write(GICD + gicv2.GICD_ICFGR + 4 * (SPI // 16), 0)
     switch_on(vm.guest)
     vgic.line(SPI, 1)
     for _ in range(3):
@@ -158,55 +142,55 @@ def test_level_comes_again_until_it_is_lowered(vm, vgic):
         assert vm.guest.interrupt_taken() == SPI
     vgic.line(SPI, 0)
     vm.guest.ping()
-    assert vm.guest.read(GICC + GICC_IAR) == NOTHING_PENDING
+    assert vm.guest.read(GICC + gicv2.GICC_IAR) == gicv2.NOTHING_PENDING
 
 
 def test_execution_from_it_is_refused(vm, vgic):
-    """An instruction fetch from a device: the guest gets the abort, the host stays as it is."""
+    """An instruction fetch from the device aborts in the guest and leaves the host unharmed."""
     vm.guest.ping()
     with pytest.raises(GuestException):
         vm.guest.execute(GICC)
-    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    assert vm.guest.read(GICC + gicv2.GICC_IIDR) == 0x0002_043B
 
 
-# -- memslots at the same place ------------------------------------------------------------------------------------
-# No version forbids them, and nothing maps the interface again once its mapping is gone (vgic_ready).
+# -- memslots at the same IPA --------------------------------------------------------------------------------------
+# No version refuses them. Once the mapping of the interface is gone, nothing maps it again (vgic_ready).
 
 
 @pytest.fixture(params=["before the first run", "after it"])
 def covered(request, vm, vgic):
-    """A memslot of RAM over the CPU interface."""
+    """A memslot of RAM that covers the CPU interface."""
     if request.param == "after it":
         vm.guest.ping()
     return vm.add_memory(GICC & -BLOCK, BLOCK)
 
 
 def test_a_memslot_does_not_hide_it(vm, covered, stage2, host):
-    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    assert vm.guest.read(GICC + gicv2.GICC_IIDR) == 0x0002_043B
     assert mapped(stage2, vm) == pages(host)
     assert covered.read(GICC % BLOCK, 4) == bytes(4)
 
 
 def test_deleting_the_memslot_takes_it_away(vm, covered, stage2, host):
-    """The guest's next access is user space's, or, where KVM emulates the interface, answered by KVM."""
+    """The guest's next access exits to user space, or is emulated by KVM where it traps GICC_DIR."""
     vm.guest.ping()
     vm.delete_slot(GICC)
     assert mapped(stage2, vm) == []
-    vm.guest.read(GICC + GICC_IIDR)
-    assert vm.exits == ([] if traps_dir(host) else [Mmio(ipa=GICC + GICC_IIDR, size=4, write=False)])
+    vm.guest.read(GICC + gicv2.GICC_IIDR)
+    assert vm.exits == ([] if traps_dir(host) else [Mmio(ipa=GICC + gicv2.GICC_IIDR, size=4, write=False)])
 
 
 def test_dropping_the_memslots_pages_takes_it_away(vm, covered, stage2):
-    """The notifier unmaps IPAs, whatever is there; then the guest sees the memslot's RAM."""
+    """The notifier unmaps the IPA, whatever is mapped there; then the guest sees the memslot's RAM."""
     vm.guest.ping()
     covered.advise(Advice.DONTNEED)
     assert mapped(stage2, vm) == []
-    assert vm.guest.read(GICC + GICC_IIDR) == 0
+    assert vm.guest.read(GICC + gicv2.GICC_IIDR) == 0
     assert stage2(vm).leaf(GICC).pa == covered.frame(GICC % BLOCK)
 
 
 def test_fork_takes_it_away_with_the_memslots_pages(vm, covered, stage2, host):
-    covered.write(0, b"x")  # a private mapping without pages of its own is not copied
+    covered.write(0, b"x")  # fork does not copy a private mapping that has no pages of its own
     vm.guest.ping()
     Child(host.agent).end()
     assert mapped(stage2, vm) == []
@@ -218,18 +202,18 @@ def test_unmapped_memory_elsewhere_leaves_it_alone(vm, vgic, stage2, host):
     memory.advise(Advice.DONTNEED)
     vm.delete_slot(GICC - BLOCK)
     assert mapped(stage2, vm) == pages(host)
-    assert vm.guest.read(GICC + GICC_IIDR) == 0x0002_043B
+    assert vm.guest.read(GICC + gicv2.GICC_IIDR) == 0x0002_043B
 
 
 def test_dirty_logging_of_the_memslot(vm, covered, stage2, host, known_fault):
-    """Write protection reaches the interface, too; the guest's next store gets through all the same."""
+    """Write protection reaches the interface's leaves too; the guest's next store must still get through."""
     vm.guest.ping()
     vm.set_flags(GICC & -BLOCK, SlotFlags.LOG_DIRTY_PAGES)
     assert mapped(stage2, vm) == pages(host)
     assert not any(stage2(vm).leaf(ipa).writable for ipa in mapped(stage2, vm))
-    vm.guest.write(GICC + GICC_PMR, 0xFF)
-    still_the_device = host.kernel_version >= (5, 10)  # before, RAM from now on
-    assert vm.guest.read(GICC + GICC_PMR) == (0xF8 if still_the_device else 0xFF)
+    vm.guest.write(GICC + gicv2.GICC_PMR, 0xFF)
+    still_the_device = host.kernel_version >= (5, 10)  # before, the store's fault maps the memslot's RAM
+    assert vm.guest.read(GICC + gicv2.GICC_PMR) == (0xF8 if still_the_device else 0xFF)
     try:
         stage2(vm)
     except Violation as e:
@@ -241,11 +225,11 @@ def test_dirty_logging_of_the_memslot(vm, covered, stage2, host, known_fault):
 
 
 def test_vm_that_never_ran(vm, vgic):
-    """Nothing was mapped, nothing is to be given back."""
+    """The interface was never mapped, so destroying the VM has nothing to unmap."""
     vm.destroy()
 
 
 def test_no_vgic_no_mapping(vm, stage2):
-    vm.guest.read(GICC + GICC_IIDR)
-    assert vm.exits == [Mmio(ipa=GICC + GICC_IIDR, size=4, write=False)]
+    vm.guest.read(GICC + gicv2.GICC_IIDR)
+    assert vm.exits == [Mmio(ipa=GICC + gicv2.GICC_IIDR, size=4, write=False)]
     assert mapped(stage2, vm) == []

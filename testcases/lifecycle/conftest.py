@@ -1,14 +1,14 @@
-"""Where table pages come from and where they go, by the page allocator's own trace events."""
+"""Fixtures that follow a VM's table pages through the page allocator's own trace events."""
 
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from arm_kvm.vmm.memory import PAGE
+from arm_kvm.vocabulary import PAGE
 
 
 class Pages:
-    """Frames given out and taken back within one block: sets of physical addresses."""
+    """The frames that the page allocator gave out, took back and zeroed within one block, as physical addresses."""
 
     def __init__(self):
         self.allocated, self.freed, self.zeroed = set(), set(), set()
@@ -26,7 +26,7 @@ class Pages:
 
 @pytest.fixture
 def page_trace(trace):
-    """``with page_trace() as pages:`` what the page allocator gives and takes meanwhile."""
+    """``with page_trace() as pages:`` records the page allocator's events; ``pages`` is complete after the block."""
 
     @contextmanager
     def record():
@@ -41,13 +41,13 @@ def page_trace(trace):
 
 @pytest.fixture
 def tables(stage2):
-    """``tables(vm)``: the frames of a VM's stage-2 tables now, its root's among them."""
+    """``tables(vm)``: the frames of the VM's stage-2 tables now, including the root's."""
     return lambda vm: set(stage2(vm).tables.pages.tolist())
 
 
 @pytest.fixture
 def root(stage2):
-    """``root(vm)``: the frames of its root, one table or several in a row."""
+    """``root(vm)``: the frames of the VM's root: one table, or several concatenated ones."""
 
     def frames(vm):
         regime = stage2(vm).regime
@@ -58,7 +58,7 @@ def root(stage2):
 
 @pytest.fixture
 def entries(host):
-    """``entries(frames)``: the words of these table pages, as an array."""
+    """``entries(frames)``: the descriptors in these table pages, as one array."""
 
     def words(frames):
         return np.concatenate([np.frombuffer(host.machine.ram.read(pa, PAGE), dtype="<u8") for pa in sorted(frames)])

@@ -1,4 +1,4 @@
-"""Ends that nobody planned: the VMM killed while its guests fault, out of memory, notifiers in between, memslots gone.
+"""VMs that end abruptly: the VMM is killed or runs out of memory, or a VM or memslot goes while it is in use.
 
 mmu_notifier release, kvm_flush_shadow_all; mm/oom_kill.c, whose reaper may not sleep in the notifier (b5331379bc62);
 8b3405e345b5 and 0c428a6a9256: the tables are freed while a notifier walks them.
@@ -7,11 +7,7 @@ mmu_notifier release, kvm_flush_shadow_all; mm/oom_kill.c, whose reaper may not 
 import time
 
 import pytest
-from arm_kvm.host import facilities
-from arm_kvm.model.kvm.memslots import Memslot
-from arm_kvm.vmm import calls
-from arm_kvm.vmm.memory import PAGE, Advice
-from arm_kvm.vmm.vm import Mmio
+from arm_kvm.vocabulary import PAGE, Advice, Memslot, Mmio, calls, facilities
 
 IPA = 0x8000_0000
 MIB = 1 << 20
@@ -20,13 +16,13 @@ pytestmark = pytest.mark.native
 
 @pytest.fixture
 def vmm_vm(make_vmm, isa):
-    """A VM of another process, with two vCPUs: (process, VM)."""
+    """A VM of another process, with two vCPUs, as the pair (process, VM)."""
     vmm = make_vmm()
     return vmm, vmm.create_vm(isa, vcpus=2)
 
 
 def works(make_vm, stage2):
-    """The host still makes and runs VMs."""
+    """Whether the host can still create and run a VM."""
     vm = make_vm()
     vm.add_memory(IPA, PAGE)
     vm.guest.write(IPA, 0xA11)
@@ -34,7 +30,7 @@ def works(make_vm, stage2):
 
 
 def test_killed_while_its_guests_fault(vmm_vm, make_vm, stage2, tables, page_trace):
-    """SIGKILL: the guests stop, the tables go, the host goes on."""
+    """SIGKILL stops the guests and frees the tables; the host carries on."""
     vmm, vm = vmm_vm
     vm.add_memory(IPA, 64 * MIB)
     vm.guest.fill(IPA, 16)
@@ -59,7 +55,7 @@ def test_killed_while_its_guests_hammer_and_its_memory_goes(vmm_vm, make_vm, sta
 
 
 def test_out_of_memory(vmm_vm, make_vm, stage2, host):
-    """A guest touches more than its VMM's memory cgroup has: the OOM killer takes the VMM, and nothing else."""
+    """A guest touches more than its VMM's memory cgroup allows: the OOM killer kills the VMM, and only the VMM."""
     vmm, vm = vmm_vm
     vm.add_memory(IPA, 128 * MIB)
     vm.guest.ping()
@@ -72,7 +68,7 @@ def test_out_of_memory(vmm_vm, make_vm, stage2, host):
 
 
 def test_notifier_during_destruction(make_vm, stage2):
-    """madvise of a VM's memory, again and again in another thread, while the VM is destroyed."""
+    """Another thread keeps calling madvise on the VM's memory while the VM is destroyed."""
     for _ in range(10):
         vm = make_vm()
         memory = vm.add_memory(IPA, 64 * PAGE)
@@ -85,7 +81,7 @@ def test_notifier_during_destruction(make_vm, stage2):
 
 
 def test_vm_closed_while_a_vcpu_runs(vm, tables, page_trace):
-    """The VM's descriptor is closed under a running vCPU, which runs on: it holds the VM itself."""
+    """A running vCPU survives the closing of the VM's descriptor: it holds a reference to the VM."""
     vm.add_memory(IPA, 4 * PAGE)
     vm.guest.fill(IPA, 4)
     own = tables(vm)
@@ -103,7 +99,7 @@ def test_vm_closed_while_a_vcpu_runs(vm, tables, page_trace):
 
 @pytest.mark.vcpus(2)
 def test_neighbouring_memslot_deleted_under_a_running_vcpu(vm, stage2):
-    """One memslot comes and goes while both vCPUs work in another: no store is lost."""
+    """A memslot is created and deleted while both vCPUs store to its neighbour: no store is lost."""
     memory = vm.add_memory(IPA, 64 * PAGE)
     other = vm.memory(64 * PAGE)
     with vm.guests[0].hammering(IPA, 64) as first, vm.guests[1].hammering(IPA + 4, 64) as second:
@@ -116,14 +112,14 @@ def test_neighbouring_memslot_deleted_under_a_running_vcpu(vm, stage2):
 
 
 def test_memslot_deleted_under_the_vcpu_that_uses_it(vm, stage2):
-    """From then on its accesses are MMIO exits; when the memslot is back, it finds its memory again."""
+    """While the memslot is gone, accesses are MMIO exits; once it is back, the guest finds its memory again."""
     memory = vm.add_memory(IPA, 4 * PAGE)
     slot = vm.slot_at(IPA)
     stage2(vm)
     with vm.guest.hammering(IPA, 4) as hammer:
         vm.delete_slot(IPA)
         assert stage2(vm).mapped(IPA, 4 * PAGE) == []
-        time.sleep(1.0)  # the guest comes by
+        time.sleep(1.0)  # the guest reaches the deleted memslot
         vm.set_memslot(Memslot(slot.slot, IPA, slot.size, memory.hva))
     assert hammer.rounds > 0
     assert vm.exits and all(isinstance(exit_, Mmio) and IPA <= exit_.ipa < IPA + 4 * PAGE for exit_ in vm.exits)

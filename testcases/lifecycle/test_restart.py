@@ -1,11 +1,12 @@
 """A guest that restarts: KVM_ARM_VCPU_INIT on a vCPU that has run.
 
-The new guest starts with its caches off, so what KVM has mapped is unmapped, to be cleaned when it is faulted in again
-(957db105c997; arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_vcpu_init, 6.1). With FWB nothing is: caches are never off.
+The new guest starts with its caches off, so KVM unmaps all memory, to clean each page when it is faulted in again
+(957db105c997; arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_vcpu_init, 6.1). With FWB, where the guest's accesses are
+always cacheable, it unmaps nothing.
 """
 
 import pytest
-from arm_kvm.vmm.memory import PAGE
+from arm_kvm.vocabulary import PAGE
 
 IPA = 0x8000_0000
 PAGES = 8
@@ -31,7 +32,7 @@ def test_memory_is_kept(vm, stage2):
 
 @pytest.mark.vcpus(2)
 def test_first_init_unmaps_nothing(vm, stage2):
-    """A second vCPU that has not run yet may be initialised while the first has memory."""
+    """A vCPU that has not run yet may be initialised while another has memory mapped."""
     vm.add_memory(IPA, PAGE)
     vm.guest.write(IPA, 1)
     vm.vcpus[1].reset()

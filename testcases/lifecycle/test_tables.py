@@ -1,30 +1,25 @@
-"""The tables of a VM: the root comes and goes with the VM, the others come with faults and go with what they map.
+"""A VM's table pages: the root lives as long as the VM, the others from the fault that needs them to their last entry.
 
 virt/kvm/arm/mmu.c (5.4) kvm_alloc_stage2_pgd, kvm_free_stage2_pgd, clear_stage2_pmd_entry; arch/arm64/kvm/hyp/pgtable.c
-kvm_pgtable_stage2_init, kvm_pgtable_stage2_destroy, stage2_unmap_walker. Frames are compared with the page allocator's
-own trace events.
+kvm_pgtable_stage2_init, kvm_pgtable_stage2_destroy, stage2_unmap_walker. The tables' frames are compared with the page
+allocator's own trace events.
 """
 
 import itertools
 
 import numpy as np
 import pytest
-from arm_kvm.host.facilities import free_memory
-from arm_kvm.vmm import calls
-from arm_kvm.vmm.calls import Part
-from arm_kvm.vmm.fleet import Fleet
-from arm_kvm.vmm.memory import PAGE, Advice, Child
-from arm_kvm.vmm.vgic import Frame
+from arm_kvm.vocabulary import GIB, PAGE, Advice, Child, Fleet, Frame, calls, facilities
 
 IPA = 0x8000_0000
 GICD, GICC = 0x2C00_1000, 0x2C00_2000
-GIB = 1 << 30
+PARTS = [calls.Part.VM, calls.Part.VCPU, calls.Part.RUN]
 pytestmark = pytest.mark.native
 
 
 @pytest.fixture
 def busy_vm(make_vm):
-    """A VM with pages in three GiB of its address space, its payload's among them: three tables each of levels 2, 3."""
+    """``busy_vm()``: a VM with pages in three GiB of IPA (the payload's too): three tables each of levels 2 and 3."""
 
     def make():
         vm = make_vm()
@@ -37,7 +32,7 @@ def busy_vm(make_vm):
 
 
 def test_root_comes_with_the_vm_zeroed(make_vm, page_trace, root, entries):
-    """Its frames are given out while the VM is made; once it has run, they hold what faults put there and no more."""
+    """The root is allocated, zeroed, while the VM is created, and later holds nothing but what faults put there."""
     with page_trace() as pages:
         vm = make_vm()
     vm.guest.ping()
@@ -57,8 +52,9 @@ def test_every_page_goes_with_the_vm(busy_vm, page_trace, tables, stage2):
 
 
 def test_roots_of_vms_that_never_ran(make_vms, page_trace):
-    """Zeroed frames go as they came, but for the few that the host takes for itself meanwhile; which the roots were,
-    nobody has seen.
+    """Every zeroed frame is freed again, but for the few that the host itself allocates meanwhile.
+
+    The roots cannot be told apart: no CPU ever had them in VTTBR.
     """
     count = 16
 
@@ -66,15 +62,15 @@ def test_roots_of_vms_that_never_ran(make_vms, page_trace):
         for vm in make_vms(count):
             vm.destroy()
 
-    come_and_go()  # the host's own caches grow with its first VMs
+    come_and_go()  # the first VMs fill the host's own caches
     with page_trace() as pages:
         come_and_go()
     assert len(pages.zeroed) >= count
-    assert len(pages.zeroed - pages.freed) < count, "a frame of each VM at least"
+    assert len(pages.zeroed - pages.freed) < count, "each VM seems to have leaked a frame"
 
 
 def test_table_goes_with_the_last_page_it_maps(vm, page_trace, tables):
-    """And not before: one page left keeps the table."""
+    """One page that is still mapped keeps the table."""
     memory = vm.add_memory(IPA, 2 * PAGE)
     vm.guest.ping()
     before = tables(vm)
@@ -101,16 +97,16 @@ def test_tables_go_with_their_memslot(vm, page_trace, tables):
 
 
 @pytest.mark.parametrize(
-    "parts",
-    [(Part.VM, Part.VCPU, Part.RUN), (Part.VM, Part.VCPU, Part.RUN, Part.VGIC)],
-    ids=lambda parts: "-".join(part.value for part in parts),
+    "parts", [PARTS, [*PARTS, calls.Part.VGIC]], ids=lambda parts: "-".join(part.value for part in parts)
 )
 def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_trace, tables, parts):
-    """The VM's descriptor, the vCPU's, the mapping of its run page and the VGIC's descriptor, in every order: the last
-    one closed frees."""
+    """The VM's descriptor, the vCPU's, the mapping of its run page and the VGIC's descriptor are closed in every order.
+
+    Only closing the last one frees the tables.
+    """
     for order in itertools.permutations(parts):
         vm = make_vm()
-        if Part.VGIC in parts:
+        if calls.Part.VGIC in parts:
             vgic = make_vgic(vm)
             vgic.place(Frame.DISTRIBUTOR, GICD)
             vgic.place(Frame.CPU_INTERFACE, GICC)
@@ -126,7 +122,7 @@ def test_tables_are_there_while_anybody_holds_the_vm(make_vm, make_vgic, page_tr
 
 
 def test_memory_unmapped_before_and_after_the_vm(make_vm, tables, page_trace):
-    """The process's memory may go first or last: both leave nothing."""
+    """The VMM's memory may be unmapped before or after the VM is destroyed: either way no table is left."""
     for memory_first in (True, False):
         vm = make_vm()
         memory = vm.add_memory(IPA, 16 * PAGE)
@@ -149,9 +145,9 @@ def test_destroyed_from_another_thread(vm, tables, page_trace):
 
 
 def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
-    """The VMM closes everything; the child's copies of the descriptors keep the tables until it exits."""
+    """The VMM closes everything; the child's copies of the descriptors keep the tables until the child exits."""
     memory = vm.add_memory(IPA, 16 * PAGE)
-    vm.memories.remove(memory)  # stays mapped: its end would take tables, too
+    vm.memories.remove(memory)  # keeps it mapped: unmapping it would free tables, too
     child = Child(host.agent)
     try:
         vm.guest.fill(IPA, 16)
@@ -166,9 +162,9 @@ def test_a_forked_child_holds_the_vm(vm, tables, page_trace, host):
 
 
 def test_two_thousand_vms_leave_nothing_behind(host, make_vms):
-    """Made, run and destroyed, 200 at a time: afterwards less than two pages a VM are missing.
+    """Create, run and destroy them, 200 at a time: afterwards less than two pages per VM are missing.
 
-    A VM needs at least four: two of the root and one each of levels 2 and 3.
+    A VM needs at least four pages: two for the root, and one each for levels 2 and 3.
     """
 
     def generation():
@@ -177,8 +173,8 @@ def test_two_thousand_vms_leave_nothing_behind(host, make_vms):
         fleet.destroy()
 
     for _ in range(2):
-        generation()  # what is allocated once
-    before = free_memory(host)
+        generation()  # allocates what later generations reuse
+    before = facilities.free_memory(host)
     for _ in range(10):
         generation()
-    assert before - free_memory(host) < 2 * 2000 * PAGE
+    assert before - facilities.free_memory(host) < 2 * 2000 * PAGE

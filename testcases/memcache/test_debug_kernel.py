@@ -1,11 +1,11 @@
-"""A kernel that checks itself: that its checks are on. The proof is the whole suite passing on it without a splat.
+"""The debug kernels really do check themselves. What that proves is the whole suite passing on them without a splat.
 
-``arm-kvm`` fails every test during which the kernel complains (arm_kvm.oracle.splats); with these options it
-complains of a sleeping allocation under kvm->mmu_lock, of lock order, of a freed page that is written.
+Every test during which the kernel logs a splat fails (arm_kvm.oracle.splats). With these options the kernel reports a
+sleeping allocation under kvm->mmu_lock, a wrong lock order, and a store to a freed page.
 """
 
 import pytest
-from arm_kvm.host import selfchecks
+from arm_kvm.vocabulary import selfchecks
 
 WANTED = ["PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_VM", "SLUB_DEBUG_ON", "PAGE_POISONING"]
 pytestmark = pytest.mark.needs("debug")

@@ -1,29 +1,24 @@
-"""Allocation failures, one at a time: the N-th allocation of a call fails, for every N there is.
+"""Allocation failures, one at a time: the n-th allocation of a call fails, for every n.
 
-Fault injection of the kernel (fail-nth), configured by the project's own fragments. KVM_RUN answers ENOMEM; nothing is
-mapped half; the next run succeeds (virt/kvm/arm/mmu.c user_mem_abort, kvm_mmu_topup_memory_cache).
+The kernel's fault injection (fail-nth) makes them fail; the lab's own kernel fragments enable it. KVM_RUN answers
+ENOMEM, no mapping is left half made, and the next run succeeds (virt/kvm/arm/mmu.c user_mem_abort,
+kvm_mmu_topup_memory_cache).
 """
 
 import errno
 from functools import partial
 
 import pytest
-from arm_kvm.host.facilities import free_memory
-from arm_kvm.model.kvm.memcache import MemoryCache
-from arm_kvm.model.kvm.memslots import Memslot, SlotFlags
-from arm_kvm.model.kvm.tables import most_for_one_page
-from arm_kvm.vmm import injection
-from arm_kvm.vmm.injection import every_failure
-from arm_kvm.vmm.memory import BLOCK, PAGE
+from arm_kvm.vocabulary import BLOCK, PAGE, Memslot, SlotFlags, facilities, injection, memcache, tables
 
 IPA = 0x8000_0000
-MOST = 200  #: allocations of one call that are tried
+MOST = 200  #: the highest n that is tried
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2), pytest.mark.needs("fail-nth")]
 
 
 @pytest.fixture
 def vm(vm):
-    """A VM whose second vCPU has an empty cache, and nothing to fault on but what it is told to touch."""
+    """A VM whose second vCPU has an empty cache, and faults on nothing but the page that it stores to."""
     vm.guest.write(vm.vcpus[1].mailbox, 0)
     return vm
 
@@ -35,20 +30,24 @@ def store_failing(vm):
 
 
 def test_table_pages_of_a_fault(vm, host, stage2, store_failing):
-    """A far-apart page with an empty cache: the n-th try fails at its n-th page, and keeps those before it."""
-    vm.add_memory(IPA, PAGE).write(0, b"host")  # the page itself is there: only KVM allocates
-    least, tables = most_for_one_page(stage2(vm).regime), len(stage2(vm).tables.pages)
-    cache = MemoryCache(host.kernel_version)
+    """A far-apart page and an empty cache: the n-th try fails at its n-th table page.
+
+    The cache keeps the pages before it.
+    """
+    vm.add_memory(IPA, PAGE).write(0, b"host")  # the host has the page: only KVM allocates
+    before = stage2(vm)
+    least = tables.most_for_one_page(before.regime)
+    cache = memcache.MemoryCache(host.kernel_version)
     for n in range(1, MOST):
         foretold, made = cache.top_up(least, available=n - 1), store_failing(n)
         assert (made.injected, made.errno) == (foretold.short, errno.ENOMEM if foretold.refused else 0)
         if not foretold.refused:
             break
         now = stage2(vm)
-        assert now.leaf(IPA) is None and len(now.tables.pages) == tables
-    assert n > least  # it was refused for want of each of them
+        assert now.leaf(IPA) is None and len(now.tables.pages) == len(before.tables.pages)
+    assert n > least, "the run did not fail once for each table page that it needs"
     assert stage2(vm).leaf(IPA).writable
-    assert vm.guest.read(IPA) == IPA  # what fill stores
+    assert vm.guest.read(IPA) == IPA  # the word that the store writes
 
 
 def test_run_after_a_failure_succeeds(vm, store_failing):
@@ -60,7 +59,7 @@ def test_run_after_a_failure_succeeds(vm, store_failing):
 
 
 def test_a_block_or_nothing(vm, stage2, store_failing):
-    """A huge page whose table cannot be had is not mapped in part."""
+    """A huge page for which no table page can be allocated is not mapped in part."""
     vm.add_memory(IPA, BLOCK, align=BLOCK, huge=True).write(0, b"host")
     made = store_failing(1)
     assert (made.injected, made.errno) == (True, errno.ENOMEM)
@@ -70,7 +69,7 @@ def test_a_block_or_nothing(vm, stage2, store_failing):
 
 
 def test_page_of_the_host(vm, stage2, store_failing):
-    """Nothing behind the address yet, so that the host allocates, too: a run that fails has mapped nothing."""
+    """The HVA has no page yet, so the host allocates, too: a run that fails has mapped nothing."""
     vm.add_memory(IPA, PAGE, align=BLOCK)
     vm.guests[1].ping()
 
@@ -79,42 +78,42 @@ def test_page_of_the_host(vm, stage2, store_failing):
         assert made.errno == 0 or stage2(vm).leaf(IPA) is None
         return made
 
-    answers = every_failure(attempt)
-    # EFAULT: the page itself could not be had (hva_to_pfn: KVM_PFN_ERR_FAULT)
+    answers = injection.every_failure(attempt)
+    # EFAULT: the host's own page could not be allocated (hva_to_pfn: KVM_PFN_ERR_FAULT)
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM, errno.EFAULT}
     assert stage2(vm).leaf(IPA).writable
 
 
 def test_creation_of_a_vm(host, vm):
-    """KVM_CREATE_VM, its root table included: refused as a whole each time, and made in the end."""
-    answers = every_failure(partial(injection.create_vm, host.agent))
+    """KVM_CREATE_VM, which allocates the root table, fails as a whole each time, and succeeds in the end."""
+    answers = injection.every_failure(partial(injection.create_vm, host.agent))
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
 def test_creation_of_a_memslot(vm):
-    """KVM_SET_USER_MEMORY_REGION: no memslot comes of a failure."""
+    """A KVM_SET_USER_MEMORY_REGION that fails creates no memslot."""
     memory = vm.memory(64 * PAGE)
     slot = Memslot(7, IPA, memory.size, memory.hva, SlotFlags.LOG_DIRTY_PAGES)
 
     def attempt(n):
         made = injection.set_memslot(vm, slot, n)
-        if made.errno:  # then nothing is there
+        if made.errno:  # no memslot: the access is MMIO
             vm.exits.clear()
             vm.guest.read(IPA)
             assert [exit_.ipa for exit_ in vm.exits] == [IPA]
         return made
 
-    answers = every_failure(attempt)
+    answers = injection.every_failure(attempt)
     assert errno.ENOMEM in answers and set(answers) <= {0, errno.ENOMEM}
 
 
 def test_failures_leave_no_table_behind(host, make_vm):
-    """200 VMs whose creation failed somewhere: less than a page each is missing afterwards."""
-    make_vm()  # the process's first VM registers its notifier
+    """200 failures to create a VM leak less than a page each."""
+    make_vm()  # the first VM of a process registers its notifier
     attempt = partial(injection.create_vm, host.agent)
-    every_failure(attempt)
-    before = free_memory(host)
+    injection.every_failure(attempt)
+    before = facilities.free_memory(host)
     failures = 0
     while failures < 200:
-        failures += len(every_failure(attempt))
-    assert before - free_memory(host) < failures * PAGE
+        failures += len(injection.every_failure(attempt))
+    assert before - facilities.free_memory(host) < failures * PAGE

@@ -1,20 +1,19 @@
-"""Fixtures of the notifier cases: the scene (arm_kvm/testing/scene.py), and what its host acts with.
+"""Fixtures of the notifier cases: the scene (arm_kvm/testing/scene.py) and the host's means to act on its memory.
 
-A case with a scene runs twice, with guests that rest and with guests that hammer. A case that is marked ``resting`` or
-``hammering`` runs in that mode only.
+A case with a scene runs twice, once with resting guests and once with hammering ones. A case that is marked ``resting``
+or ``hammering`` runs only in that mode.
 """
 
 import pytest
-from arm_kvm.host import facilities, huge_pages
 from arm_kvm.testing.scene import IPA, Scene
-from arm_kvm.vmm.memory import BLOCK, PAGE, Child
+from arm_kvm.vocabulary import BLOCK, PAGE, Child, facilities, huge_pages
 
 PAGES = 64
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "resting: the case's scene has guests that rest, only")
-    config.addinivalue_line("markers", "hammering: the case's scene has guests that hammer, only")
+    config.addinivalue_line("markers", "resting: run the case only with a scene whose guests rest")
+    config.addinivalue_line("markers", "hammering: run the case only with a scene whose guests hammer")
 
 
 def pytest_generate_tests(metafunc):
@@ -31,7 +30,7 @@ def hammering(request):
 
 @pytest.fixture
 def make_scene(host, vm, witness, oracle, hammering):
-    """``make_scene(shared=True)``: a scene over memory of that kind; ``memory=`` makes the memory, given the VM."""
+    """``make_scene(shared=True)``: a scene over such memory; ``memory=`` is a function that makes the VM's memory."""
 
     def make(pages=PAGES, memory=None, **kind):
         if memory is None:
@@ -52,20 +51,23 @@ def scene(make_scene):
 
 @pytest.fixture
 def quiet(oracle, known_fault):
-    """``quiet(known, name)``: the kernel has not complained, or of the known fault only, as ``known(words)`` tells."""
+    """``quiet(known, name)``: check that the kernel has logged no splat.
+
+    If it has, and ``known(splat)`` is true of every one, the case ends with the known fault ``name``.
+    """
 
     def look(known, name):
-        said = [str(splat) for splat in oracle.splats()]
-        if said and all(map(known, said)):
+        splats = [str(splat) for splat in oracle.splats()]
+        if splats and all(map(known, splats)):
             known_fault(name)
-        assert said == []
+        assert splats == []
 
     return look
 
 
 @pytest.fixture
 def fork(host):
-    """Fork the VMM; the children end with the test."""
+    """``fork()``: fork the VMM. The children end with the test."""
     children = []
 
     def make():
@@ -79,30 +81,30 @@ def fork(host):
 
 @pytest.fixture
 def reclaim(host, ssh, vm):
-    """``reclaim(memory, offset, size)``: these pages are taken, and nothing that is the VM's own."""
+    """``reclaim(memory, offset, size)``: have these pages reclaimed, and none of the VM's others."""
     for guest in vm.guests:
-        guest.ping()  # its mailbox is there
+        guest.ping()  # faults in its mailbox
     with facilities.reclaim(host) as take:
         yield take
 
 
 @pytest.fixture
 def swap(host, ssh):
-    """The host can swap, to memory."""
+    """Swap space on zram."""
     with facilities.swap(host):
         yield
 
 
 @pytest.fixture
 def disk(host, ssh):
-    """A folder on a file system whose pages can be evicted."""
+    """A folder on a file system whose page cache can be written back and evicted."""
     with facilities.filesystem(host) as folder:
         yield folder
 
 
 @pytest.fixture
 def cgroup(host, ssh):
-    """A memory cgroup that holds the VMM."""
+    """A memory cgroup that contains the VMM."""
     with facilities.memory_cgroup(host) as group:
         yield group
 
@@ -116,5 +118,5 @@ def huge_files(host, ssh):
 
 @pytest.fixture
 def khugepaged(host, ssh):
-    """``khugepaged.scan()``: have it look at everything."""
+    """``khugepaged.scan()``: have khugepaged scan all memory that was advised MADV_HUGEPAGE."""
     return huge_pages.Khugepaged(host)

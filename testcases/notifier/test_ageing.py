@@ -1,14 +1,12 @@
-"""Ageing: the host asks whether a page was used, and clears the accessed flag, in stage 2, too.
+"""Ageing: the host tests and clears the accessed flag of a page, in stage 2 as well.
 
-mm/page_idle.c (clear_young), mm/rmap.c page_referenced (clear_flush_young), virt/kvm/arm/mmu.c kvm_age_hva. Nothing may
-be unmapped or lose a right; a guest's access must set the flag again, and the host must learn of it (cf2d23e0bac9).
+mm/page_idle.c (clear_young), mm/rmap.c page_referenced (clear_flush_young), virt/kvm/arm/mmu.c kvm_age_hva. Ageing must
+not unmap anything or take a permission away. A guest's next access must set the flag again, and the host must see it
+(cf2d23e0bac9).
 """
 
 import pytest
-from arm_kvm.host import facilities
-from arm_kvm.model.arch import descriptors as d
-from arm_kvm.model.kvm.notifier import Call, Operation
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Call, Operation, descriptors, facilities
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
@@ -17,7 +15,8 @@ idle = pytest.mark.needs("idle-tracking")
 
 
 def young(scene, page):
-    return bool(d.AF.of(scene.leaf(page).desc))
+    """Whether the accessed flag of the leaf that maps this page is set."""
+    return bool(descriptors.AF.of(scene.leaf(page).desc))
 
 
 @idle
@@ -61,7 +60,7 @@ def test_the_stores_of_both_guests_are_seen(scene):
 @idle
 @resting
 def test_the_entry_is_as_it_was_after_the_next_access(scene):
-    """The access sets the flag again, and nothing else."""
+    """The access sets the flag again and changes nothing else."""
     leaf = scene.leaf(8)
     scene.memory.mark_idle(8 * PAGE, PAGE)
     scene.vm.guest.read(IPA + 8 * PAGE)
@@ -79,9 +78,9 @@ def test_marking_idle_again_and_again(scene):
 
 @pytest.fixture
 def pageout_ages(host, swap):
-    """Up to 6.8 the first MADV_PAGEOUT asks whether a page was used, and takes none that was: clear_flush_young."""
+    """A host whose MADV_PAGEOUT (up to 6.8) ages pages (clear_flush_young) and leaves those that were used."""
     if host.kernel_version >= (6, 9):
-        pytest.skip("since 6.9 MADV_PAGEOUT does not ask (mm/vmscan.c reclaim_folio_list, ignore_references)")
+        pytest.skip("since 6.9 MADV_PAGEOUT does not age pages (mm/vmscan.c reclaim_folio_list, ignore_references)")
 
 
 @resting
@@ -106,8 +105,8 @@ def test_reclaim_ages_first_while_guests_write(scene, host, pageout_ages):
 
 
 def test_reclaim_asks_before_it_takes(scene, host, cgroup, swap, trace):
-    """A memory cgroup under pressure: pages are aged first (up to 6.8), then taken; no store is lost."""
-    more = scene.vm.memory(4 << 20)  # of the cgroup: what the scene has was charged before
+    """Under pressure in a memory cgroup pages are aged first (up to 6.8), then unmapped; no store is lost."""
+    more = scene.vm.memory(4 << 20)  # charged to the cgroup, unlike the scene's own memory
     more.write(0, bytes(4 << 20))
     scene.vm.add_memory(IPA + (1 << 24), 4 << 20, memory=more)
     scene.vm.guest.fill(IPA + (1 << 24), 1024)

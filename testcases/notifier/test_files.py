@@ -1,13 +1,11 @@
-"""Guest memory that is a file: memfd, and a file on a file system whose pages are written back and evicted.
+"""File-backed guest memory: a memfd, and a file on a file system whose pages are written back and evicted.
 
 mm/shmem.c shmem_fallocate, mm/memory.c unmap_mapping_range, mm/truncate.c; reclaim of file pages: mm/rmap.c
-try_to_unmap_one. Beyond the end of a file there is no memory: KVM_RUN answers EFAULT, as a load would get SIGBUS.
+try_to_unmap_one. Beyond the end of the file KVM_RUN answers EFAULT, where a load of the VMM would get SIGBUS.
 """
 
 import pytest
-from arm_kvm.guest.driver import RunFailed
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import BLOCK, PAGE, File
+from arm_kvm.vocabulary import BLOCK, PAGE, File, Operation, RunFailed
 
 IPA = 0x8000_0000
 SIZE = 64 * PAGE
@@ -25,7 +23,7 @@ def file(host):
 
 @pytest.fixture
 def file_on_disk(host, disk):
-    """A file of the scene's size on a file system. No VM may have it when the disk goes."""
+    """A file of the scene's size on a file system. The VMs must be gone before the file system is unmounted."""
     file = File(host.agent, SIZE, f"{disk}/guest")
     yield file
     host.reset()
@@ -54,7 +52,7 @@ def test_punched_hole_while_guests_write(scene, file):
 
 
 def test_hole_of_parts_of_pages(scene, file):
-    """Only the whole page goes; the rest is cleared where it is."""
+    """Only the page that lies wholly in the hole is dropped; parts of pages are zeroed in place."""
     with scene.host_does(Operation.PUNCH_HOLE, 9, 1):
         file.punch_hole(8 * PAGE + 0x800, 2 * PAGE)
     scene.settle(lost=[9, 10])
@@ -80,7 +78,7 @@ def test_truncated_and_grown_again_while_guests_write(scene, file):
 
 
 def test_two_mappings_of_one_file(scene, file):
-    """The VMM's other mapping of the file and the guest see each other's stores, also after a hole."""
+    """The guest and another mapping of the file in the VMM see each other's stores, also after a hole is punched."""
     other = scene.vm.memory(SIZE, shared=True, file=file)
     other.write(3 * PAGE + 0x800, b"\xfe\xca\0\0")
     assert scene.vm.guest.read(IPA + 3 * PAGE + 0x800) == 0xCAFE
@@ -92,7 +90,7 @@ def test_two_mappings_of_one_file(scene, file):
 
 
 def test_private_mapping_of_a_file(make_scene, file):
-    """A private page is the VMM's own once it was written: a hole in the file must not take it."""
+    """A private page belongs to the VMM once it has been written: a hole in the file must not drop it."""
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, file=file))
     with scene.host_does(Operation.PUNCH_HOLE, 8, 16):
         file.punch_hole(8 * PAGE, 16 * PAGE)
@@ -100,8 +98,11 @@ def test_private_mapping_of_a_file(make_scene, file):
 
 
 @pytest.fixture
-def written_back(make_scene, file_on_disk):
-    """64 pages of a file on a disk, written back."""
+def written_back(make_scene, file_on_disk, reclaim):
+    """A scene over 64 pages of a file on a disk, all written back.
+
+    ``reclaim`` comes first, so that the pages are charged to the memory cgroup that it may use.
+    """
     scene = make_scene(memory=lambda vm: vm.memory(SIZE, align=BLOCK, shared=True, file=file_on_disk))
     with scene.host_does(Operation.WRITE_BACK):
         file_on_disk.sync()
@@ -110,7 +111,7 @@ def written_back(make_scene, file_on_disk):
 
 @resting
 def test_page_cache_eviction(written_back, reclaim):
-    """Clean pages are evicted and read again from the disk."""
+    """Clean pages are evicted, and read from the disk again."""
     written_back.page_out(reclaim, Operation.FILE_OUT, 8, 16)
     assert not written_back.memory.frames(8 * PAGE, 16 * PAGE).any()
     assert written_back.vm.guest.read(IPA + 8 * PAGE + 8) == 9

@@ -1,12 +1,11 @@
 """fork: parent, child and guest share pages until one of them writes.
 
-mm/memory.c copy_page_range, wp_page_copy. Whoever writes gets the copy; the guest is the parent. Up to 6.9 change_pte
-maps the copy read-only at once where a level 3 table is left.
+mm/memory.c copy_page_range, wp_page_copy. The process that writes gets the copy; the guest's stores are the parent's.
+Up to 6.9 change_pte maps the copy read-only at once where a level 3 table is left.
 """
 
 import pytest
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import PAGE
+from arm_kvm.vocabulary import PAGE, Operation
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
@@ -15,8 +14,11 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @resting
 def test_fork_takes_write_permission(scene, fork):
-    """What the guest may still write is not what the child has. (5.4.y copies for a guest that only reads, too:
-    17839856fd58, "gup: document and work around 'COW can break either way' issue".)"""
+    """The guest may write to no frame that it shares with the child.
+
+    (5.4.y copies for a guest that only reads, too: 17839856fd58, "gup: document and work around 'COW can break either
+    way' issue".)
+    """
     kept = scene.memory.frame()
     with scene.host_does(Operation.FORK):
         child = fork()
@@ -31,7 +33,7 @@ def test_fork_takes_write_permission(scene, fork):
 
 @hammering
 def test_fork_while_guests_write(scene, fork):
-    """The child keeps what it had at the fork, whatever the guests write since."""
+    """The child keeps the content of the moment of the fork, whatever the guests write afterwards."""
     with scene.guests_at_work():
         with scene.host_does(Operation.FORK):
             child = fork()
@@ -57,9 +59,9 @@ def test_guest_writes_first(scene, fork):
 
 @resting
 def test_parent_writes_first(scene, fork):
-    """Its copy replaces the old frame in stage 2: the guest sees what the parent wrote."""
+    """The parent's copy replaces the old frame in stage 2, and the guest sees what the parent wrote."""
     fork()
-    assert scene.vm.guest.read(IPA + 8) == 1  # has a level 3 table made
+    assert scene.vm.guest.read(IPA + 8) == 1  # makes the level 3 table
     with scene.host_does(Operation.COW_COPY, 5, 1):
         scene.memory.write(5 * PAGE + 0x800, b"\xfe\xca\0\0")
     assert scene.vm.guest.read(IPA + 5 * PAGE + 0x800) == 0xCAFE
@@ -78,7 +80,7 @@ def test_parent_and_guests_write_at_once(scene, fork):
 
 @resting
 def test_child_writes_first(scene, fork):
-    """The child gets the copy; parent and guest keep the frame, and KVM is told nothing."""
+    """The child gets the copy; parent and guest keep the frame, and KVM is not notified."""
     child = fork()
     frame = scene.memory.frame(5 * PAGE)
     with scene.host_does(Operation.CHILD_WRITE, 5, 1):
@@ -98,7 +100,7 @@ def test_child_and_guests_write_at_once(scene, fork):
 
 @resting
 def test_sole_owner_keeps_its_page(scene, fork):
-    """Once the child has a copy of its own, the parent may write without one: KVM is told nothing."""
+    """Once the child has its own copy, the parent may write without copying, and KVM is not notified."""
     child = fork()
     assert scene.vm.guest.read(IPA + 5 * PAGE) >= 1
     child.write(scene.memory, 5 * PAGE, b"gone")
@@ -112,7 +114,7 @@ def test_sole_owner_keeps_its_page(scene, fork):
 
 @hammering
 def test_guests_of_the_sole_owner_write(scene, fork):
-    """The child has its copy of a page, which the guest has read before; then the guests write to it, and to all."""
+    """The guest has read a page of which the child then makes its own copy; then the guests write to every page."""
     child = fork()
     assert scene.vm.guest.read(IPA + 5 * PAGE) >= 1
     child.write(scene.memory, 5 * PAGE, b"gone")

@@ -1,15 +1,12 @@
-"""Blocks: transparent huge pages that are split, copied and made, huge pages of files, and hugetlbfs.
+"""Blocks: transparent huge pages that are split, copied and collapsed, huge pages of files, and hugetlbfs.
 
-mm/huge_memory.c __split_huge_pmd tells of the aligned 2 MiB, whoever asked for how little; khugepaged.c
+mm/huge_memory.c __split_huge_pmd notifies of the aligned 2 MiB, however small the range of the request; khugepaged.c
 collapse_huge_page moves 512 pages into one. A block must never map what is no longer one huge page (127393fbe597).
 """
 
 import numpy as np
 import pytest
-from arm_kvm.host import huge_pages
-from arm_kvm.model.kvm.notifier import Call, Operation
-from arm_kvm.oracle.witness import calls_in
-from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
+from arm_kvm.vocabulary import BLOCK, PAGE, Advice, Call, Operation, Prot, calls_in, huge_pages
 
 IPA = 0x8000_0000
 IN_A_BLOCK = BLOCK // PAGE
@@ -19,7 +16,7 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @pytest.fixture
 def huge(make_scene):
-    """Two transparent huge pages, each mapped by a block."""
+    """A scene over two transparent huge pages, each mapped by a block."""
 
     def memory(vm):
         memory = vm.memory(2 * BLOCK, align=BLOCK)
@@ -57,7 +54,7 @@ def test_protecting_a_page_in_a_block(huge):
 
 
 def test_split_that_takes_nothing(huge):
-    """Another right for one page splits the mapping, not the huge page: all is told of, frames and rights stay."""
+    """Another permission for one page splits the mapping only: KVM is notified of all 2 MiB, but no frame changes."""
     frames = huge.memory.frames()
     with huge.host_does(Operation.THP_SPLIT, 9, 1):
         huge.memory.protect(Prot.ALL, 9 * PAGE, PAGE)
@@ -66,7 +63,7 @@ def test_split_that_takes_nothing(huge):
 
 
 def test_split_by_moving_a_page(huge):
-    """mremap of one page splits the block; its neighbours stay what and where they were."""
+    """mremap of one page splits the block; its neighbours keep their content and place."""
     elsewhere = huge.vm.memory(PAGE)
     page = huge.memory.part(7 * PAGE, PAGE)
     with huge.guest_activity():
@@ -79,7 +76,7 @@ def test_split_by_moving_a_page(huge):
 
 @resting
 def test_split_of_the_page_itself(huge, host, ssh):
-    """debugfs split_huge_pages: the frame is no longer one, and no block may map it."""
+    """debugfs split_huge_pages splits the huge page itself, so no block may map it."""
     with huge.host_does(Operation.THP_SPLIT_PAGE):
         huge_pages.split_all(host)
     assert huge.vm.guest.read(IPA + 8) == 1
@@ -96,10 +93,10 @@ def test_split_of_the_page_itself_while_guests_write(huge, host, ssh):
 
 @resting
 def test_copy_on_write_of_a_huge_page(huge, fork, host):
-    """Up to 5.7 it is copied whole; later its mapping is split, and one page copied."""
+    """Up to 5.7 the whole huge page is copied; later its mapping is split and one page is copied."""
     whole = host.kernel_version < (5, 8)
     child = fork()
-    if not whole:  # 5.4.y would copy for a guest that only reads, see test_fork.py
+    if not whole:  # 5.4.y would copy for a guest that only reads: see test_fork.py
         assert huge.vm.guest.read(IPA + 8) == 1
         assert huge.leaf(0).is_block and not huge.leaf(0).writable
     with huge.host_does(Operation.COW_COPY_HUGE if whole else Operation.COW_COPY, 5, 1):
@@ -111,7 +108,7 @@ def test_copy_on_write_of_a_huge_page(huge, fork, host):
 
 
 def test_split_of_a_huge_page_of_a_file(make_scene, huge_files, known_fault):
-    """Its mapping is not split but dropped: pages of a file are found again when they are asked for."""
+    """The huge page's mapping is dropped, not split: pages of a file are mapped again when they are next accessed."""
     scene = make_scene(2 * IN_A_BLOCK, shared=True)
     frames = scene.memory.frames()
     in_a_row = frames[0] % BLOCK == 0 and (np.diff(frames[:IN_A_BLOCK]) == PAGE).all()
@@ -123,13 +120,14 @@ def test_split_of_a_huge_page_of_a_file(make_scene, huge_files, known_fault):
     scene.settle()
 
 
-def slept(said):
-    return "include/linux/mmu_notifier.h" in said and "Comm: khugepaged" in said
+def slept(splat):
+    """Whether the splat says that khugepaged slept in the notifier."""
+    return "include/linux/mmu_notifier.h" in splat and "Comm: khugepaged" in splat
 
 
 @pytest.fixture
 def collapsed(make_scene, khugepaged):
-    """1,024 pages that khugepaged has made two huge pages of: their old frames have gone."""
+    """A scene over 1,024 pages that khugepaged has collapsed into two huge pages; their old frames are gone."""
     scene = make_scene(2 * IN_A_BLOCK)
     assert not scene.leaf(0).is_block
     with scene.host_does(Operation.THP_COLLAPSE):
@@ -155,7 +153,7 @@ def test_collapse_while_guests_write(collapsed, quiet):
 
 @pytest.fixture
 def asked(khugepaged, trace):
-    """``asked(scene)``: of which blocks khugepaged asked stage 2 whether they are used, and which it then took away."""
+    """``asked(scene)``: the blocks that khugepaged tested for use in stage 2, and those that it then unmapped."""
 
     def look(scene):
         with trace(*(f"kvm:{call.value}" for call in (Call.TEST, Call.UNMAP))) as events:
@@ -170,12 +168,12 @@ def asked(khugepaged, trace):
 @resting
 @pytest.mark.feature("MADV_COLD")
 def test_what_only_the_guest_uses(make_scene, asked, quiet):
-    """That pages were used only stage 2 knows of: khugepaged asks (test_young), and begins to collapse them.
+    """Only stage 2 knows that the pages were used: khugepaged tests it (test_young) and begins to collapse them.
 
-    It asks once more when they have gone from stage 2 (mm/khugepaged.c __collapse_huge_page_isolate), and gives up.
+    It tests again after they have been unmapped (mm/khugepaged.c __collapse_huge_page_isolate), and gives up.
     """
     scene = make_scene(2 * IN_A_BLOCK)
-    scene.memory.advise(Advice.COLD)  # clears the host's own flags, and tells nobody
+    scene.memory.advise(Advice.COLD)  # clears the host's own flags, and does not notify KVM
     assert asked(scene) == [{0, BLOCK}, {0, BLOCK}]
     scene.settle()
     quiet(slept, "sleeps-with-page-table-mapped")
@@ -185,7 +183,7 @@ def test_what_only_the_guest_uses(make_scene, asked, quiet):
 @pytest.mark.feature("MADV_COLD")
 @pytest.mark.needs("idle-tracking")
 def test_what_nobody_uses(make_scene, asked):
-    """The same with the guest's flags cleared, too: khugepaged lets it be."""
+    """With the guest's accessed flags cleared, too, khugepaged leaves the pages alone."""
     scene = make_scene(2 * IN_A_BLOCK)
     scene.memory.mark_idle()
     scene.memory.advise(Advice.COLD)
@@ -194,7 +192,7 @@ def test_what_nobody_uses(make_scene, asked):
 
 
 def test_hugetlbfs(make_scene):
-    """Explicit huge pages: taken away as a whole, given back as a whole."""
+    """An explicit huge page is unmapped as a whole and mapped as a whole again."""
     scene = make_scene(2 * IN_A_BLOCK, huge=True)
     assert scene.leaf(0).is_block
     with scene.guest_activity():

@@ -1,19 +1,16 @@
-"""Samepage merging: pages of the same content become one frame, read-only; a store unmerges.
+"""Samepage merging: pages with the same content become one read-only frame; a store unmerges them.
 
-mm/ksm.c write_protect_page, replace_page: both tell of each page, and up to 6.9 call change_pte with the frame that is
-now shared (kvm_set_spte_hva): stage 2 may map it, read-only.
+mm/ksm.c write_protect_page and replace_page notify of each page. Up to 6.9 they also call change_pte with the frame
+that is now shared (kvm_set_spte_hva), which stage 2 may map read-only.
 """
 
 import numpy as np
 import pytest
-from arm_kvm.host import facilities
-from arm_kvm.model.kvm.notifier import Call, Operation
-from arm_kvm.oracle.witness import calls_in
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Call, Operation, calls_in, facilities
 
 IPA = 0x8000_0000
 SAME = range(8, 24)
-MANY = 2048  #: pages, so that the guests are at others most of the time
+MANY = 2048  #: pages, so many that the guests are elsewhere most of the time
 _TRIES = 20
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
@@ -21,7 +18,7 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @pytest.fixture
 def alike(scene):
-    """Pages 8 to 23 of the scene hold the same."""
+    """A scene whose pages 8 to 23 have the same content."""
     for page in SAME:
         scene.memory.write(page * PAGE, b"alike " * 100 + bytes(PAGE - 600))
     scene.memory.advise(Advice.MERGEABLE)
@@ -30,12 +27,13 @@ def alike(scene):
 
 
 def frames(scene):
+    """The frames behind the pages that were alike."""
     return {int(frame) for frame in scene.memory.frames(SAME.start * PAGE, len(SAME) * PAGE)}
 
 
 @resting
 def test_merge(alike, host, witness):
-    """All alike become one frame; the guest reads it there, and may not write it."""
+    """All these pages become one frame, which the guest may read but not write."""
     vm, before = alike.vm, alike.memory.frames()
     with witness(Operation.KSM_PROTECT, alike.memory, SAME.start * PAGE, len(SAME) * PAGE) as seen:
         facilities.merge_pages(host)
@@ -71,25 +69,25 @@ def test_a_store_of_the_host_unmerges(alike, host, witness):
 
 @hammering
 def test_merging_while_guests_write(make_scene, host, trace):
-    """Pages alike but for the moment when a guest adds to one and not yet to the next, a round of many others away.
+    """Pages 8 to 23 differ only while a guest has added to some of them and not yet to the others.
 
-    ksmd write-protects, compares, merges or gives up, and guests take pages apart again: no store may be lost.
+    ksmd write-protects, compares, and merges or gives up, while guests unmerge pages again: no store may be lost.
     """
     scene = make_scene(MANY)
     for page in SAME:
-        scene.memory.write(page * PAGE + 8, bytes(4))  # the word in which all pages differ
+        scene.memory.write(page * PAGE + 8, bytes(4))  # clears the word in which all pages differ
     at, size = SAME.start * PAGE, len(SAME) * PAGE
     scene.memory.advise(Advice.MERGEABLE, at, size)
 
-    def told():
+    def some_were_unmapped():
         with trace(f"kvm:{Call.UNMAP.value}") as events:
             facilities.merge_pages(host)
             scene.stage2()
         return any(at <= hva - scene.memory.hva < at + size for _, (hva, _) in calls_in(events))
 
     with scene.guests_at_work():
-        merged = any(told() for _ in range(_TRIES))
-        assert merged or host.kernel_version < (5, 0), "ksmd found no two pages alike"
+        merged = any(some_were_unmapped() for _ in range(_TRIES))
+        assert merged or host.kernel_version < (5, 0), "ksmd merged no pages"
         for _ in range(3):
             facilities.merge_pages(host)
             scene.stage2()

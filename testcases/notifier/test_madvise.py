@@ -1,11 +1,10 @@
-"""madvise(2) that takes pages away.
+"""madvise(2) that drops pages: MADV_DONTNEED and MADV_FREE.
 
 mm/madvise.c: madvise_dontneed_single_vma, madvise_free_single_vma. virt/kvm/arm/mmu.c (5.4) kvm_unmap_hva_range.
 """
 
 import pytest
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Operation
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
@@ -14,7 +13,7 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @resting
 def test_dontneed(scene):
-    """The pages are gone at once, and the guest finds zeroes."""
+    """The pages are unmapped at once, and the guest reads zeroes."""
     with scene.host_does(Operation.DONTNEED, 8, 16) as seen:
         scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     assert all(seen.after[scene.vm.id].leaf(IPA + page * PAGE) is None for page in range(8, 24))
@@ -44,9 +43,9 @@ def test_dontneed_again_and_again(scene):
 
 
 def test_free_keeps_what_is_written_again(scene):
-    """MADV_FREE gives pages up without taking them; a page that is written again is kept.
+    """MADV_FREE leaves pages mapped until they are reclaimed; a page that is written again is kept.
 
-    So no leaf may stay writable: the host would not see the store, and drop it.
+    So no leaf may stay writable, or the host would miss the store and drop the page.
     """
     with scene.host_does(Operation.FREE, 0, 32):
         scene.memory.advise(Advice.FREE, 0, 32 * PAGE)

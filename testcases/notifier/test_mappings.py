@@ -1,15 +1,13 @@
-"""munmap, mremap, mprotect: the VMM changes its own address space under a memslot that stays.
+"""munmap, mremap and mprotect: the VMM changes its own address space under a memslot that stays.
 
-mm/mmap.c unmap_region, mm/mremap.c move_page_tables, mm/mprotect.c change_pmd_range. Where the process has no mapping,
-or not the right, KVM_RUN answers EFAULT; the guest can be run again when it has.
+mm/mmap.c unmap_region, mm/mremap.c move_page_tables, mm/mprotect.c change_pmd_range. Where the VMM has no mapping, or
+lacks the permission, KVM_RUN answers EFAULT; once it has, the guest can be run again.
 """
 
 import errno
 
 import pytest
-from arm_kvm.guest.driver import RunFailed
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import PAGE, Prot
+from arm_kvm.vocabulary import PAGE, Operation, Prot, RunFailed
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
@@ -17,7 +15,7 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 
 def refused(access, *args):
-    """Whether KVM_RUN answers EFAULT to this access of the guest."""
+    """Whether KVM_RUN answers this access of the guest with EFAULT."""
     with pytest.raises(RunFailed) as failure:
         access(*args)
     return failure.value.errno == errno.EFAULT
@@ -43,7 +41,7 @@ def test_munmap_while_guests_write(scene):
 
 
 def test_other_memory_mapped_over_it(scene):
-    """MAP_FIXED: munmap and mmap in one; the guest must see the new pages only."""
+    """MAP_FIXED is munmap and mmap in one: the guest must see only the new pages."""
     with scene.host_does(Operation.MUNMAP, 16, 8):
         scene.memory.replace(16 * PAGE, 8 * PAGE)
     scene.settle(lost=range(16, 24))

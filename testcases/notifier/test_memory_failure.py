@@ -1,20 +1,18 @@
-"""Memory failure: a frame is found bad, taken out of every mapping, and its user is told with SIGBUS.
+"""Memory failure: a bad frame is taken out of every mapping, and the process that uses it gets SIGBUS.
 
 mm/memory-failure.c (CONFIG_MEMORY_FAILURE: not on 32-bit Arm), arch/arm64/kvm/mmu.c kvm_send_hwpoison_signal.
 """
 
 import numpy as np
 import pytest
-from arm_kvm.guest.driver import RunFailed
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Operation, RunFailed
 
 IPA = 0x8000_0000
 pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True), pytest.mark.needs("memory-failure")]
 
 
 def test_guest_that_reads_a_bad_page(vm, witness, stage2):
-    """Stage 2 loses the page at once; the guest's next access is the VMM's SIGBUS, again and again."""
+    """Stage 2 loses the page at once, and every later access of the guest sends the VMM SIGBUS."""
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA, 16)
     with witness(Operation.POISON, memory, 8 * PAGE, PAGE):
@@ -31,7 +29,7 @@ def test_guest_that_reads_a_bad_page(vm, witness, stage2):
 
 
 def test_guests_that_go_on_beside_it(vm, witness):
-    """One page fails while both vCPUs work on its neighbours; those that they leave alone stay, too."""
+    """One page fails while both vCPUs store to its neighbours; the neighbours that they leave alone are kept, too."""
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA + 8 * PAGE, 8)
     with vm.guests[0].hammering(IPA, 8) as one, vm.guests[1].hammering(IPA + 4, 8) as other:
@@ -45,7 +43,7 @@ def test_guests_that_go_on_beside_it(vm, witness):
 
 
 def test_page_that_fails_unread(vm, stage2):
-    """What tells the VMM of it is no bus error of the guest, which never wants the page: its next exit is another."""
+    """The guest never accesses the bad page, so the signal sent to the VMM must not show as the guest's bus error."""
     memory = vm.add_memory(IPA, 16 * PAGE)
     vm.guest.fill(IPA, 16)
     assert stage2(vm).mapped(IPA, 16 * PAGE)

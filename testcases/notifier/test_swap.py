@@ -1,16 +1,14 @@
-"""Swap to zram and back, and the pages that MADV_FREE gave up; those that KVM marks accessed when they have gone.
+"""Swap to zram and back, and pages freed with MADV_FREE; also pages that KVM marks accessed after they were freed.
 
-mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page goes out only when no leaf can write it any more.
+mm/vmscan.c shrink_page_list, mm/rmap.c try_to_unmap_one. A page is swapped out only once no leaf can write it.
 """
 
 import pytest
-from arm_kvm.host import facilities
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Operation, facilities
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
-#: With a host of their own: a page that was used after it was freed shows when it is given out again.
+#: On a host of their own: the use of a freed page shows only when the page is allocated again.
 pytestmark = [
     pytest.mark.native,
     pytest.mark.vcpus(2, pinned=True),
@@ -19,14 +17,15 @@ pytestmark = [
 ]
 
 
-def accessed_late(said):
-    of_a_free_page = "kvm_is_zone_device_pfn" in said and "kvm_set_pfn_accessed" in said
-    return of_a_free_page or ("Bad page state" in said and "bad because of flags: 0x2(referenced)" in said)
+def accessed_late(splat):
+    """Whether the splat says that KVM marked a page accessed after it had been freed."""
+    of_a_free_page = "kvm_is_zone_device_pfn" in splat and "kvm_set_pfn_accessed" in splat
+    return of_a_free_page or ("Bad page state" in splat and "bad because of flags: 0x2(referenced)" in splat)
 
 
 @pytest.fixture
 def settle(scene, quiet):
-    """Settle the scene, and hear what the kernel has to say of pages that reclaim took from guests at work."""
+    """Settle the scene, and check that the kernel did not complain of pages reclaimed from guests at work."""
 
     def end(**how):
         scene.settle(**how)
@@ -50,7 +49,7 @@ def test_out_and_back_while_guests_write(scene, settle, reclaim):
 
 
 def test_in_by_the_host(scene, settle, reclaim):
-    """The host's own touch brings the page back; KVM is told nothing, and maps it when the guest asks."""
+    """The host's own access brings the page back; KVM is not notified, and maps it at the guest's next fault."""
     with scene.guest_activity():
         scene.page_out(reclaim, Operation.SWAP_OUT, 8, 8)
         with scene.host_does(Operation.SWAP_IN, 8, 8):
@@ -68,7 +67,7 @@ def test_out_again_and_again(scene, settle, reclaim):
 
 @resting
 def test_freed_pages_are_reclaimed(scene, settle, reclaim):
-    """Given up with MADV_FREE and not written since: reclaim drops them, and the guest finds zeroes."""
+    """Pages freed with MADV_FREE and not written since: reclaim drops them, and the guest reads zeroes."""
     with scene.host_does(Operation.FREE, 8, 16):
         scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
     scene.page_out(reclaim, Operation.FREE_RECLAIMED, 8, 16)
@@ -86,15 +85,15 @@ def test_freed_pages_are_reclaimed_while_guests_write(scene, settle, reclaim):
 
 
 @resting
-@pytest.mark.feature("MADV_PAGEOUT")  # which looks but once, if asked but once
+@pytest.mark.feature("MADV_PAGEOUT")  # one call looks at each page once
 def test_freed_pages_that_were_written_since_are_kept(scene, settle, host):
-    """Reclaim takes the mapping of each, finds it dirty, and puts it back: the frame stays, this time."""
+    """Reclaim unmaps each page, finds it dirty, and maps it again: this time the frame is kept."""
     scene.memory.advise(Advice.FREE, 8 * PAGE, 16 * PAGE)
     scene.guests_write_every_page()
     frames = scene.memory.frames(8 * PAGE, 16 * PAGE)
     facilities.drain_lru(host)
     with scene.host_does(Operation.RECLAIM_GIVEN_UP, 8, 16):
-        for _ in range(1 if host.kernel_version >= (6, 9) else 2):  # up to 6.8 the first only ages
+        for _ in range(1 if host.kernel_version >= (6, 9) else 2):  # up to 6.8 the first call only ages the pages
             scene.memory.advise(Advice.PAGEOUT, 8 * PAGE, 16 * PAGE)
     assert (scene.memory.frames(8 * PAGE, 16 * PAGE) == frames).all()
     settle()

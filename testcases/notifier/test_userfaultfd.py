@@ -1,16 +1,13 @@
-"""userfaultfd: the VMM answers the page faults of its memory itself, those of its guests included.
+"""userfaultfd: the VMM handles the page faults of its own memory, and so those of its guests.
 
-mm/userfaultfd.c, fs/userfaultfd.c (handle_userfault). Post-copy migration and live snapshots stand on it.
+mm/userfaultfd.c, fs/userfaultfd.c (handle_userfault). Post-copy migration and live snapshots depend on it.
 """
 
 import errno
 from contextlib import ExitStack
 
 import pytest
-from arm_kvm.agent.uffd import content_of
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.support.errors import HostOsError
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, HostOsError, Operation, content_of
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
@@ -19,7 +16,7 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @resting
 def test_missing_pages_are_filled_in(scene):
-    """The guest waits in its fault until the VMM has given the page, and then finds its content."""
+    """The guest waits in its fault until the VMM has provided the page, and then reads its content."""
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     with scene.memory.userfaults(8 * PAGE, 16 * PAGE) as faults:
         got = [scene.vm.guest.read(IPA + page * PAGE) for page in range(8, 24)]
@@ -40,7 +37,7 @@ def test_missing_pages_are_filled_in_while_guests_write(scene):
 def protectable(scene, host):
     """The scene, on a kernel whose userfaultfd can write-protect."""
     if host.kernel_version < (5, 14):
-        pytest.skip("userfaultfd of arm64 takes write protection in 5.10, and does nothing about it")
+        pytest.skip("before 5.14 userfaultfd does not write-protect; arm64 5.10 accepts the request and ignores it")
     try:
         with scene.memory.userfaults(0, PAGE, protect=True):
             pass
@@ -53,7 +50,7 @@ def protectable(scene, host):
 
 @resting
 def test_write_protected_pages(protectable):
-    """Stores wait for the VMM's permission; loads do not."""
+    """Stores wait until the VMM permits them; loads do not."""
     scene = protectable
     with ExitStack() as stack:
         with scene.host_does(Operation.UFFD_PROTECT, 8, 16):
@@ -78,7 +75,7 @@ def test_write_protected_pages_while_guests_write(protectable):
 
 @resting
 def test_dontneed_under_userfaultfd(scene):
-    """A page that is dropped again and again is asked for again and again."""
+    """Each time the page is dropped, the next access must be reported to the VMM again."""
     with scene.memory.userfaults(8 * PAGE, PAGE) as faults:
         for _ in range(3):
             with scene.host_does(Operation.DONTNEED, 8, 1):

@@ -1,13 +1,11 @@
-"""The zero page: what a guest reads that nobody has written yet, until somebody writes it.
+"""The zero page, which a guest reads from memory that has not been written, and its replacement by the first store.
 
 mm/memory.c do_anonymous_page, wp_page_copy. Up to 6.9 change_pte maps the new page read-only at once where a level 3
 table is left.
 """
 
 import pytest
-from arm_kvm.model.kvm.notifier import Operation
-from arm_kvm.oracle import Verdict, Violation
-from arm_kvm.vmm.memory import PAGE, Advice
+from arm_kvm.vocabulary import PAGE, Advice, Operation, Verdict, Violation
 
 IPA = 0x8000_0000
 resting, hammering = pytest.mark.resting, pytest.mark.hammering
@@ -16,9 +14,9 @@ pytestmark = [pytest.mark.native, pytest.mark.vcpus(2, pinned=True)]
 
 @resting
 def test_host_writes_first(scene, host):
-    """The guest has read zeroes; what the host then writes is in another frame, and stage 2 must not keep the old one.
+    """The guest has read zeroes; the host's store goes to another frame, and stage 2 must not keep the old one.
 
-    (5.4.y gives a guest that only reads a page of its own, which the host then writes to: see test_fork.py.)
+    (5.4.y gives a guest that only reads a page of its own, to which the host then writes: see test_fork.py.)
     """
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     assert [scene.vm.guest.read(IPA + page * PAGE) for page in (8, 9)] == [0, 0]
@@ -32,14 +30,14 @@ def test_host_writes_first(scene, host):
 
 
 def stays_mapped(violation, pages):
-    """Whether stage 2 maps some of these pages, which the host has dropped, and nothing else is wrong with it."""
+    """Whether all that is wrong is that stage 2 still maps some of these pages, which the host has dropped."""
     dropped = range(IPA + pages.start * PAGE, IPA + pages.stop * PAGE)
     return violation.verdicts == {Verdict.WRONG_FRAME} and all(found.ipa in dropped for found in violation.findings)
 
 
 @hammering
 def test_host_and_guests_write_at_once(scene, known_fault):
-    """Pages are dropped one by one; host and guests write to each new page at once."""
+    """Pages are dropped one by one, and host and guests write to each new page at once."""
     pages = range(8, 24)
     scene.memory.advise(Advice.DONTNEED, 8 * PAGE, 16 * PAGE)
     try:

@@ -1,8 +1,8 @@
-"""change_pte against what takes a page away: two system calls of one VMM, the second inside a window of the first.
+"""change_pte against another system call of the same VMM that takes the page away.
 
-Up to 6.9 a copy on write told KVM of the new frame (set_pte_at_notify, kvm_set_spte_hva), which mapped it at once where
-a level 3 table was left. What maps a page while something else takes it away must not be the last to do so. Here the
-window is held open: the taker stands on CPU 1, at a symbol of the kernel, while the VMM stores to the page on CPU 0.
+Up to 6.9 a copy on write notified KVM of the new frame (set_pte_at_notify, kvm_set_spte_hva), and KVM mapped it at once
+where it still had a level 3 table. A page that is being taken away must not be left mapped by that. The race is forced:
+CPU 1 takes the page away and is held at a symbol of the kernel while the VMM stores to the page on CPU 0.
 """
 
 import pytest
@@ -15,26 +15,26 @@ pytestmark = [pytest.mark.native]
 
 @pytest.fixture
 def taker(host):
-    """A thread of the VMM on CPU 1."""
+    """A thread of the VMM on CPU 1, which takes the page away."""
     return host.actor(cpu=1)
 
 
 def test_into_a_memslot_that_is_being_deleted(host, vm, oracle, taker, known_fault):
-    """The memslot is invalid and flushed, but not gone yet: nothing may be mapped through it any more.
+    """The memslot is invalid and its pages are unmapped, but it is not gone yet: nothing may be mapped through it.
 
-    kvm_set_memslot() of virt/kvm/kvm_main.c; both memslots are within 2 MiB, so the level 3 table outlives the flush.
+    kvm_set_memslot() in virt/kvm/kvm_main.c. Both memslots are in the same 2 MiB, so the level 3 table survives.
     """
     memory = vm.memory(2 * PAGES * PAGE, align=2 * PAGES * PAGE)
     memory.write(0, b"host" * (2 * PAGES * PAGE // 4))
     vm.add_memory(IPA, PAGES * PAGE, memory=memory.part(0, PAGES * PAGE))
     vm.add_memory(IPA + PAGES * PAGE, PAGES * PAGE, memory=memory.part(PAGES * PAGE, PAGES * PAGE))
     vm.guest.read(IPA + 4 * PAGE)
-    child = Child(host.agent)  # from now on a store of the VMM is a copy on write
-    vm.guest.read(IPA + (PAGES + 4) * PAGE)  # has a level 3 table made; 5.4.y would copy the other page for a load
+    child = Child(host.agent)  # from now on the VMM's stores are copies on write
+    vm.guest.read(IPA + (PAGES + 4) * PAGE)  # makes the level 3 table; 5.4.y would copy the other page for a load
 
     with host.hold("kvm_arch_prepare_memory_region", cpu=1) as held:
         deletion = taker.do(vm.record_deletion(IPA))
-        held.wait()  # flushed
+        held.wait()  # KVM has unmapped the memslot's pages
         memory.write(4 * PAGE, b"copy")
     deletion.result()
     child.end()
@@ -46,17 +46,17 @@ def test_into_a_memslot_that_is_being_deleted(host, vm, oracle, taker, known_fau
         known_fault("page-in-deleted-memslot-after-change-pte")
     assert findings == [] and stage2.leaf(IPA + 4 * PAGE) is None
     vm.guest.read(IPA + 4 * PAGE)
-    assert [exit_.ipa for exit_ in vm.exits] == [IPA + 4 * PAGE], "what lies there now is MMIO"
+    assert [exit_.ipa for exit_ in vm.exits] == [IPA + 4 * PAGE], "the IPA of the deleted memslot is not MMIO"
 
 
 def test_of_a_page_that_is_being_dropped(host, vm, oracle, taker, known_fault):
-    """MADV_DONTNEED has told KVM, and not yet taken the page, which a store of the VMM replaces meanwhile.
+    """MADV_DONTNEED has notified KVM but not dropped the page yet, when a store of the VMM replaces it.
 
-    unmap_page_range() of mm/memory.c (7.2: __zap_vma_range()) runs between the start and the end of the invalidation.
+    unmap_page_range() in mm/memory.c (7.2: __zap_vma_range()) runs between the start and the end of the invalidation.
     """
     memory = vm.add_memory(IPA, PAGES * PAGE, align=PAGES * PAGE)
-    vm.guest.fill(IPA + 16 * PAGE, 8)  # keeps the level 3 table
-    memory.read(4 * PAGE, PAGE)  # the zero page: a store of the VMM is a copy
+    vm.guest.fill(IPA + 16 * PAGE, 8)  # keeps the level 3 table alive
+    memory.read(4 * PAGE, PAGE)  # maps the zero page, so the VMM's store is a copy on write
 
     with host.hold("unmap_page_range", "__zap_vma_range", cpu=1) as held:
         drop = taker.begin(op.memory_advise, hva=memory.hva + 4 * PAGE, size=PAGE, advice=Advice.DONTNEED)
@@ -65,7 +65,7 @@ def test_of_a_page_that_is_being_dropped(host, vm, oracle, taker, known_fault):
         copy = memory.frame(4 * PAGE)
     drop.result()
 
-    assert copy and memory.frame(4 * PAGE) == 0, "the copy has gone again"
+    assert copy and memory.frame(4 * PAGE) == 0, "MADV_DONTNEED has not dropped the copy"
     (stage2, findings) = oracle.examine(vm)[0]
     if {finding.verdict for finding in findings} == {Verdict.WRONG_FRAME}:
         assert [finding.ipa for finding in findings] == [IPA + 4 * PAGE]
@@ -78,7 +78,7 @@ def test_of_a_page_that_is_being_dropped(host, vm, oracle, taker, known_fault):
         if after.pa != copy:
             assert stored == b"\xfe\xca"
             known_fault("stale-page-until-next-fault")
-        assert after.writable and stored == bytes(2), "the guest has stored to a frame that is not its own"
+        assert after.writable and stored == bytes(2)  # the guest has stored to the dropped frame
         known_fault("stale-page-after-change-pte")
     assert findings == [] and stage2.leaf(IPA + 4 * PAGE) is None
     vm.guest.write(IPA + 4 * PAGE, 0xCAFE)

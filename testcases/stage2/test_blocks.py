@@ -1,12 +1,10 @@
-"""2 MiB blocks: from hugetlbfs and from transparent huge pages, and what breaks them up.
+"""2 MiB blocks: mapped for hugetlbfs and for transparent huge pages, and broken up again.
 
-virt/kvm/arm/mmu.c (5.4) fault_supports_stage2_huge_mapping, transparent_hugepage_adjust: a block needs
-IPA and HVA congruent modulo 2 MiB and a memslot that contains all of it (6794ad5443a2, a80868f39837).
+virt/kvm/arm/mmu.c (5.4) fault_supports_stage2_huge_mapping, transparent_hugepage_adjust: a block needs an IPA and an
+HVA that are congruent modulo 2 MiB, and a memslot that contains all of it (6794ad5443a2, a80868f39837).
 """
 
-from arm_kvm.model.kvm.memslots import SlotFlags
-from arm_kvm.oracle import Verdict, Violation
-from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Prot
+from arm_kvm.vocabulary import BLOCK, PAGE, Advice, Prot, SlotFlags, Verdict, Violation
 
 IPA = 0x8000_0000
 
@@ -17,6 +15,7 @@ def block_sized(vm, **kind):
 
 
 def transparent(vm):
+    """4 MiB of guest memory at IPA, for which the host is to use transparent huge pages."""
     memory = vm.memory(2 * BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
     vm.add_memory(IPA, 2 * BLOCK, memory=memory)
@@ -49,7 +48,7 @@ def test_transparent_huge_page_is_mapped_as_a_block(vm, stage2):
 
 
 def test_incongruent_memory_is_mapped_by_pages(vm, stage2):
-    """HVA and IPA differ modulo 2 MiB: a block would map the wrong memory."""
+    """HVA and IPA differ modulo 2 MiB, so a block would map the wrong memory."""
     memory = vm.memory(3 * BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
     vm.add_memory(IPA + PAGE, BLOCK, memory=memory)
@@ -58,7 +57,7 @@ def test_incongruent_memory_is_mapped_by_pages(vm, stage2):
 
 
 def test_memslot_smaller_than_a_block_is_mapped_by_pages(vm, stage2, known_fault):
-    """The huge page reaches beyond the memslot: so would a block (6794ad5443a2)."""
+    """The huge page reaches beyond the memslot, and so would a block (6794ad5443a2)."""
     memory = vm.memory(BLOCK, align=BLOCK)
     memory.advise(Advice.HUGEPAGE)
     vm.add_memory(IPA, BLOCK - PAGE, memory=memory)
@@ -111,7 +110,7 @@ def test_dirty_logging_breaks_blocks_into_pages(vm, stage2):
 
 
 def test_block_comes_back_when_logging_ends(vm, stage2):
-    """From pages to a block again: the table of the pages must not be lost or left (3c3736cd32bf)."""
+    """A block replaces the table of 512 pages, which must be neither leaked nor left in place (3c3736cd32bf)."""
     block_sized(vm, huge=True)
     vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
     vm.guest.fill(IPA, 8)

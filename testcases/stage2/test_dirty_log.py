@@ -1,20 +1,19 @@
-"""Dirty logging: on, write, read the log, off.
+"""Dirty logging: switched on, written to, read, switched off.
 
-KVM_GET_DIRTY_LOG returns the pages written since the last call and makes them clean; a clean page must
-not be writable in stage 2, or the next write would go unseen.
+KVM_GET_DIRTY_LOG returns the pages written since the last call and makes them clean. A clean page must not be writable
+in stage 2, or the next write to it would be missed.
 """
 
 import pytest
-from arm_kvm.model.kvm.memslots import SlotFlags
+from arm_kvm.vocabulary import PAGE, SlotFlags
 
 IPA = 0x8000_0000
-PAGE = 0x1000
 PAGES = 64
 
 
 @pytest.fixture
 def logged(vm):
-    """64 pages of guest memory, all written, then logging switched on."""
+    """64 pages of guest memory, all written before logging is switched on."""
     memory = vm.add_memory(IPA, PAGES * PAGE)
     vm.guest.fill(IPA, PAGES)
     vm.set_flags(IPA, SlotFlags.LOG_DIRTY_PAGES)
@@ -22,7 +21,7 @@ def logged(vm):
 
 
 def writable(stage2, vm):
-    """IPAs of the writable leaves of the logged memory."""
+    """The IPAs of the logged memory's writable leaves."""
     return [ipa for ipa in stage2(vm).mapped(IPA, PAGES * PAGE) if stage2(vm).leaf(ipa).writable]
 
 
@@ -83,7 +82,7 @@ def test_memory_first_touched_while_logging(vm, stage2):
 
 
 def test_executing_a_clean_page_leaves_it_clean(vm, logged, stage2):
-    """A permission fault adds what was asked for: to execute is not to write."""
+    """A permission fault for execution adds that permission only: the page stays clean."""
     logged.write(0, vm.guest.ret)
     vm.dirty_pages(IPA)
     vm.guest.execute(IPA)

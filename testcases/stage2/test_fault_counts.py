@@ -1,17 +1,17 @@
-"""N pages touched give N faults in the kernel's trace and N leaves in the table: no more, no fewer.
+"""Touching N pages takes N faults and leaves N leaves in the tables, no more and no fewer.
 
-Counted in the kernel's own trace (kvm:kvm_guest_fault) and in the board's RAM, independently.
+The faults are counted in the kernel's own trace (kvm:kvm_guest_fault), the leaves, independently, in the board's RAM.
 """
 
+import numpy as np
 import pytest
-from arm_kvm.model.kvm import tables
+from arm_kvm.vocabulary import GIB, PAGE, tables
 
 IPA = 0x8000_0000
-PAGE = 0x1000
 
 
 def faults(events, ipa, size):
-    """IPAs of the stage-2 faults the kernel traced in a range."""
+    """The IPAs of the stage-2 faults that the kernel traced in ``[ipa, ipa + size)``."""
     return [e.fields["ipa"] for e in events if e.name == "kvm_guest_fault" and ipa <= e.fields["ipa"] < ipa + size]
 
 
@@ -37,8 +37,11 @@ def test_second_access_does_not_fault(vm, stage2, trace):
 
 
 def test_read_then_write_faults_no_more_than_the_host_changes(vm, stage2, trace):
-    """Once if the read gave a writable frame. Else again for the write; and once more if breaking copy on
-    write called KVM's own notifier under the fault, which then starts over (mmu_notifier_retry)."""
+    """One fault if the read maps a writable frame; otherwise a second for the write.
+
+    A third is allowed where breaking copy on write under the fault calls KVM's own notifier: the fault then starts over
+    (mmu_notifier_retry).
+    """
     vm.add_memory(IPA, PAGE)
     vm.guest.ping()
     with trace("kvm:kvm_guest_fault") as events:
@@ -50,11 +53,11 @@ def test_read_then_write_faults_no_more_than_the_host_changes(vm, stage2, trace)
 
 
 def test_far_apart_pages_need_tables_of_their_own(vm, stage2):
-    """Each GiB needs a level 2 and a level 3 table; pages of one 2 MiB share both."""
+    """Each GiB needs a level 2 and a level 3 table; pages in the same 2 MiB share both."""
     vm.guest.ping()
     before = len(stage2(vm).tables.pages)
     for gib in (2, 3):
-        vm.add_memory(gib << 30, 0x1000)
-        vm.guest.write(gib << 30, gib)
-    far = tables.needed(stage2(vm).regime, [2 << 30, 3 << 30])
+        vm.add_memory(gib * GIB, PAGE)
+        vm.guest.write(gib * GIB, gib)
+    far = tables.needed(stage2(vm).regime, np.array([2 * GIB, 3 * GIB], dtype=np.uint64))
     assert len(stage2(vm).tables.pages) == before + far and stage2(vm).spare_tables == 0

@@ -1,14 +1,13 @@
-"""The first access to a page of guest memory: one fault, one leaf, the right frame and permission.
+"""The first access to a page of guest memory: one fault, one leaf, the right frame and permissions.
 
-virt/kvm/arm/mmu.c (5.4) user_mem_abort, arch/arm64/kvm/mmu.c (6.1): a write fault maps the page
-writable, a read fault maps it as the host does, an execute fault clears XN.
+virt/kvm/arm/mmu.c (5.4) user_mem_abort, arch/arm64/kvm/mmu.c (6.1): a write fault maps the page writable, a read fault
+maps it as the host does, and an execute fault clears XN.
 """
 
 import pytest
-from arm_kvm.guest.isa import GuestException
+from arm_kvm.vocabulary import PAGE, GuestException
 
 IPA = 0x8000_0000
-PAGE = 0x1000
 
 
 @pytest.fixture
@@ -31,9 +30,9 @@ def test_write_fault_maps_the_page_writable(vm, memory, stage2, host):
 
 
 def test_read_fault_of_untouched_pages(vm, memory, stage2):
-    """A first read gives the host's shared zero page, which the guest must not be able to write.
+    """A first read maps the host's shared zero page, which the guest must not be able to write.
 
-    Or a frame of its own: 5.4.y and 5.8 break copy on write for every reference (17839856fd58).
+    Or a frame of the VM's own: 5.4.y and 5.8 break copy on write for every reference (17839856fd58).
     """
     assert vm.guest.read(IPA) == 0 and vm.guest.read(IPA + PAGE) == 0
     one, other = (stage2(vm).leaf(IPA + offset) for offset in (0, PAGE))
@@ -57,7 +56,7 @@ def test_read_fault_of_a_page_the_host_wrote_maps_it_writable(vm, memory, stage2
     memory.write(3 * PAGE, b"\x2a\0\0\0")
     assert vm.guest.read(IPA + 3 * PAGE) == 0x2A
     leaf = stage2(vm).leaf(IPA + 3 * PAGE)
-    assert leaf.writable, "the host maps the page writable, so a second fault would be a wasted one"
+    assert leaf.writable, "the host maps the page writable, stage 2 does not: the first store faults needlessly"
 
 
 def test_execute_fault_maps_the_page_executable(vm, memory, stage2):
@@ -93,7 +92,7 @@ def test_guest_and_host_see_each_others_stores(vm, memory, stage2):
 
 
 def test_instruction_fetch_where_there_is_no_memory_aborts(vm, memory, stage2):
-    """KVM injects a prefetch abort: there is nothing to execute, and nothing to emulate."""
+    """KVM injects a prefetch abort, for an instruction fetch cannot be emulated."""
     with pytest.raises(GuestException) as caught:
         vm.guest.execute(0x3000_0000)
     assert caught.value.kind == "prefetch abort"
@@ -112,7 +111,7 @@ def test_two_vms_at_one_ipa_have_frames_of_their_own(make_vm, stage2):
 
 @pytest.mark.guests("A64")
 def test_injected_abort_has_a_clean_syndrome(vm, known_fault):
-    """ESR_EL1[63:32] holds ISS2 and reserved bits: an abort that KVM makes up sets none of them."""
+    """ESR_EL1[63:32] holds ISS2 and reserved bits: an abort that KVM injects sets none of them."""
     with pytest.raises(GuestException) as caught:
         vm.guest.execute(0x3000_0000)
     upper = caught.value.syndrome >> 32

@@ -1,20 +1,14 @@
 """The edges of the IPA space: its first page, its last page, and the first address beyond it.
 
-The size comes from the CPU (VTCR), not from a constant; a memslot beyond it must be refused
-(c3058d5da222), and the last entries of the concatenated root must work.
+The size is read from the CPU (VTCR), not assumed. A memslot beyond it must be refused (c3058d5da222), and the last
+entries of the concatenated root must work.
 """
 
 import errno
 
 import pytest
-from arm_kvm.guest.driver import RunFailed
-from arm_kvm.guest.isa import GuestException
-from arm_kvm.guest.payload import CODE, MAILBOX
-from arm_kvm.guest.stage1 import GIB, GuestStage1
-from arm_kvm.support.errors import HostOsError
-from arm_kvm.vmm.vm import Mmio
+from arm_kvm.vocabulary import CODE, GIB, MAILBOX, PAGE, GuestException, GuestStage1, HostOsError, Mmio, RunFailed
 
-PAGE = 0x1000
 TABLES = 0x2000_0000
 WINDOW = 0xC000_0000
 
@@ -27,7 +21,7 @@ def test_first_page(vm, stage2):
 
 
 def test_geometry_is_what_kvm_promises(vm, stage2):
-    """40 bits of IPA, 4 KiB pages: level 1, two concatenated root pages, VMID of the CPU's width."""
+    """40 bits of IPA and 4 KiB pages: start level 1, two concatenated root pages, a VMID as wide as the CPU's."""
     vm.guest.ping()
     regime = stage2(vm).regime
     assert (regime.input_bits, regime.start_level, regime.root_pages) == (40, 1, 2)
@@ -35,7 +29,7 @@ def test_geometry_is_what_kvm_promises(vm, stage2):
 
 
 def test_last_page(vm, stage2, known_fault):
-    """The guest reaches the top of the IPA space through its own stage 1: A32 has no other way."""
+    """The guest reaches the top of the IPA space through its own stage 1, which is the only way for A32."""
     vm.guest.ping()
     size = stage2(vm).regime.input_size
     stage1 = GuestStage1(vm.isa, root=TABLES)
@@ -62,21 +56,21 @@ def test_memslot_beyond_the_space_is_refused(vm, stage2, pages_beyond):
     before = stage2(vm).mapped(0, size)
     with pytest.raises(HostOsError) as refused:
         vm.add_memory(size - (pages_beyond - 1) * PAGE, pages_beyond * PAGE)
-    assert refused.value.errno in (7, 14, 22), "E2BIG, EFAULT or EINVAL, by version"
+    assert refused.value.errno in (errno.E2BIG, errno.EFAULT, errno.EINVAL)  # depending on the version
     vm.guest.ping()
     assert stage2(vm).mapped(0, size) == before
 
 
 @pytest.mark.guests("A64")
 def test_access_beyond_the_space_reaches_nothing(vm, stage2):
-    """The first address beyond: an exit or an abort of the guest, never a leaf (A32 cannot form it)."""
+    """The access ends in an exit or in an abort of the guest, never in a leaf. (A32 cannot form the address.)"""
     vm.guest.ping()
     size = stage2(vm).regime.input_size
     try:
         vm.guest.read(size)
     except (RunFailed, GuestException):
         assert vm.exits == []
-    else:  # before 5.18 (85ea6b1ec915) it is MMIO, at the very address
+    else:  # before 5.18 (85ea6b1ec915) it is an MMIO exit with that address
         assert vm.exits == [Mmio(ipa=size, size=4, write=False)]
     beyond_the_payload = MAILBOX + PAGE
     assert stage2(vm).mapped(0, CODE) == []

@@ -1,31 +1,28 @@
-"""Memslots: holes, neighbours, read-only, deleted, moved, flags changed.
+"""Memslots: holes, neighbours, read-only ones, and memslots deleted, moved and given other flags.
 
-Documentation/virt/kvm/api: KVM_SET_USER_MEMORY_REGION. A leaf may exist only where a memslot is, may be
-writable only where the memslot is, and must be gone when its memslot is (df6ce24f2ee4).
+Documentation/virt/kvm/api: KVM_SET_USER_MEMORY_REGION. A leaf may exist only where there is a memslot, may be writable
+only if the memslot is, and must go when its memslot goes (df6ce24f2ee4).
 """
 
 from dataclasses import replace
 
 import pytest
-from arm_kvm.model.kvm.memslots import Memslot, Memslots, Refused, SlotFlags
-from arm_kvm.support.errors import HostOsError
-from arm_kvm.vmm.vm import Mmio
+from arm_kvm.vocabulary import PAGE, HostOsError, Memslot, Memslots, Mmio, Refused, SlotFlags
 
 IPA = 0x8000_0000
-PAGE = 0x1000
 SIZE = 16 * PAGE
 
 
 def refused(vm, wanted):
-    """The model refuses this memslot, and KVM does so for the same reason."""
+    """Check that the model refuses this memslot, and that KVM does so with the same errno."""
     model = Memslots(ipa_bits=40)
     for slot in vm.slots.values():
         model.set(slot)
-    with pytest.raises(Refused) as foretold:
+    with pytest.raises(Refused) as predicted:
         model.set(wanted)
-    with pytest.raises(HostOsError) as answered:
+    with pytest.raises(HostOsError) as actual:
         vm.set_memslot(wanted)
-    assert answered.value.errno == foretold.value.errno
+    assert actual.value.errno == predicted.value.errno
 
 
 def test_hole_between_memslots_is_not_memory(vm, stage2):
@@ -38,7 +35,7 @@ def test_hole_between_memslots_is_not_memory(vm, stage2):
 
 
 def test_adjacent_memslots_meet_without_a_seam(vm, stage2):
-    """Two memslots of different host memory, one address apart."""
+    """Two memslots over different host memory meet at one IPA."""
     low, high = vm.add_memory(IPA, SIZE), vm.add_memory(IPA + SIZE, SIZE)
     vm.guest.write(IPA + SIZE - 4, 0x1111)
     vm.guest.write(IPA + SIZE, 0x2222)
@@ -94,7 +91,7 @@ def test_moved_memslot_is_found_at_its_new_place_only(vm, stage2):
 
 
 def test_recreated_memslot_shows_the_new_memory(vm, stage2):
-    """Deleted and made again over other host memory: no stale frame may be reachable."""
+    """Deleted and created again over other host memory: no stale frame may be reachable."""
     vm.add_memory(IPA, SIZE)
     vm.guest.write(IPA, 0x01D)
     stale = stage2(vm).leaf(IPA).pa
@@ -116,7 +113,7 @@ def test_flag_change_to_logging_keeps_the_contents(vm, stage2):
 
 
 def test_read_only_cannot_be_changed_in_place(vm):
-    """KVM_MEM_READONLY of a live memslot is fixed: the change is refused with EINVAL."""
+    """KVM_MEM_READONLY of an existing memslot is fixed: KVM refuses the change with EINVAL."""
     vm.add_memory(IPA, SIZE)
     refused(vm, vm.slot_at(IPA).with_flags(SlotFlags.READONLY))
 

@@ -1,16 +1,16 @@
-"""Accesses to where the guest has no memory: emulated by user space, register by register, byte by byte.
+"""Accesses where the guest has no memory: user space emulates them, for every register and access size.
 
-virt/kvm/arm/mmio.c (5.4), arch/arm64/kvm/mmio.c (6.1): the syndrome names register, size and sign
-extension; KVM_EXIT_MMIO carries address, size and data. Nothing may be mapped for it.
+virt/kvm/arm/mmio.c (5.4), arch/arm64/kvm/mmio.c (6.1): the syndrome gives the register, the size and the sign
+extension; KVM_EXIT_MMIO carries the address, the size and the data. Stage 2 must map nothing for them.
 """
 
-import pytest
-from arm_kvm.guest.driver import RunFailed
-from arm_kvm.guest.isa import ISAS
-from arm_kvm.vmm.vm import Mmio
+import errno
 
+import pytest
+from arm_kvm.vocabulary import ISAS, PAGE, Mmio, RunFailed
+
+IPA = 0x8000_0000
 DEVICE = 0x1000_0000
-ENOSYS = 38
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -44,7 +44,7 @@ def sign_extending_loads(isa):
 
 @pytest.mark.parametrize("top_bit", [0, 1], ids=["positive", "negative"])
 def test_sign_extending_loads(vm, isa, known_fault, top_bit):
-    """LDRSB, LDRSH and LDRSW fill the register with the sign of what the device answered."""
+    """LDRSB, LDRSH and LDRSW extend the sign of the device's answer through the register."""
     lost_their_sign = []
     for access in sign_extending_loads(isa):
         raw = 0x5A5A_5A5A & ((1 << 8 * access.size - 1) - 1) | top_bit << (8 * access.size - 1)
@@ -68,7 +68,7 @@ def test_every_register_can_be_loaded_and_stored(vm, isa):
 
 @pytest.mark.parametrize("offset", [0x0, 0xFFC])
 def test_exit_carries_the_whole_address(vm, offset):
-    """HPFAR gives the page; the low twelve bits come from the faulting virtual address."""
+    """HPFAR gives the page, the faulting virtual address the low twelve bits."""
     vm.guest.write(DEVICE + offset, 1)
     assert vm.exits[-1].ipa == DEVICE + offset
 
@@ -78,27 +78,27 @@ def instructions_without_syndrome(isa):
 
 
 def test_instruction_without_syndrome_is_refused_and_harms_nothing(vm, isa, stage2):
-    """Load and store multiple, and write-back forms: the CPU gives no syndrome, KVM_RUN fails with ENOSYS."""
-    vm.add_memory(0x8000_0000, 0x1000)
+    """For load and store multiple and for write-back forms the CPU gives no syndrome: KVM_RUN fails with ENOSYS."""
+    vm.add_memory(IPA, PAGE)
     for access in instructions_without_syndrome(isa):
         with pytest.raises(RunFailed) as caught:
             if access.write:
                 vm.guest.write(DEVICE, 1, insn=access.name)
             else:
                 vm.guest.read(DEVICE, insn=access.name)
-        assert caught.value.errno == ENOSYS, access.name
-    vm.guest.write(0x8000_0000, 9)
-    assert vm.guest.read(0x8000_0000) == 9
+        assert caught.value.errno == errno.ENOSYS, access.name
+    vm.guest.write(IPA, 9)
+    assert vm.guest.read(IPA) == 9
     assert stage2(vm).leaf(DEVICE) is None
 
 
 def test_the_same_instructions_work_on_memory(vm, isa):
-    """What cannot be emulated can still be executed: memory needs no syndrome."""
-    memory = vm.add_memory(0x8000_0000, 0x1000)
+    """They need a syndrome only to be emulated: on memory they simply execute."""
+    memory = vm.add_memory(IPA, PAGE)
     for access in instructions_without_syndrome(isa):
         if access.write:
-            vm.guest.write(0x8000_0000, 0x55, insn=access.name)
+            vm.guest.write(IPA, 0x55, insn=access.name)
             assert memory.read(0, 4) == b"\x55\0\0\0", access.name
         else:
-            vm.guest.read(0x8000_0000, insn=access.name)
+            vm.guest.read(IPA, insn=access.name)
     assert vm.exits == []

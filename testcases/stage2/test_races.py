@@ -1,13 +1,13 @@
 """Two vCPUs that fault on the same pages at the same time.
 
-Both faults are served, one leaf results, no store is lost; the loser must not change the valid entry
-without need (976d34e2dab1, 86658b819cd0) and no reference may leak.
+Both faults are served, one leaf results, and no store is lost. The fault that comes second must not change the valid
+entry without need (976d34e2dab1, 86658b819cd0), and no reference may leak.
 """
 
 import pytest
+from arm_kvm.vocabulary import PAGE
 
 IPA = 0x8000_0000
-PAGE = 0x1000
 PAGES = 256
 pytestmark = pytest.mark.vcpus(2, pinned=True)
 

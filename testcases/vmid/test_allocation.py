@@ -1,22 +1,23 @@
-"""Who gets which VMID: consecutive in the order in which VMs first run, one for all vCPUs of a VM, stable.
+"""Which VM gets which VMID: consecutive in the order of first runs, one for all vCPUs of a VM, and stable.
 
-Every recording is also held against the model's allocator and the rules of TLB maintenance (fixture ``record``).
+The fixture ``record`` also checks every recording against the model's allocator and the rules of TLB maintenance.
 """
 
 from itertools import pairwise
 
 import pytest
-from arm_kvm.host import facilities
-from arm_kvm.model.kvm.vmid import Consecutive
-from arm_kvm.vmm.fleet import Fleet
+from arm_kvm.vocabulary import Consecutive, Fleet, facilities
 
 DATA = 0x8000_0000
-#: A host on which no VMs before these may bring about a rollover.
+#: A fresh host, on which no earlier VMs bring about a rollover.
 unrolled = pytest.mark.isolation("test")
 
 
 def in_order(run, numbers):
-    """As the model gives them to new VMs from the first on. (8-bit bitmap: VMs from before may hold some between.)"""
+    """Whether these are the numbers that the model's allocator gives to new VMs, beginning with the first of them.
+
+    (Earlier VMs may hold numbers in between where the allocator is an 8-bit bitmap.)
+    """
     if run.allocator == "bitmap" and run.vmid_bits == 8:
         return all(b > a or run.rollovers for a, b in pairwise(numbers))
     allocator = Consecutive(run.vmid_bits, numbers[0])
@@ -25,7 +26,7 @@ def in_order(run, numbers):
 
 @unrolled
 def test_numbers_follow_the_order_of_first_run(make_vms, record, vmid):
-    """Not the order of creation: VMs 3, 0, 5, 1 run; 2 and 4 never do, and cost no number."""
+    """The order of creation does not count: VMs 3, 0, 5 and 1 run; VMs 2 and 4 never do, and take no number."""
     order = [3, 0, 5, 1]
     with record() as run:
         vms = make_vms(6)
@@ -37,7 +38,7 @@ def test_numbers_follow_the_order_of_first_run(make_vms, record, vmid):
 
 @unrolled
 def test_a_vm_that_runs_later_gets_the_next_number(make_vms, record, vmid):
-    """Between two VMs' first runs the others run on, and VMs come that never run: neither takes a number."""
+    """Between two VMs' first runs other VMs go on running or are only created: neither takes a number."""
     with record() as run:
         first, second = make_vms(2)
         first.guest.ping()
@@ -51,7 +52,7 @@ def test_a_vm_that_runs_later_gets_the_next_number(make_vms, record, vmid):
 
 @unrolled
 def test_all_vcpus_share_one(make_vm, record, vmid):
-    """Four vCPUs on both CPUs, two of them inside at once."""
+    """Four vCPUs on both CPUs, two of them in the guest at the same time."""
     with record() as run:
         vm = make_vm(vcpus=4)
         vm.add_memory(DATA, 0x4000)
@@ -67,7 +68,7 @@ def test_all_vcpus_share_one(make_vm, record, vmid):
 
 @unrolled
 def test_stable_over_exits_migration_and_idle_time(host, ssh, make_vms, record, vmid):
-    """A hundred exits, ten moves between CPUs, a second in which the host runs no guest."""
+    """A hundred exits, ten moves between CPUs, and a second in which the host runs no guest."""
     with record() as run:
         vm, other = make_vms(2)
         memory = vm.add_memory(DATA, 0x1000)
@@ -85,7 +86,7 @@ def test_stable_over_exits_migration_and_idle_time(host, ssh, make_vms, record, 
 
 
 def test_a_destroyed_vms_number_is_not_given_again(make_vms, record, vmid):
-    """Twenty VMs come, run and go; each has a number of its own, until a new generation begins."""
+    """Twenty VMs are created, run and destroyed; each has its own number until a new generation begins."""
     with record() as run:
         for _ in range(20):
             (vm,) = make_vms(1)
@@ -100,13 +101,13 @@ def test_a_destroyed_vms_number_is_not_given_again(make_vms, record, vmid):
 
 
 def test_same_ipa_of_many_vms_is_different_memory(make_vms, record, vmid):
-    """Fifty guests store at one IPA, by turns on both CPUs; each finds its own."""
+    """Fifty guests store at the same IPA, in turn on both CPUs, and each reads back its own value."""
     with record() as run:
         vms = make_vms(50)
         fleets = [Fleet(vms[:25], cpu=0), Fleet(vms[25:], cpu=1)]
         for fleet in fleets:
             fleet.add_memory(DATA, 0x1000)
             fleet.fill(DATA)
-        assert [fleet.strangers(DATA) for fleet in fleets] == [[], []]
+        assert [fleet.mismatches(DATA) for fleet in fleets] == [[], []]
     assert len(set(run.first_runs)) == 50
     assert vmid(vms[49]) == run.vmids(vms[49])[-1]

@@ -1,12 +1,11 @@
-"""What is taken out of stage 2 is taken out of the TLBs: of every CPU, before whoever asked goes on.
+"""What is unmapped in stage 2 is invalidated in the TLBs of every CPU before the caller goes on.
 
-Nothing is asserted here of the guest: an emulated TLB forgets more than a real one has to. The recorded events are held
-against the rules instead, entry by entry (not-invalidated, break-before-make).
+The guests' results prove nothing here, for an emulated TLB forgets more than a real one has to. The recorded events are
+checked against the rules instead, descriptor by descriptor (not-invalidated, break-before-make).
 """
 
 import pytest
-from arm_kvm.model.kvm.memslots import SlotFlags
-from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Child, Prot
+from arm_kvm.vocabulary import BLOCK, PAGE, Advice, Child, Prot, SlotFlags
 
 IPA = 0x8000_0000
 PAGES = 16
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.native
 
 
 def on_both_cpus(vm):
-    """Guest memory that both vCPUs, one on each CPU, have written."""
+    """Guest memory to which both vCPUs, one on each CPU, have written."""
     memory = vm.add_memory(IPA, PAGES * PAGE)
     for cpu, vcpu in enumerate(vm.vcpus):
         vcpu.pin(cpu)
@@ -23,7 +22,7 @@ def on_both_cpus(vm):
 
 
 def read_on(vm):
-    """Both guests read a page that stays: nothing that they do invalidates anything for the kernel's sake."""
+    """Both guests read a page that remains mapped, so that they cause no invalidation themselves."""
     for guest in vm.guests:
         guest.read(IPA + (PAGES - 1) * PAGE)
 
@@ -48,7 +47,7 @@ def test_pages_the_host_protects(make_vm, record):
 
 
 def test_pages_that_are_copied(make_vm, record, host):
-    """Copy on write after a fork: the entry goes, and comes back with another frame; break before make."""
+    """Copy on write after a fork replaces the frame: the old descriptor is invalidated first (break before make)."""
     with record():
         vm = make_vm(vcpus=2)
         memory = on_both_cpus(vm)

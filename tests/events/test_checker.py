@@ -145,8 +145,8 @@ def test_the_report_of_many_violations_stays_short():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("not-invalidated", "was unmapped; no operation that reaches it"),
-        ("not-invalidated-stage1", "was unmapped; stage 1 still combines it: no VMALLE1IS"),
+        ("not-invalidated", "was unmapped; no operation reached it since"),
+        ("not-invalidated-stage1", "was unmapped; what combines it with stage 1 was not invalidated (VMALLE1IS)"),
         ("not-invalidated-read-only", "was made less accessible"),
         ("not-invalidated-execute-never", "was made less executable"),
         ("vmid-split", "runs under 1 on CPU 0"),

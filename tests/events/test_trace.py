@@ -87,7 +87,7 @@ def test_the_example_of_the_modules_docstring_is_a_trace():
     """The format is described by an example; it must be one."""
     import arm_kvm.events.trace as module
 
-    example = module.__doc__.partition("::\n")[2].partition("\n\nTime is")[0]
+    example = module.__doc__.partition("::\n")[2].partition("\n\nA line has")[0]
     trace = Trace.parse(example.splitlines())
     assert [event.word for event in trace.events] == (
         ["created", "vttbr", "enter", "exit", "vttbr", "entry", "inv", "inv", "destroyed", "mark"]

@@ -2,7 +2,8 @@
 
 import pytest
 from arm_kvm.model.arch.attributes import STAGE1_OFF, Attributes, combine, is_device
-from arm_kvm.model.arch.descriptors import RESERVED_MEMATTR, Shareability
+from arm_kvm.model.arch.descriptors import Shareability
+from arm_kvm.model.arch.reserved import RESERVED_MEMATTR
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -51,7 +51,7 @@ def test_what_a_leaf_loses(old, new, taken):
 @pytest.mark.parametrize("old", list(d.Never))
 @pytest.mark.parametrize("new", list(d.Never))
 def test_who_may_no_longer_execute(old, new):
-    levels = {d.Never.NOBODY: {0, 1}, d.Never.EL1: {0}, d.Never.EL0_EL1: set(), d.Never.EL0: {1}}
+    levels = {d.Never.NONE: {0, 1}, d.Never.EL1: {0}, d.Never.EL0_EL1: set(), d.Never.EL0: {1}}
     assert loss(leaf(xn=old), leaf(xn=new), 3) is (Loss.EXECUTION if levels[old] - levels[new] else None)
 
 

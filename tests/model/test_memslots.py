@@ -55,7 +55,7 @@ def test_a_life_of_a_slot(slots):
         (slot(number=512), errno.EINVAL, "slot 512"),
         (slot(pages=1 << 31), errno.EINVAL, "pages"),
         (slot(page=(1 << 52) - 1, pages=1), errno.EINVAL, "wraps"),
-        (slot(hva=(1 << 48) - PAGE), errno.EINVAL, "not the process's"),
+        (slot(hva=(1 << 48) - PAGE), errno.EINVAL, "not an address of the process"),
         (slot(page=(1 << 28) - 1, pages=2), errno.EFAULT, "beyond 40-bit"),
         (slot(number=3, pages=0), errno.EINVAL, "no slot 3"),
         (slot(number=3, page=9, pages=2), errno.EEXIST, "overlaps"),

@@ -111,7 +111,7 @@ def test_stage1_regimes():
         (lambda: regime.stage2_armv8(BASE, (A57_VTCR & ~0x3F) | 40, 0, NARROW), "not between 16 and 39"),
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 0xC0, 0, NARROW), "SL0 3 is reserved"),
         (lambda: regime.stage2_armv8(BASE, A57_VTCR | 1 << 14 | 0xC0), "SL0 3 is reserved"),
-        (lambda: regime.stage2_armv8(BASE, 2 << 6 | 24, 0, NARROW), "level 0 is no start for 40-bit"),
+        (lambda: regime.stage2_armv8(BASE, 2 << 6 | 24, 0, NARROW), "does not start at level 0 with 40-bit"),
         (lambda: regime.stage2_armv8(BASE, 1 << 6 | 22, 0, NARROW), "42-bit IPAs are wider"),
         (
             lambda: regime.stage2_armv8(BASE, A57_VTCR, regime.HCR_RW, replace(NARROW, pa_bits=36)),

@@ -2,7 +2,7 @@
 
 import pytest
 from arm_kvm.model.arch import syndrome
-from arm_kvm.model.arch.attributes import Attributes
+from arm_kvm.model.arch.attributes import STAGE1_OFF, Combined
 from arm_kvm.model.arch.faults import Access, Direction, Fault, FaultType
 from arm_kvm.model.arch.syndrome import Instruction
 from arm_kvm.model.arch.walk import Translation
@@ -80,9 +80,9 @@ def test_an_external_abort_has_no_instruction_syndrome_and_no_par():
 
 
 def test_par_of_a_translation():
-    par = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Attributes(0xFF, 3)))
+    par = syndrome.par(Translation(IPA, 0x4400_0123, STAGE1_OFF, STAGE1_OFF, Combined(0xFF, 3)))
     assert par.value == 0xFF00_0000_4400_0980 and par.matches(par.value | 1 << 9) and not par.matches(par.value | 1)
-    unknown = syndrome.par(Translation(IPA, 0x4400_0123, None, None, Attributes(None, None)))
+    unknown = syndrome.par(Translation(IPA, 0x4400_0123, STAGE1_OFF, STAGE1_OFF, Combined(None, None)))
     assert unknown.matches(0x1200_0000_4400_0980) and not unknown.matches(0x1201_0000_4400_0980)
 
 

@@ -43,7 +43,7 @@ def test_an_access_maps_its_page_and_nothing_else():
     assert only(complaints(READ, look(), look()), "not mapped")
     assert only(complaints(READ, look(), look(leaf(3, af=False))), "not young")
     assert only(complaints(WRITE, look(), look(leaf(3, s2ap=d.Grant.READ))), "not writable")
-    assert only(complaints(READ, look(), look(leaf(3) | leaf(9))), "no guest had asked")
+    assert only(complaints(READ, look(), look(leaf(3) | leaf(9))), "without a guest")
     assert only(complaints(READ, look(leaf(4)), look(leaf(3))), "outside what may go")
 
 
@@ -52,8 +52,10 @@ def test_an_access_that_is_refused_may_leave_its_page_young():
     forbidden = world(rights=[Rights.READ] * PAGES)
     old, young = leaf(3, af=False, s2ap=d.Grant.READ), leaf(3, s2ap=d.Grant.READ)
     assert complaints(WRITE, look(old), look(young), forbidden) == complaints(WRITE, look(), look(), forbidden) == []
-    assert only(complaints(WRITE, look(old), look(leaf(3)), forbidden), "nothing was said about it")
-    assert only(complaints(WRITE, look(old | leaf(4, af=False)), look(old | leaf(4)), forbidden), "nothing was said")
+    assert only(complaints(WRITE, look(old), look(leaf(3)), forbidden), "without a notification")
+    assert only(
+        complaints(WRITE, look(old | leaf(4, af=False)), look(old | leaf(4)), forbidden), "without a notification"
+    )
     assert complaints(WRITE, look(), look(young), forbidden) != []
 
 
@@ -184,7 +186,7 @@ def test_what_comes_back_from_swap_may_be_copied_at_once():
     before, now = look(leaf(4), frames=out), leaf(4) | leaf(3, s2ap=d.Grant.READ)
     touch = Step(StepKind.HOST_WRITES, page=3)
     assert complaints(touch, before, before, w) == []
-    assert only(complaints(touch, before, look(now), w), "no guest had asked")
+    assert only(complaints(touch, before, look(now), w), "without a guest")
     w.host_did(Step(StepKind.FORK))
     assert complaints(touch, before, look(now), w) == complaints(touch, before, look(leaf(4)), w) == []
     assert complaints(touch, before, look(leaf(4) | leaf(3)), w) != []

@@ -182,12 +182,13 @@ def pytest_options() -> str:
 
 
 def known_faults() -> str:
-    """The registry, with the kernels that each fault is excused on."""
-    return _table(("name", "fault", "excused on", "mended by"), map(_known_fault, KNOWN_FAULTS.values()))
+    """The registry, with the kernels that each fault is excused on and those that it was seen on."""
+    head = ("name", "fault", "excused on", "seen on", "fixed by")
+    return _table(head, map(_known_fault, KNOWN_FAULTS.values()))
 
 
 def _known_fault(fault: KnownFault) -> Row:
-    return _code(fault.name), fault.text, fault.kernels, _code(fault.commit) if fault.commit else ""
+    return _code(fault.name), fault.text, fault.kernels, fault.seen, _code(fault.commit) if fault.commit else ""
 
 
 # -- hosts, errors, mutants -------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The agent: runs inside the host, on the standard library alone, 32 and 64 bits alike.
+"""The agent: the VMM process inside the host. It needs only the standard library, on 32-bit and 64-bit hosts alike.
 
-It carries out what the lab asks (KVM ioctls, memory operations, tracing) and judges nothing.
-Copied into the root file system as ``/usr/lib/arm-kvm/agent``; the lab starts it over ssh.
+It carries out the lab's requests (KVM ioctls, memory operations, tracing) and judges nothing. It is copied into the
+root file system as ``/usr/lib/arm-kvm/agent``. One agent starts with the host, the lab starts others over ssh.
 """

@@ -1,4 +1,4 @@
-"""Idle page tracking (Documentation/admin-guide/mm/idle_page_tracking): one bit a page frame, in words of 64."""
+"""Idle page tracking (Documentation/admin-guide/mm/idle_page_tracking): one bit per page frame, in 64-bit words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from . import libc, memory, placement
 
 _BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 _FRAME = (1 << 55) - 1
-#: More than the per-CPU lists hold on which new pages wait before reclaim and idle tracking know them.
+#: More than fits on a CPU's list of new pages, which reclaim and idle page tracking do not see.
 _SIZE = 33 * memory.PAGE
 _POPULATED = (libc.PROT_READ | libc.PROT_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_POPULATE)
 
 
 def drain() -> None:
-    """Push the pages that wait on each CPU's list onto the LRU, by queueing others behind them."""
+    """Move the new pages on each CPU's list to the LRU, by filling the list with other pages."""
     with placement.anywhere():
         for cpu in os.sched_getaffinity(0):
             os.sched_setaffinity(0, {cpu})
@@ -28,7 +28,7 @@ def _frames(hva: int, size: int) -> list[int]:
 
 
 def mark_idle(hva: int, size: int) -> None:
-    """Call these pages idle: clears their accessed flags, the guests' too."""
+    """Mark these pages as idle, which clears their accessed flags in stage 2, too."""
     drain()
     words: dict[int, int] = {}
     for frame in _frames(hva, size):
@@ -39,7 +39,10 @@ def mark_idle(hva: int, size: int) -> None:
 
 
 def idle(hva: int, size: int) -> list[bool]:
-    """For each page, whether nobody has accessed it since it was marked. Looking clears the accessed flags."""
+    """Return for each page whether it is still idle, that is, not accessed since :func:`mark_idle`.
+
+    Reading the bitmap clears the accessed flags.
+    """
     with open(_BITMAP, "rb", buffering=0) as bitmap:
         words = [(f, os.pread(bitmap.fileno(), 8, f // 64 * 8)) for f in _frames(hva, size)]
     return [bool(struct.unpack("<Q", word)[0] >> frame % 64 & 1) for frame, word in words]

@@ -1,4 +1,4 @@
-"""Forked children of the VMM: they share its memory copy on write, and hold its file descriptors, until they exit."""
+"""Forked children of the VMM: until they exit, they share its memory copy on write and hold its file descriptors."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ import os
 
 from . import libc, placement
 
-_END = b"."  # not the end of the pipe: younger children hold it, too
+_END = b"."  # not the pipe's end of file: children forked later hold the pipe open, too
 
 
 class Child:
-    """A child that waits, writes to its memory or reads it when it is told to, and exits."""
+    """A child that reads and writes its memory on the parent's orders until it is ended."""
 
     def __init__(self) -> None:
-        told, self._tell = os.pipe()
-        self._answers, answer = os.pipe()
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(self._tell)
-            self._serve(told, answer)
-        os.close(told)
-        os.close(answer)
+            os.close(self._orders)
+            self._serve(orders, answers)
+        os.close(orders)
+        os.close(answers)
 
     @staticmethod
-    def _serve(told: int, answer: int) -> None:
-        """Until the parent lets go. Nothing here needs another thread: there is none any more."""
+    def _serve(orders: int, answers: int) -> None:
+        """Carry out orders until :data:`_END`, and exit. The child has this thread only: the others are not forked."""
         try:
             os.sched_setaffinity(0, placement.CPUS)
-            while (order := os.read(told, 64)) != _END:
+            while (order := os.read(orders, 64)) != _END:
                 verb, hva, data = order.split(b" ", 2)
                 if verb == b"write":
                     libc.write_memory(int(hva), data)
-                    os.write(answer, b".")
+                    os.write(answers, b".")
                 else:
-                    os.write(answer, libc.read_memory(int(hva), int(data)))
+                    os.write(answers, libc.read_memory(int(hva), int(data)))
         finally:
             os._exit(0)
 
     def write(self, hva: int, data: bytes) -> None:
-        os.write(self._tell, b"write %d %s" % (hva, data))
+        os.write(self._orders, b"write %d %s" % (hva, data))
         self._answer(1)
 
     def read(self, hva: int, size: int) -> bytes:
-        os.write(self._tell, b"read %d %d" % (hva, size))
+        os.write(self._orders, b"read %d %d" % (hva, size))
         return self._answer(size)
 
     def _answer(self, size: int) -> bytes:
-        """This many bytes of the child's."""
+        """Read ``size`` bytes from the child. OSError (ECHILD) when it has exited."""
         answer = b""
         while len(answer) < size:
             if not (part := os.read(self._answers, size - len(answer))):
@@ -56,8 +56,8 @@ class Child:
         return answer
 
     def end(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
-            os.write(self._tell, _END)
-        os.close(self._tell)
+        with contextlib.suppress(BrokenPipeError):  # it may have been killed
+            os.write(self._orders, _END)
+        os.close(self._orders)
         os.close(self._answers)
         os.waitpid(self.pid, 0)

@@ -1,4 +1,4 @@
-"""KVM devices: made, and told what they shall be (Documentation/virt/kvm/devices; include/uapi/linux/kvm.h)."""
+"""KVM devices and their attributes (Documentation/virt/kvm/devices; include/uapi/linux/kvm.h)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Device:
     """One KVM device of a VM; its file descriptor keeps the VM alive."""
 
     def __init__(self, vm_fd: int, kind: int) -> None:
-        made = bytearray(struct.pack("<III", kind, 0, 0))
-        ioctl("KVM_CREATE_DEVICE", vm_fd, _CREATE_DEVICE, made)
-        self.fd: int = struct.unpack("<III", made)[1]
+        creation = bytearray(struct.pack("<III", kind, 0, 0))  # struct kvm_create_device: type, fd, flags
+        ioctl("KVM_CREATE_DEVICE", vm_fd, _CREATE_DEVICE, creation)
+        self.fd: int = struct.unpack("<III", creation)[1]
 
     def set(self, group: int, attribute: int, value: int) -> None:
         """Set an attribute to a 64-bit value."""
@@ -28,7 +28,7 @@ class Device:
         self._attribute("KVM_SET_DEVICE_ATTR", _SET_ATTR, group, attribute, buffer)
 
     def get(self, group: int, attribute: int, value: int = 0) -> int:
-        """The attribute's 64-bit value; ``value`` is in the buffer before, for attributes that take one."""
+        """Return the attribute's 64-bit value. ``value`` initialises the buffer, for attributes that also read it."""
         buffer = ctypes.create_string_buffer(struct.pack("<Q", value))
         self._attribute("KVM_GET_DEVICE_ATTR", _GET_ATTR, group, attribute, buffer)
         return int.from_bytes(buffer.raw[:8], "little")
@@ -44,4 +44,5 @@ class Device:
 
 
 def irq_line(vm_fd: int, irq: int, level: int) -> None:
+    """KVM_IRQ_LINE; ``irq`` encodes type, vCPU and number (Documentation/virt/kvm/api.txt)."""
     ioctl("KVM_IRQ_LINE", vm_fd, _IRQ_LINE, struct.pack("<II", irq, level))

@@ -11,7 +11,7 @@ _RESEED = 0x5207  # RNDRESEEDCRNG
 
 
 def add(data: bytes) -> None:
-    """Have what comes out of /dev/urandom from now on depend on this."""
+    """Mix ``data`` into the pool and reseed, so that what /dev/urandom returns from now on depends on it."""
     with open("/dev/urandom", "wb") as f:
         ioctl("RNDADDENTROPY", f.fileno(), _ADD_ENTROPY, struct.pack("ii", 8 * len(data), len(data)) + data)
         ioctl("RNDRESEEDCRNG", f.fileno(), _RESEED)

@@ -1,4 +1,4 @@
-"""Fault injection: the N-th allocation of a task fails (Documentation/fault-injection, fail-nth)."""
+"""Fault injection: the n-th allocation of a task fails (Documentation/fault-injection, fail-nth)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KNOBS: dict[str, dict[str, str | int]] = {
 
 
 def prepare() -> None:
-    """Let the kernel's own allocations fail, single pages too; those of user pages do not."""
+    """Make the kernel's own allocations eligible to fail, order 0 included, but not those of user pages."""
     for folder, knobs in _KNOBS.items():
         for name, value in knobs.items():
             with open(f"{folder}/{name}", "w") as f:
@@ -24,9 +24,9 @@ def prepare() -> None:
 
 
 class Nth:
-    """``with Nth(3) as nth:`` the third allocation within the block, of this thread, fails.
+    """``with Nth(3) as nth:`` makes the third allocation of this thread within the block fail.
 
-    ``nth.injected`` says afterwards whether there was a third. The file is open before: opening allocates, too.
+    After the block, ``nth.injected`` says whether there was a third.
     """
 
     def __init__(self, n: int) -> None:
@@ -34,7 +34,7 @@ class Nth:
         self.injected = False
 
     def __enter__(self) -> Nth:
-        self._fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
+        self._fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)  # once, because opening allocates memory
         os.pwrite(self._fd, b"%d" % self._n, 0)
         return self
 

@@ -1,4 +1,4 @@
-"""ftrace events of one test, in an instance of their own, and the kernel log as it grows."""
+"""The ftrace events of one test, in an ftrace instance of their own, and new records of the kernel log."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ _ROOTS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
 class Tracer:
-    """One ftrace instance; nothing is enabled until :meth:`start`.
+    """One ftrace instance; no event is enabled until :meth:`start`.
 
-    Events stay enabled, and unrecorded, until others are wanted: switching them patches the kernel's code.
+    :meth:`stop` only turns recording off: the events stay enabled until others are requested, because enabling and
+    disabling events patches the kernel's code.
     """
 
     def __init__(self) -> None:
-        """Make the instance if there is none yet. That takes a while, and so it is done before anybody waits for it."""
+        """Create the instance if it does not exist. This is slow, so it is done here, at the start of the agent."""
         self._events: list[str] | None = None
         homes = (f"{root}/instances" for root in _ROOTS)
         home = next(filter(os.path.isdir, homes), None)
@@ -29,25 +30,25 @@ class Tracer:
             f.write(text)
 
     def start(self, events: list[str]) -> None:
-        """Record ``events`` (names like ``kvm:kvm_guest_fault``) from now on."""
+        """Start to record ``events`` (names like ``kvm:kvm_guest_fault``). OSError (ENOENT) without tracefs."""
         if not self._dir:
             raise OSError(2, "No such file or directory", "tracefs")
         if self._events is None:
-            self.stop()  # another agent may have left some
+            self.stop()  # discards what another agent has recorded
         if events != self._events:
             self._write("set_event", "\n".join(events))
             self._events = events
         self._write("tracing_on", "1")
 
     def stop(self) -> bytes:
-        """Stop recording; the text of the trace.
+        """Stop recording and return the text of the trace.
 
-        What is read is gone from the buffer. (To read ``trace``, or to empty it, waits for a grace period of RCU.)
+        Reading trace_pipe also empties the buffer. (Reading or clearing ``trace`` waits for an RCU grace period.)
         """
         self._write("tracing_on", "0")
         parts = []
         with open(f"{self._dir}/trace_pipe", "rb", buffering=0, opener=_without_waiting) as pipe:
-            while part := pipe.read(1 << 16):  # None: there is no more
+            while part := pipe.read(1 << 16):  # None at the end
                 parts.append(part)
         return b"".join(parts)
 
@@ -57,7 +58,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 class KernelLog:
-    """Records of /dev/kmsg since this object was made or last read."""
+    """The records of /dev/kmsg since the last :meth:`read`, or since this object was created."""
 
     def __init__(self) -> None:
         self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
@@ -70,5 +71,5 @@ class KernelLog:
                 records.append(os.read(self._fd, 8192))
             except BlockingIOError:
                 return b"".join(records)
-            except BrokenPipeError:  # the ring overtook us: go on with the oldest that is left
+            except BrokenPipeError:  # records were overwritten; the next read returns the oldest one left
                 records.append(b"4,0,0,-;(arm-kvm: kernel log records were lost)\n")

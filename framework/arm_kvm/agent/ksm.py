@@ -1,4 +1,4 @@
-"""Kernel samepage merging, driven by hand (Documentation/admin-guide/mm/ksm): ksmd runs only while a pass is wanted."""
+"""Kernel samepage merging on demand (Documentation/admin-guide/mm/ksm): ksmd runs only within :func:`merge`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 _HOME = "/sys/kernel/mm/ksm"
 _PATIENCE = 10.0
-#: A page is merged when it was seen unchanged in one pass and finds its like in the next.
+#: One pass records a page's checksum; a later pass merges it if it has not changed and an equal page exists.
 _PASSES = 3
 
 
@@ -22,10 +22,10 @@ def _get(name: str) -> int:
 
 
 def merge() -> None:
-    """Merge what can be merged of the memory that was advised MERGEABLE. OSError when ksmd makes no progress."""
+    """Merge all equal pages of memory advised MADV_MERGEABLE. OSError (ETIMEDOUT) when ksmd makes no progress."""
     _set("pages_to_scan", 100_000)
     _set("sleep_millisecs", 0)
-    if os.path.exists(f"{_HOME}/smart_scan"):  # since 6.7: addresses that found no like are left out of some passes
+    if os.path.exists(f"{_HOME}/smart_scan"):  # since 6.7: passes skip pages that could not be merged before
         _set("smart_scan", 0)
     until, patience = _get("full_scans") + _PASSES, time.monotonic() + _PATIENCE
     _set("run", 1)
@@ -39,6 +39,6 @@ def merge() -> None:
 
 
 def unmerge() -> None:
-    """Give every merged page a copy of its own again."""
+    """Break all sharing: every mapping of a merged page gets its own copy again."""
     _set("run", 2)
     _set("run", 0)

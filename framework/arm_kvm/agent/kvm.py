@@ -1,7 +1,7 @@
-"""KVM through its ioctls: VMs, memslots, vCPUs (each in a thread of its own, or many in turn in one).
+"""KVM through its ioctls: VMs, memslots and vCPUs, each in a thread of its own, or many in turn in one thread.
 
-Structures are packed by hand: modern headers have no asm/kvm.h for 32-bit Arm. Source:
-Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h; numbers are common to both widths.
+Structures are packed by hand, because recent kernel headers have no asm/kvm.h for 32-bit Arm. Sources:
+Documentation/virt/kvm/api.txt (5.4), include/uapi/linux/kvm.h. The ioctl numbers are the same for 32 and 64 bits.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ EXIT_NAMES = {
     39: "memory-fault",
 }
 
-Exit = dict[str, Any]  #: why KVM_RUN returned, by name, with what belongs to it
+Exit = dict[str, Any]  #: why KVM_RUN returned: "exit", the name of the reason, and values that depend on it
 _NOTHING = contextlib.nullcontext()
 
 
 class Vcpu:
-    """One vCPU, and the thread that runs it if it runs alone."""
+    """One vCPU, and the thread in which it runs unless the run is short or a :class:`Runner`'s."""
 
     def __init__(self, vm_fd: int, index: int, features: int, run_size: int, init: bool) -> None:
         self.fd = ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
@@ -91,20 +91,20 @@ class Vcpu:
         self._worker: Worker[Exit] = Worker("KVM_RUN")
 
     def init(self) -> None:
-        """The state of a CPU that is switched on. The access whose exit was the last is not completed any more."""
+        """KVM_ARM_VCPU_INIT: the state of a CPU after power-on. A pending MMIO access is not completed."""
         ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, self._target)
         _EXIT_REASON.pack_into(self.run, 0, 0)
 
     def run_once(self, around: contextlib.AbstractContextManager[object] = _NOTHING) -> Exit:
-        """KVM_RUN until one exit, decoded; the ioctl alone is in the context ``around``."""
+        """KVM_RUN once and decode the exit; only the ioctl is within the context ``around``."""
         try:
             with around:
                 fcntl.ioctl(self.fd, RUN, 0)
         except OSError as e:
             if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
-                wanted = poison.wanted()
-                return {"exit": "bus-error", "signal": wanted} if wanted else {"exit": "interrupted"}
+                info = poison.of_guest()
+                return {"exit": "bus-error", "signal": info} if info else {"exit": "interrupted"}
             return {"exit": "error", "errno": e.errno}
         (reason,) = _EXIT_REASON.unpack_from(self.run)
         name = EXIT_NAMES.get(reason, f"reason-{reason}")
@@ -116,7 +116,7 @@ class Vcpu:
         return {"exit": name, "data": [first, second]}
 
     def run_on(self) -> Exit:
-        """:meth:`run_once`, again and again while the host does not let the guest have what it wants."""
+        """:meth:`run_once`, repeated while it fails with EFAULT: the host's mapping does not permit an access."""
         while (exit_ := self.run_once()) == {"exit": "error", "errno": errno.EFAULT}:
             time.sleep(0.001)
         return exit_
@@ -125,15 +125,15 @@ class Vcpu:
         self._worker.start(order or self.run_once)
 
     def run_for(self, seconds: float, run: Callable[[], Exit]) -> Exit | None:
-        """The exit if it comes in this time, else None and the vCPU runs on in its own thread.
+        """Return the exit if it comes within ``seconds``, else None: the vCPU runs on in its own thread.
 
-        A short run stays in the caller's thread: handing it to another and back takes longer than most runs.
+        A run starts in the caller's thread, because to pass it to another thread and back takes longer than most runs.
         """
         if self._worker.bound or not seconds:
             self.start(run)
             return self.wait(seconds)
         self._worker.require_idle()
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, should the first come before the ioctl
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # periodic: the first may come before the ioctl
         try:
             exit_ = run()
         finally:
@@ -144,15 +144,15 @@ class Vcpu:
         return None
 
     def wait(self, seconds: float) -> Exit | None:
-        """The exit of the order under way, or None when it has not come in time."""
+        """Return the exit of the run under way, or None if it takes longer than ``seconds``."""
         return self._worker.wait(seconds)
 
     def answer_mmio(self, value: int) -> None:
-        """Put the data of an MMIO read where KVM takes it from at the next run."""
+        """Store the data of an MMIO read in struct kvm_run, for the next KVM_RUN."""
         self.run[_UNION + 8 : _UNION + 16] = value.to_bytes(8, "little")
 
     def kick(self) -> None:
-        """Make a running vCPU return to user space with exit "interrupted"."""
+        """Force a running vCPU to return to user space, with exit "interrupted"."""
         self.run[_IMMEDIATE_EXIT] = 1
         signal.pthread_kill(self._worker.begin().ident or 0, signal.SIGUSR1)
 
@@ -160,7 +160,7 @@ class Vcpu:
         self._worker.bind(cpu)
 
     def register(self, reg: int, value: int | None = None) -> int:
-        """Get (value None) or set the ONE_REG register with this id."""
+        """Get (``value`` None) or set the register with this KVM_GET_ONE_REG id."""
         size = 1 << (reg >> _REG_SIZE_SHIFT & _REG_SIZE_MASK)
         buffer = ctypes.create_string_buffer(size)
         request = struct.pack("<QQ", reg, ctypes.addressof(buffer))
@@ -181,7 +181,7 @@ class Vcpu:
 
 
 class Runner:
-    """A thread bound to one CPU that runs vCPUs in turn, each until it rings its doorbell."""
+    """A thread bound to one CPU that runs vCPUs in turn, each until its next exit, normally the doorbell."""
 
     def __init__(self, cpu: int) -> None:
         self._worker: Worker[tuple[list[tuple[int, Exit]], bytes]] = Worker("KVM_RUN", cpu)
@@ -206,7 +206,7 @@ class Runner:
 
 
 class Vm:
-    """One VM: its file descriptor and its vCPUs by index."""
+    """One VM: its file descriptor, its vCPUs by index, and its VGIC."""
 
     def __init__(self, kvm_fd: int, ipa_bits: int) -> None:
         self.fd = ioctl("KVM_CREATE_VM", kvm_fd, CREATE_VM, ipa_bits)
@@ -216,7 +216,7 @@ class Vm:
 
     @property
     def device(self) -> Device:
-        """The VGIC. OSError (ENODEV) when it has none."""
+        """The VGIC. OSError (ENODEV) when the VM has none."""
         if self.vgic is None:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), "VGIC")
         return self.vgic
@@ -229,7 +229,7 @@ class Vm:
         ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, SET_USER_MEMORY_REGION, region)
 
     def dirty_log(self, slot: int, pages: int) -> bytes:
-        """The slot's dirty bitmap since the last call: little-endian u64 words, one bit a page."""
+        """Return the slot's dirty bitmap since the last call: little-endian u64 words, one bit per page."""
         bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)
         request = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
         ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
@@ -252,7 +252,7 @@ class Vm:
 
 
 def measure_mmio(vcpu: Vcpu, exits: int) -> dict[str, float]:
-    """Seconds per MMIO exit round trip: the payload rings its doorbell ``exits`` times, orders empty."""
+    """Measure the seconds per MMIO exit: the payload, without orders, writes to its doorbell ``exits`` times."""
     start = time.perf_counter()
     for _ in range(exits):
         fcntl.ioctl(vcpu.fd, RUN, 0)

@@ -1,4 +1,4 @@
-"""The system calls Python does not wrap, through libc. Every failure raises OSError with the call's name."""
+"""System calls that Python does not wrap, through libc. Every failure raises OSError with the call's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 3
 _TIMER_ABSTIME = 1
 _PUNCH_HOLE_KEEP_SIZE = 3
-#: Numbers of system calls: 32-bit Arm (arch/arm/tools/syscall.tbl), arm64 (include/uapi/asm-generic/unistd.h).
+#: System call numbers of 32-bit Arm (arch/arm/tools/syscall.tbl) and arm64 (include/uapi/asm-generic/unistd.h).
 _NUMBERS = {"userfaultfd": (388, 282)}
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -45,8 +45,8 @@ for _function in (_libc.pread, _libc.pwrite):
 
 @functools.cache
 def _scratch() -> int:
-    """The file that loads and stores go through: the kernel copies, and answers EFAULT where this process would get a
-    SIGSEGV. (process_vm_readv does the same, but not every kernel has it.)
+    """Open the file through which memory is loaded and stored: the kernel copies, and returns EFAULT where this process
+    would get SIGSEGV. (process_vm_readv would do the same, but not every kernel has it.)
     """
     return os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
 
@@ -57,14 +57,14 @@ def _failed(call: str) -> OSError:
 
 
 def mmap(address: int | None, size: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    got: int = _libc.mmap(address, size, prot, flags, fd, offset)
-    if got == _MAP_FAILED:
+    start: int = _libc.mmap(address, size, prot, flags, fd, offset)
+    if start == _MAP_FAILED:
         raise _failed("mmap")
-    return got
+    return start
 
 
 def mremap(address: int, size: int, to: int) -> None:
-    """Move the mapping of ``[address, address + size)`` to ``to``; what was mapped there goes."""
+    """Move the mapping of ``[address, address + size)`` to ``to``, over what is mapped there."""
     if _libc.mremap(address, size, size, _MREMAP_MAYMOVE_FIXED, to) == _MAP_FAILED:
         raise _failed("mremap")
 
@@ -75,29 +75,32 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
 
 
 def syscall(name: str, *arguments: int) -> int:
-    """A system call that libc does not wrap, by its number on this architecture."""
+    """Make a system call that libc does not wrap, by its number on this architecture."""
     return raw_syscall(name, _NUMBERS[name][os.uname().machine == "aarch64"], *arguments)
 
 
 def raw_syscall(name: str, number: int, *arguments: int) -> int:
-    """The system call of this number; its failure names it ``name``. Pointers are numbers among the arguments."""
-    got: int = _libc.syscall(number, *map(ctypes.c_ulong, arguments))
-    if got == -1:
+    """Make the system call of this number; pointers are passed as numbers. A failure is reported as ``name``'s."""
+    result: int = _libc.syscall(number, *map(ctypes.c_ulong, arguments))
+    if result == -1:
         raise _failed(name)
-    return got
+    return result
 
 
 def raw_ioctl(name: str, fd: int, request: int, argument: int, data: bytes) -> tuple[int, bytes]:
-    """The system call of this number; a failure names it ``name``. Pointers are numbers among the arguments."""
+    """ioctl(2) with a pointer to ``data``, or with a number if ``data`` is empty: its result, and the data afterwards.
+
+    A failure is reported as ``name``'s.
+    """
     copy = ctypes.create_string_buffer(data, len(data)) if data else None
-    got: int = _libc.ioctl(fd, ctypes.c_ulong(request), copy if copy else ctypes.c_ulong(argument))
-    if got == -1:
+    result: int = _libc.ioctl(fd, ctypes.c_ulong(request), copy if copy else ctypes.c_ulong(argument))
+    if result == -1:
         raise _failed(name)
-    return got, copy.raw if copy else b""
+    return result, copy.raw if copy else b""
 
 
 def sigtimedwait(signals: Iterable[int]) -> bytes | None:
-    """The siginfo of one of these signals that is pending for this thread; None when none is."""
+    """Take one of these signals that is pending for this thread and return its siginfo; None when none is pending."""
     info, at_once = ctypes.create_string_buffer(128), ctypes.create_string_buffer(16)
     wanted = sum(1 << (signal - 1) for signal in signals).to_bytes(128, "little")  # sigset_t
     return info.raw if _libc.sigtimedwait(wanted, info, at_once) > 0 else None
@@ -108,19 +111,19 @@ class _Timespec(ctypes.Structure):
 
 
 def clock_sleep_until(clock: int, nanoseconds: int) -> None:
-    """Sleep until this clock shows so many nanoseconds; also where it has shown them long ago."""
+    """clock_nanosleep(2) until this absolute time, which may be in the past."""
     when = _Timespec(*divmod(nanoseconds, 1_000_000_000))
     if number := _libc.clock_nanosleep(clock, _TIMER_ABSTIME, ctypes.byref(when), None):
         raise OSError(number, os.strerror(number), "clock_nanosleep")
 
 
 def ioctl(call: str, fd: int, request: int, argument: int | bytes | bytearray = 0) -> int:
-    """ioctl(2); its failure names the ``call`` that it is."""
+    """ioctl(2). A failure is reported as ``call``'s."""
     try:
-        got = fcntl.ioctl(fd, request, argument)
+        result = fcntl.ioctl(fd, request, argument)
     except OSError as e:
         raise OSError(e.errno, e.strerror, call) from None
-    return got if isinstance(got, int) else 0
+    return result if isinstance(result, int) else 0
 
 
 def munmap(address: int, size: int) -> None:
@@ -155,7 +158,7 @@ def _copy(function: Callable[..., int], call: str, address: int, size: int) -> N
 
 
 def read_memory(address: int, size: int) -> bytes:
-    """Bytes of this process's own memory; EFAULT where it is not mapped readable."""
+    """Load from this process's own memory; EFAULT where it is not mapped readable."""
     _copy(_libc.pwrite, "load from memory", address, size)
     return os.pread(_scratch(), size, 0)
 

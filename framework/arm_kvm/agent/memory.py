@@ -1,4 +1,4 @@
-"""Host-virtual memory for guests: map it, change it, look at it. Addresses and sizes are bytes."""
+"""The VMM's memory, which memslots are made of. HVAs, sizes and offsets are in bytes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def map_memory(
     prot: int = _READ_WRITE,
     at: int | None = None,
 ) -> int:
-    """Memory, aligned to ``align``: anonymous, or of an open ``file`` from ``offset`` on. Its HVA.
+    """Map memory aligned to ``align``, anonymous or of an open ``file`` from ``offset`` on, and return its HVA.
 
-    ``huge`` takes it from the hugetlbfs pool; with ``at`` it replaces what is mapped there.
+    ``huge`` takes it from the hugetlbfs pool. With ``at`` it replaces what is mapped at that HVA.
     """
     flags = libc.MAP_SHARED if shared else libc.MAP_PRIVATE
     flags |= libc.MAP_ANONYMOUS if file < 0 else 0
-    if file >= 0 and at is None:  # reserved first: the file must begin where the aligned part does
+    if file >= 0 and at is None:  # to align the beginning of the file
         at = _reserve(size, align, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
     if at is not None:
         return libc.mmap(at, size, prot, flags | libc.MAP_FIXED, file, offset)
@@ -42,8 +42,7 @@ def map_memory(
 
 
 def _reserve(size: int, align: int, flags: int, prot: int = _READ_WRITE) -> int:
-    """Address space of this size and alignment."""
-    # Reserve more than asked, then give back what lies before and after the aligned part.
+    """Map memory of this size and alignment: map too much and unmap what is before and after the aligned part."""
     start = libc.mmap(None, size + align, prot, flags)
     hva = (start + align - 1) & ~(align - 1)
     if hva > start:
@@ -54,7 +53,10 @@ def _reserve(size: int, align: int, flags: int, prot: int = _READ_WRITE) -> int:
 
 
 def open_file(size: int | None = None, path: str | None = None) -> int:
-    """A file to map: a memfd, or at ``path``, new and of this size; without a size what is there. Its descriptor."""
+    """Open a file to map and return its descriptor.
+
+    With ``size`` it is a new one, at ``path`` or a memfd; without, it is the existing file at ``path``.
+    """
     if size is None:
         return os.open(path or "", os.O_RDWR)
     fd = os.memfd_create("guest") if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -75,17 +77,17 @@ def punch_hole(file: int, offset: int, size: int) -> None:
 
 
 def sync(file: int) -> None:
-    """Write a file's dirty pages to where they are kept: reclaim takes clean ones only."""
+    """fsync(2), after which reclaim can take the file's pages: they are clean."""
     os.fsync(file)
 
 
 def move(hva: int, size: int, to: int) -> None:
-    """mremap(2), over what is mapped at ``to``."""
+    """mremap(2) to ``to``, over what is mapped there."""
     libc.mremap(hva, size, to)
 
 
 def maps() -> bytes:
-    """/proc/self/maps, for the lab to read: an emulated CPU would take longer."""
+    """Return /proc/self/maps, which the lab parses, faster than an emulated CPU."""
     with open("/proc/self/maps", "rb", buffering=0) as f:
         return b"".join(iter(lambda: f.read(1 << 16), b""))
 
@@ -99,12 +101,12 @@ def protect(hva: int, size: int, prot: int) -> None:
 
 
 def advise(hva: int, size: int, advice: int) -> None:
-    with poison.let_in() if advice == _MADV_HWPOISON else contextlib.nullcontext():
+    with poison.unblocked() if advice == _MADV_HWPOISON else contextlib.nullcontext():
         libc.madvise(hva, size, advice)
 
 
 def takes(advice: int) -> bool:
-    """Whether madvise(2) of this kernel knows this advice."""
+    """Return whether this kernel's madvise(2) knows this advice."""
     hva = libc.mmap(None, PAGE, _READ_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
     try:
         libc.madvise(hva, PAGE, advice)
@@ -118,7 +120,7 @@ def takes(advice: int) -> bool:
 
 
 def lock(hva: int, size: int) -> None:
-    """Nothing of it is reclaimed until it is unlocked."""
+    """mlock(2): no page of the range is reclaimed until :func:`unlock`."""
     libc.mlock(hva, size)
 
 
@@ -127,9 +129,9 @@ def unlock(hva: int, size: int) -> None:
 
 
 def page_out(hva: int, size: int) -> None:
-    """Ask for each page to be reclaimed, twice in a row: up to 6.8 the first only ages a page that was used.
+    """MADV_PAGEOUT for each page, twice in a row: up to 6.8 the first only ages a page that has been accessed.
 
-    A page that guests go on using is taken if none comes by between the two.
+    A page that running guests use is reclaimed if none of them accesses it between the two.
     """
     for page in range(hva, hva + size, PAGE):
         libc.madvise(page, PAGE, _MADV_PAGEOUT)
@@ -145,21 +147,21 @@ def write(hva: int, blob: bytes) -> None:
 
 
 def pagemap(hva: int, size: int) -> bytes:
-    """The u64 words of /proc/self/pagemap for each page of the range (Documentation/admin-guide/mm/pagemap)."""
+    """Return the u64 of /proc/self/pagemap for each page of the range (Documentation/admin-guide/mm/pagemap)."""
     with open("/proc/self/pagemap", "rb", buffering=0) as f:
         return os.pread(f.fileno(), size // PAGE * 8, hva // PAGE * 8)
 
 
 class Storm:
-    """madvise of one range, again and again, in a thread."""
+    """A thread that calls madvise(2) on one range repeatedly until :meth:`end`, which returns the number of calls."""
 
     def __init__(self, hva: int, size: int, advice: int) -> None:
         self._over, self._count = threading.Event(), 0
-        self._thread = threading.Thread(target=self._blow, args=(hva, size, advice), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(hva, size, advice), daemon=True)
         with placement.anywhere():
             self._thread.start()
 
-    def _blow(self, hva: int, size: int, advice: int) -> None:
+    def _run(self, hva: int, size: int, advice: int) -> None:
         while not self._over.is_set():
             advise(hva, size, advice)
             self._count += 1

@@ -1,8 +1,8 @@
-"""What the lab can ask of the agent: the methods of :class:`Operations`, and nothing else.
+"""The operations that the lab can request of the agent: the methods of :class:`Operations`.
 
-Both ends import this module. Inside the host its methods are carried out; the lab names them in requests
-(``agent(op.memory_read, hva=..., size=...)``), so that a type checker sees a misspelt operation or argument.
-Arguments and results are what JSON carries; one ``blob`` of bytes goes each way beside it.
+Both ends import this module. The agent carries out the methods; the lab names them in requests
+(``agent(op.memory_read, hva=..., size=...)``), so that a type checker finds a misspelt operation or argument.
+Arguments and results are JSON values; one ``blob`` of bytes can accompany them in each direction.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
 
 from . import (
     ageing,
@@ -27,6 +26,7 @@ from . import (
     memory,
     placement,
     poison,
+    replies,
     timers,
     uffd,
     workers,
@@ -34,9 +34,9 @@ from . import (
 
 
 class Operations:
-    """The agent's state, and its operations. Each returns a JSON value, bytes, or both as a pair.
+    """The agent's state and its operations. Each operation returns a JSON value, bytes, or a pair of both.
 
-    Sizes and addresses are bytes. A failed system call raises OSError with the call's name: HostOsError at the lab.
+    Sizes and addresses are in bytes. A failed system call raises OSError with the call's name, in the lab HostOsError.
     """
 
     def __init__(self) -> None:
@@ -59,13 +59,14 @@ class Operations:
         }
 
     def hello(self) -> dict[str, object]:
-        """Who answers: machine, release, kvm, pid, cpus."""
+        """Describe the agent and its host: machine, release, kvm (whether it has KVM), pid, cpus."""
         return self._hello
 
     def restored(self, now: float, blob: bytes = b"") -> None:
-        """This machine was saved some time ago.
+        """Adjust a host restored from a snapshot.
 
-        Have its CPUs program their timers anew, set its clock (seconds since 1970), and stir this entropy in.
+        Make its CPUs program their timers again, set its clock to ``now`` (seconds since 1970), and add the blob to
+        its entropy.
         """
         timers.program_anew(placement.CPUS)
         time.clock_settime(time.CLOCK_REALTIME, now)
@@ -73,13 +74,13 @@ class Operations:
             entropy.add(blob)
 
     def batch(self, requests: list[tuple[str, dict[str, object]]]) -> list[object]:
-        """Several requests whose results are no blobs, in one: [[op, args], ...]. The first that fails ends it."""
+        """Carry out several requests, [[op, args], ...], none of which has a blob. The first failure ends the batch."""
         return [getattr(self, op)(**args) for op, args in requests]
 
     # -- VMs -------------------------------------------------------------------------------------
 
     def vm_create(self, ipa_bits: int = 0) -> int:
-        """KVM_CREATE_VM; ``ipa_bits`` 0 is KVM's default. The VM's number here."""
+        """KVM_CREATE_VM with this IPA size, 0 for KVM's default. Returns the agent's number for the VM."""
         vm = kvm.Vm(self._kvm, ipa_bits)
         self._next_vm += 1
         self._vms[self._next_vm] = vm
@@ -90,11 +91,11 @@ class Operations:
         self._vms.pop(vm).close()
 
     def vm_close(self, vm: int, what: str) -> None:
-        """Close one that keeps a VM: "vm", "vgic", and of vCPU 0 "vcpu" (the descriptor) or "run" (its mapping)."""
+        """Close one reference to a VM: the descriptor "vm", "vgic" or "vcpu" (vCPU 0's), or vCPU 0's mapping "run"."""
         self._vms[vm].close_part(what)
 
     def vm_destroy_elsewhere(self, vm: int) -> None:
-        """Destroy a VM in a thread that has nothing to do with it."""
+        """Destroy a VM in a thread that has not used it."""
         thread = threading.Thread(target=self._vms.pop(vm).close)
         with placement.anywhere():
             thread.start()
@@ -105,11 +106,11 @@ class Operations:
         self._vms[vm].set_memslot(slot, ipa, size, hva, flags)
 
     def vm_dirty_log(self, vm: int, slot: int, pages: int) -> bytes:
-        """KVM_GET_DIRTY_LOG: little-endian u64 words, one bit a page."""
+        """KVM_GET_DIRTY_LOG: little-endian u64 words, one bit per page."""
         return self._vms[vm].dirty_log(slot, pages)
 
     def vgic_create(self, vm: int, kind: int) -> None:
-        """KVM_CREATE_DEVICE of this KVM_DEV_TYPE_ARM_VGIC_*."""
+        """KVM_CREATE_DEVICE of type ``kind``, a KVM_DEV_TYPE_ARM_VGIC_*."""
         target = self._vms[vm]
         target.vgic = device.Device(target.fd, kind)
 
@@ -118,7 +119,7 @@ class Operations:
         self._vms[vm].device.set(group, attribute, value)
 
     def vgic_get(self, vm: int, group: int, attribute: int, value: int = 0) -> int:
-        """KVM_GET_DEVICE_ATTR; ``value`` is what is in the 64-bit buffer before."""
+        """KVM_GET_DEVICE_ATTR; ``value`` initialises the 64-bit buffer."""
         return self._vms[vm].device.get(group, attribute, value)
 
     def vm_irq_line(self, vm: int, irq: int, level: int) -> None:
@@ -126,9 +127,9 @@ class Operations:
         device.irq_line(self._vms[vm].fd, irq, level)
 
     def fail_nth(self, n: int, op: str, args: dict[str, object]) -> tuple[bool, int, object]:
-        """Carry out one request whose n-th allocation fails: [whether there was an n-th, its errno or 0, its result].
+        """Carry out one request and make its n-th allocation fail. For ``vcpu_run``, only KVM_RUN's allocations count.
 
-        Of ``vcpu_run`` it is the allocations of KVM_RUN alone.
+        Returns [whether there was an n-th allocation, the request's errno or 0, its result].
         """
         failing.prepare()
         nth = failing.Nth(n)
@@ -149,7 +150,7 @@ class Operations:
         return self._vms[int(str(vm))].vcpus[int(str(vcpu))]
 
     def vcpu_create(self, vm: int, vcpu: int, features: int, init: bool = True) -> None:
-        """KVM_CREATE_VCPU, and KVM_ARM_VCPU_INIT unless that is left for :meth:`vcpu_init`."""
+        """KVM_CREATE_VCPU, and with ``init`` also KVM_ARM_VCPU_INIT, else that is left to :meth:`vcpu_init`."""
         self._vms[vm].add_vcpu(vcpu, features, init)
 
     def vcpu_init(self, vm: int, vcpu: int) -> None:
@@ -174,10 +175,10 @@ class Operations:
         persistent: bool = False,
         blob: bytes = b"",
     ) -> kvm.Exit | tuple[kvm.Exit, bytes] | None:
-        """Start the vCPU, with the data of a pending MMIO read; its exit, or None if it runs on.
+        """Run the vCPU. Returns the exit, or None when there is none within ``seconds``; the vCPU then runs on.
 
-        ``orders`` is the HVA that ``blob`` is stored at before the run; after an exit as much of it comes back.
-        ``persistent``: a run that ends with EFAULT is tried again.
+        ``answer`` completes a pending MMIO read. ``orders`` is the HVA to which ``blob`` is stored before the run, and
+        whose bytes are returned as the blob after an exit. ``persistent`` repeats a KVM_RUN that fails with EFAULT.
         """
         target = self._vcpu(vm, vcpu)
         if orders is not None:
@@ -188,7 +189,7 @@ class Operations:
         return exit_ if exit_ is None or orders is None else (exit_, libc.read_memory(orders, len(blob)))
 
     def vcpu_wait(self, vm: int, vcpu: int, seconds: float) -> kvm.Exit | None:
-        """The exit of the run under way, or None when it has not come in time."""
+        """Return the exit of the run under way, or None if it takes longer than ``seconds``."""
         return self._vcpu(vm, vcpu).wait(seconds)
 
     def vcpu_kick(self, vm: int, vcpu: int) -> None:
@@ -198,9 +199,9 @@ class Operations:
     def turns_start(
         self, cpu: int, vcpus: list[tuple[int, int]], mailboxes: list[int], doorbell: int, blob: bytes
     ) -> None:
-        """Run ``vcpus``, [[vm, vcpu], ...], one after another on ``cpu``, each until it rings its doorbell.
+        """Run ``vcpus``, [[vm, vcpu], ...], one after another on ``cpu``, each until its next exit.
 
-        ``blob`` is cut evenly into what each finds in its mailbox. :meth:`turns_wait` takes the result.
+        ``blob`` holds the contents of their mailboxes, all of one size. :meth:`turns_wait` returns the result.
         """
         if cpu not in self._runners:
             self._runners[cpu] = kvm.Runner(cpu)
@@ -208,11 +209,14 @@ class Operations:
         self._runners[cpu].start(targets, mailboxes, doorbell, blob)
 
     def turns_wait(self, cpu: int, seconds: float) -> tuple[list[tuple[int, kvm.Exit]], bytes] | None:
-        """[exits that were no doorbell, as [index, exit]] and the mailboxes' content; None while vCPUs still run."""
+        """Return the exits other than doorbells, as [[index, exit], ...], and as blob the mailboxes.
+
+        Returns None if the turns take longer than ``seconds``.
+        """
         return self._runners[cpu].wait(seconds)
 
-    def vcpu_measure_mmio(self, vm: int, vcpu: int, exits: int) -> dict[str, object] | None:
-        """Seconds that one MMIO exit takes, over so many."""
+    def vcpu_measure_mmio(self, vm: int, vcpu: int, exits: int) -> dict[str, float] | None:
+        """Measure the seconds that one MMIO exit takes, as the mean of ``exits``."""
         target = self._vcpu(vm, vcpu)
         target.start(lambda: kvm.measure_mmio(target, exits))
         return target.wait(60.0)
@@ -220,49 +224,52 @@ class Operations:
     # -- descriptors and system calls, raw ---------------------------------------------------------------
 
     def kvm_fd(self) -> int:
-        """The descriptor of /dev/kvm."""
+        """Return the descriptor of /dev/kvm."""
         return self._kvm
 
     def vm_fd(self, vm: int) -> int:
+        """Return the VM's descriptor."""
         return self._vms[vm].fd
 
     def vcpu_fd(self, vm: int, vcpu: int) -> int:
+        """Return the vCPU's descriptor."""
         return self._vcpu(vm, vcpu).fd
 
     def vgic_fd(self, vm: int) -> int:
+        """Return the VGIC's descriptor."""
         return self._vms[vm].device.fd
 
     def ioctl(self, fd: int, name: str, request: int, argument: int = 0, blob: bytes = b"") -> tuple[int, bytes]:
-        """ioctl(2) with a number, or with a pointer to the blob's bytes: its result, and what became of the bytes."""
+        """ioctl(2) with a number, or with a pointer to the blob. Returns its result and the blob's new content."""
         return libc.raw_ioctl(name, fd, request, argument, blob)
 
     def syscall(self, name: str, number: int, arguments: list[int]) -> int:
-        """A system call by its number; its result."""
+        """Make a system call by its number; a failure is reported as ``name``'s."""
         return libc.raw_syscall(name, number, *arguments)
 
     def signals_block(self, signals: list[int]) -> None:
-        """Keep these signals pending for the agent's main thread and the threads begun from now on."""
+        """Block these signals in the agent's main thread and in the threads that it starts from now on."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def signals_take(self, signals: list[int]) -> list[list[int]]:
-        """What is pending of these, blocked, signals: [signal, code, address, address's low bits] each."""
+        """Take those of these blocked signals that are pending: [si_signo, si_code, si_addr, si_addr_lsb] each."""
         return poison.take(signals)
 
     # -- actors ------------------------------------------------------------------------------------------
 
     def actor_create(self, cpu: int | None = None) -> int:
-        """A thread that carries out operations beside this one, bound to a CPU if one is given; its number."""
+        """Start a thread that carries out operations, bound to a CPU if one is given, and return its number."""
         number = len(self._actors) + 1
         self._actors[number] = workers.Worker(f"actor{number}", cpu)
-        self._actors[number].begin()  # now: to begin a thread, this one leaves its CPU, for one that may be held later
+        self._actors[number].begin()  # now: starting a thread may move this one to a CPU that is held later
         return number
 
     def actor_begin(self, actor: int, op: str, args: dict[str, object], blob: bytes = b"") -> None:
-        """Have it carry out one operation. OSError (EBUSY) while another is under way."""
-        self._actors[actor].start(lambda: carry_out(self, {"op": op, "args": args}, blob))
+        """Start one operation in the actor's thread. OSError (EBUSY) while another is under way."""
+        self._actors[actor].start(lambda: replies.carry_out(self, {"op": op, "args": args}, blob))
 
     def actor_wait(self, actor: int, seconds: float) -> tuple[dict[str, object], bytes] | None:
-        """The reply of the operation under way, as on the wire; None when it has not come in time."""
+        """Return the reply of the operation under way, as on the wire; None if it takes longer than ``seconds``."""
         return self._actors[actor].wait(seconds)
 
     # -- memory ----------------------------------------------------------------------------------
@@ -292,111 +299,73 @@ class Operations:
     file_sync = staticmethod(memory.sync)
 
     def storm_begin(self, hva: int, size: int, advice: int) -> None:
-        """madvise this memory again and again in a thread, until :meth:`storm_end`."""
+        """Call madvise(2) on this memory repeatedly in a thread, until :meth:`storm_end`."""
         self._storm = memory.Storm(hva, size, advice)
 
     def storm_end(self) -> int:
-        """How often it was done."""
+        """Stop, and return the number of madvise(2) calls."""
         return self._storm.end() if self._storm else 0
 
     def userfault_begin(self, hva: int, size: int, protect: bool) -> int:
-        """Answer the page faults of this memory from now on; a number to end it with."""
+        """Resolve the page faults of this memory from now on. Returns the number for :meth:`userfault_end`."""
         handler = uffd.Handler(hva, size, protect)
         self._userfaults[id(handler)] = handler
         return id(handler)
 
     def userfault_end(self, number: int) -> list[tuple[int, str]]:
-        """Stop answering; the faults as [address, "missing" or "write-protect"]."""
+        """Stop, and return the faults as [[address, "missing" or "write-protect"], ...]."""
         return self._userfaults.pop(number).end()
 
     # -- children ----------------------------------------------------------------------------------
 
     def child_fork(self) -> int:
-        """A forked child, which keeps this process's memory copy on write; its pid."""
+        """Fork a child, which shares this process's memory copy on write, and return its pid."""
         child = children.Child()
         self._children[child.pid] = child
         return child.pid
 
     def child_write(self, pid: int, hva: int, blob: bytes) -> None:
+        """Store into the child's memory."""
         self._children[pid].write(hva, blob)
 
     def child_read(self, pid: int, hva: int, size: int) -> bytes:
+        """Load from the child's memory."""
         return self._children[pid].read(hva, size)
 
     def child_end(self, pid: int) -> None:
+        """Make the child exit and reap it."""
         self._children.pop(pid).end()
 
     def process_alive(self, pid: int) -> bool:
+        """Return whether a process with this pid exists."""
         return os.path.exists(f"/proc/{pid}")
 
     def process_kill(self, pid: int) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to a process."""
         os.kill(pid, signal.SIGKILL)
 
-    # -- the kernel's own words ---------------------------------------------------------------------
+    # -- the kernel's trace and log -----------------------------------------------------------------
 
     def trace_start(self, events: list[str]) -> None:
-        """Record these ftrace events from now on."""
+        """Start to record these ftrace events."""
         self._tracer.start(events)
 
     def trace_stop(self) -> bytes:
-        """Stop recording; the text of the trace."""
+        """Stop recording and return the text of the trace."""
         return self._tracer.stop()
 
     def kernel_log(self) -> bytes:
-        """Records of /dev/kmsg since this was last asked."""
+        """Return the records of /dev/kmsg since the last call."""
         return self._log.read()
 
     def bytecode(self) -> tuple[list[tuple[str, int]], bytes]:
-        """Compile what this process has imported: [[path, length], ...] and the .pyc files as one blob.
+        """Compile the modules that this process has imported: [[path, length], ...] and the .pyc files as one blob."""
+        from . import bytecode  # which loads the compiler, for the first boot of a root file system only
 
-        Hash-checked, so that a .pyc is never stale, whatever the file system does to time stamps.
-        """
-        import py_compile  # for the first boot of a root file system only
-
-        mode = py_compile.PycInvalidationMode.CHECKED_HASH
-        files: list[tuple[str, int]] = []
-        blob = b""
-        for module in list(sys.modules.values()):
-            source, cached = getattr(module, "__file__", None), getattr(module, "__cached__", None)
-            if source and cached and source.endswith(".py"):
-                source, cached = os.path.abspath(source), os.path.abspath(cached)
-                py_compile.compile(source, cached, doraise=True, invalidation_mode=mode)
-                with open(cached, "rb") as f:
-                    data = f.read()
-                files.append((cached, len(data)))
-                blob += data
-        return files, blob
+        return bytecode.compile_all(sys.modules.values())
 
     def stay_in_user_mode(self, seconds: float) -> None:
-        """Do nothing else for a while, so that the lab can read this process's TTBR0 from a CPU's registers."""
+        """Loop in user mode for a while, so that the lab can read this process's TTBR0 from a CPU's registers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             pass
-
-
-def carry_out(operations: Operations, request: dict[str, Any], blob: bytes) -> tuple[dict[str, object], bytes]:
-    """The reply to one request, as :mod:`.wire` describes it, and its blob. Never raises."""
-    reply: dict[str, object] = {"id": request.get("id")}
-    out: bytes | None = None
-    try:
-        arguments = request.get("args") or {}
-        result = getattr(operations, request["op"])(**arguments, **({"blob": blob} if blob else {}))
-        reply["ok"], out = _parted(result)
-        reply["blob"] = out is not None
-    except OSError as e:
-        reply["errno"], reply["call"] = e.errno, e.filename or "system call"
-    except Exception:
-        import traceback  # seldom needed, and slow to load on an emulated CPU
-
-        reply["fault"] = traceback.format_exc()
-    return reply, out or b""
-
-
-def _parted(result: object) -> tuple[object, bytes | None]:
-    """What JSON carries of a result, and the bytes beside it; None where none belong to it."""
-    if isinstance(result, bytes):
-        return None, result
-    if isinstance(result, tuple) and isinstance(result[-1], bytes):
-        return result[0], result[1]
-    return result, None

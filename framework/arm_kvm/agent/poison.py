@@ -1,7 +1,7 @@
-"""Memory that failed: its signal, SIGBUS, reaches only whom it is for.
+"""SIGBUS for memory failures (hwpoison), delivered only to the thread whose guest touched the memory.
 
-It stays blocked in all threads, but KVM_RUN lets it in (KVM_SET_SIGNAL_MASK), and the thread that ran the guest asks
-for it: else one that came earlier would be taken for the guest's.
+SIGBUS is blocked in all threads. KVM_RUN unblocks it (KVM_SET_SIGNAL_MASK), and after KVM_RUN the thread takes the
+pending signal. With a handler, an earlier SIGBUS could be mistaken for one that the guest caused.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ _BUS_MCEERR_AR = 4  # "action required", include/uapi/asm-generic/siginfo.h
 _FAULT = struct.Struct("@3iPh")  # siginfo_t of a fault: signo, errno, code, si_addr, si_addr_lsb
 
 
-def keep_out() -> None:
-    """Block it, in this thread and those it will start."""
+def block() -> None:
+    """Block SIGBUS in this thread and the threads that it will start."""
     signal.signal(signal.SIGBUS, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 @contextlib.contextmanager
-def let_in() -> Iterator[None]:
-    """Within the block its handler takes it: with 6.12, not with 6.1, madvise(MADV_HWPOISON) signals its caller, and
-    an agent that blocked it answered no more.
+def unblocked() -> Iterator[None]:
+    """Within the block, SIGBUS goes to a handler that ignores it.
+
+    In 6.12, unlike 6.1, madvise(MADV_HWPOISON) signals its caller, and an agent that blocked SIGBUS stopped answering.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
@@ -37,7 +38,7 @@ def let_in() -> Iterator[None]:
 
 
 def take(signals: Iterable[int]) -> list[list[int]]:
-    """What is pending of these signals for this thread: [signal, code, address, lowest bit of the address] each."""
+    """Take those of ``signals`` that are pending for this thread: [si_signo, si_code, si_addr, si_addr_lsb] each."""
     taken = []
     while (info := libc.sigtimedwait(signals)) is not None:
         number, _, code, address, lsb = _FAULT.unpack_from(info)
@@ -45,11 +46,11 @@ def take(signals: Iterable[int]) -> list[list[int]]:
     return taken
 
 
-def wanted() -> list[int]:
-    """The signal by which KVM has told this thread that its guest wants memory that failed, as :func:`take` has it.
+def of_guest() -> list[int]:
+    """Take the SIGBUS that KVM sent this thread because its guest accessed failed memory, as :func:`take` returns it.
 
-    [] when there is none (kvm_send_hwpoison_signal). What tells of memory that nobody wants yet (BUS_MCEERR_AO) is
-    passed over.
+    [] when there is none (kvm_send_hwpoison_signal). Signals for failed memory that has not been accessed
+    (BUS_MCEERR_AO) are dropped.
     """
-    found = [told for told in take(_SIGNALS) if told[1] == _BUS_MCEERR_AR]
+    found = [info for info in take(_SIGNALS) if info[1] == _BUS_MCEERR_AR]
     return found[0] if found else []

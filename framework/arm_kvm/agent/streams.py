@@ -1,4 +1,4 @@
-"""The agent's end of the way to the lab: a virtio serial port, or standard input and output."""
+"""The agent's end of the connection to the lab: a virtio serial port, or standard input and output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _content(path: str) -> str:
 
 
 class Pipes:
-    """The agent's end on standard input and output: ssh."""
+    """Standard input and output, for an agent started over ssh."""
 
     def read(self, size: int) -> bytes:
         data = sys.stdin.buffer.read(size)
@@ -26,7 +26,7 @@ class Pipes:
 
 
 class Port:
-    """The agent's end on a virtio serial port, found by its name (drivers/char/virtio_console.c)."""
+    """A virtio serial port, found by its name (drivers/char/virtio_console.c)."""
 
     def __init__(self, name: str) -> None:
         home = "/sys/class/virtio-ports"

@@ -1,9 +1,9 @@
-"""The timers of CPUs that go on in another QEMU.
+"""The CPUs' timers after a restore from a snapshot.
 
-QEMU (up to 11.1) saves when the physical and the virtual timer of a CPU are due, but not the timers of EL2, which a
-VHE kernel uses (target/arm/machine.c, vmstate_arm_cpu). Their registers are restored, but nothing fires until one of
-them is written. The kernel believes its next event to be programmed and writes nothing for a later one, so nothing
-that sleeps wakes up.
+QEMU (up to 11.1) saves the deadlines of a CPU's physical and virtual timers, but not those of the EL2 timers, which a
+VHE kernel uses (target/arm/machine.c, vmstate_arm_cpu). Their registers are restored, but they do not fire until one of
+them is written. The kernel assumes that its next event is programmed and does not reprogram the timer for a later one,
+so sleeping tasks do not wake up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .libc import clock_sleep_until
 
 
 def program_anew(cpus: Iterable[int]) -> None:
-    """Have the kernel write the timer of each of these CPUs: it does so for an event that is due before its next one.
+    """Make the kernel program the timer of each of these CPUs, by adding an event earlier than any other: in the past.
 
-    hrtimer_reprogram() of kernel/time/hrtimer.c; the earliest event there can be is one long past.
+    See hrtimer_reprogram() in kernel/time/hrtimer.c.
     """
     before = os.sched_getaffinity(0)
     try:

@@ -1,6 +1,6 @@
-"""userfaultfd: this process answers the page faults of its own memory, the guests' among them.
+"""userfaultfd: the agent resolves the page faults of its own memory, including those of its guests.
 
-Structures by hand: include/uapi/linux/userfaultfd.h (5.4, 6.1), the same on both widths.
+The structures are packed by hand (include/uapi/linux/userfaultfd.h, 5.4 and 6.1) and are the same for 32 and 64 bits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Handler:
-    """Answers the faults of one range: a missing page with a word of its own, a protected one with permission.
+    """Resolves the faults of one range: fills a missing page (:func:`content_of`), unprotects a protected one.
 
-    ``seen`` lists the faults as [address, "missing" or "write-protect"].
+    ``seen`` lists the faults as (address, "missing" or "write-protect").
     """
 
     def __init__(self, hva: int, size: int, protect: bool) -> None:
@@ -64,7 +64,7 @@ class Handler:
                 continue
             try:
                 event, flags, address = _MESSAGE.unpack(os.read(self._fd, 32))
-            except BlockingIOError:  # it was answered with an earlier fault of the same page
+            except BlockingIOError:  # it was resolved with an earlier fault of the same page
                 continue
             if event != _PAGEFAULT:
                 continue
@@ -78,7 +78,7 @@ class Handler:
                 self._copy(address, source)
 
     def _copy(self, address: int, source: int) -> None:
-        """Give the page. Who faulted on it while it was given finds it, and does not wait (handle_userfault)."""
+        """Fill the page. EEXIST: it was filled for another fault, and this task finds it (handle_userfault)."""
         with contextlib.suppress(FileExistsError):
             libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
 
@@ -90,5 +90,5 @@ class Handler:
 
 
 def content_of(address: int) -> int:
-    """The first word of a page that is filled in for a fault at ``address``."""
+    """Return the first word of the page that a fault at ``address`` is resolved with."""
     return address >> 12 & 0xFFFF_FFFF | 0x8000_0000

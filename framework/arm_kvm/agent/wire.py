@@ -1,9 +1,8 @@
-"""The wire between lab and agent: length-prefixed JSON with an optional blob, over two byte streams.
+"""The protocol between lab and agent: JSON with an optional blob of bytes, over two byte streams. Both ends use it.
 
 A message is ``u32 length of JSON, u32 length of blob`` (little endian), the JSON, the blob. A request
-is ``{"id", "op", "args"}``; its answer ``{"id"}`` with one of ``"ok"`` (the result; ``"blob"`` is true where bytes
-belong to it), ``"errno"`` and ``"call"`` (a system call failed), ``"fault"`` (the agent's own traceback). Shared by
-both ends.
+is ``{"id", "op", "args"}``. The reply is ``{"id"}`` with one of: ``"ok"`` (the result) and ``"blob"`` (whether the blob
+is part of it), ``"errno"`` and ``"call"`` (a system call failed), ``"fault"`` (the agent's own traceback).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def encode(message: dict[str, Any], blob: bytes = b"") -> bytes:
 
 
 def decode(read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes]:
-    """One message from ``read(n) -> exactly n bytes``. EOFError when the stream ends."""
+    """Read one message with ``read(n)``, which returns exactly n bytes or raises EOFError at the end of the stream."""
     text, blob = HEADER.unpack(read(HEADER.size))
     message = json.loads(read(text))
     return message, read(blob) if blob else b""

@@ -1,4 +1,4 @@
-"""Threads that wait for work, beside the one that answers the lab."""
+"""Worker threads of the agent, beside the main thread, which answers the lab."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """A thread that waits for work, bound to a CPU if one is given. It begins with its first work."""
+    """A thread that does one job at a time, bound to a CPU if one is given. It is started with its first job."""
 
     def __init__(self, name: str, cpu: int | None = None) -> None:
         self._name, self._cpu = name, cpu
-        self._orders: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[T] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.busy = False
@@ -28,11 +28,11 @@ class Worker(Generic[T]):
     def _work(self) -> None:
         if self._cpu is not None:
             os.sched_setaffinity(0, {self._cpu})
-        while (order := self._orders.get()) is not None:
-            self._results.put(order())
+        while (job := self._jobs.get()) is not None:
+            self._results.put(job())
 
     def begin(self) -> threading.Thread:
-        """The thread, begun."""
+        """Return the thread, which is started if it was not."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             with placement.anywhere():
@@ -40,24 +40,24 @@ class Worker(Generic[T]):
         return self._thread
 
     def bind(self, cpu: int) -> None:
-        """From now on on this CPU only."""
+        """Bind the thread to this CPU."""
         os.sched_setaffinity(self.begin().native_id or 0, {cpu})
         self.bound = True
 
     def require_idle(self) -> None:
-        """OSError (EBUSY) while work is under way."""
+        """Raise OSError (EBUSY) while a job is under way."""
         if self.busy:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), self._name)
 
-    def start(self, order: Callable[[], T]) -> None:
-        """Do this; :meth:`wait` takes what comes of it. OSError (EBUSY) while other work is under way."""
+    def start(self, job: Callable[[], T]) -> None:
+        """Start a job; :meth:`wait` returns its result. OSError (EBUSY) while another job is under way."""
         self.require_idle()
         self.busy = True
         self.begin()
-        self._orders.put(order)
+        self._jobs.put(job)
 
     def wait(self, seconds: float) -> T | None:
-        """The result of the work under way, or None when it has not come in time."""
+        """Return the result of the job under way, or None if it takes longer than ``seconds``."""
         try:
             result = self._results.get(timeout=seconds)
         except queue.Empty:
@@ -67,5 +67,5 @@ class Worker(Generic[T]):
 
     def close(self) -> None:
         if self._thread is not None:
-            self._orders.put(None)
+            self._jobs.put(None)
             self._thread.join(1.0)

@@ -13,7 +13,7 @@ QEMU_HELP = "a program, the folder it was built in, or deb:SUITE (default: the h
 _LAST_PORT = 65535
 
 Number = TypeVar("Number", int, float)
-Run = Callable[[argparse.Namespace], int]  #: what a command does; its exit code
+Run = Callable[[argparse.Namespace], int]  #: runs a command and returns its exit code
 
 
 class Commands:
@@ -23,13 +23,13 @@ class Commands:
         self._parsers = parser.add_subparsers(metavar=metavar, required=required)
 
     def add(self, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-        """Add a command; its parser, which takes the arguments."""
+        """Add a command, and return its parser for the arguments."""
         parser = self._parsers.add_parser(name, help=text, description=text)
         parser.set_defaults(run=run)
         return parser
 
     def add_raw(self, name: str, run: Run, text: str, epilog: str) -> argparse.ArgumentParser:
-        """Add a command for which no argument is an option, ``--help`` included: they are another program's."""
+        """Add a command that takes every argument as it is, ``--help`` included, to pass it to another program."""
         how = argparse.RawDescriptionHelpFormatter
         parser = self._parsers.add_parser(
             name, help=text, description=text, epilog=epilog, prefix_chars="\0", add_help=False, formatter_class=how
@@ -38,7 +38,7 @@ class Commands:
         return parser
 
     def add_group(self, name: str, text: str, description: str, run: Run | None = None) -> Commands:
-        """Add a command with actions of its own; ``run`` is what it does without one."""
+        """Add a command with subcommands; ``run`` is what it does without one."""
         parser = self._parsers.add_parser(name, help=text, description=description)
         if run is not None:
             parser.set_defaults(run=run)
@@ -46,7 +46,7 @@ class Commands:
 
 
 def number(kind: Callable[[str], Number], what: str, least: float, most: float = math.inf) -> Callable[[str], Number]:
-    """A type of argument: numbers from ``least`` to ``most``; ``what`` describes them in the error message."""
+    """Make a type of argument: numbers from ``least`` to ``most``. The error message calls them ``what``."""
 
     def convert(text: str) -> Number:
         with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""``cache``, ``cache clean``: what the lab keeps on disk, and the memory of the machines that run."""
+"""``cache``, ``cache clean``: what the lab keeps on disk, and the memory of running machines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from arm_kvm.support.paths import cache_root
 
 
 def add_commands(commands: Commands) -> None:
-    about = "The cache and its size, and the memory of machines that run."
+    about = "The cache and its size, and the memory of running machines."
     actions = commands.add_group("cache", "show and clean the cache", about, cmd_cache_list)
     clean = actions.add("clean", cmd_cache_clean, "remove snapshots, or other kinds of entries")
     clean.add_argument("kind", nargs="*", metavar="KIND", help="what `arm-kvm cache` lists (default: snapshots)")
 
 
 def cmd_cache_list(args: argparse.Namespace) -> int:
-    """What the cache holds and how much disk it takes; and the memory of the machines that run."""
+    """Show what the cache holds and how much disk it takes, and the memory of running machines."""
     from arm_kvm.host import snapshots
     from arm_kvm.hosts import spares
     from arm_kvm.machine.rundir import live_machines, memory_of
@@ -35,15 +35,15 @@ def cmd_cache_list(args: argparse.Namespace) -> int:
         table.add(kind, str(len(entries)), *(f"{size / 2**20:,.0f}" for size in sizes), newest)
     table.add("all", "", f"{total / 2**20:,.0f}", "", "")
     table.show()
-    print(f"{cache_root()}; snapshots are kept within {snapshots.BUDGET >> 20:,} MiB, those used last")
+    print(f"{cache_root()}; of snapshots, those used last are kept, up to {snapshots.BUDGET >> 20:,} MiB")
     memory = [memory_of(card) for card in live_machines()]
-    bound = f"none is started ahead with less than {spares.LEAST >> 20:,} MiB left on this machine"
-    print(f"machines that run: {len(memory)}, {sum(memory) / 2**20:,.0f} MiB of memory; {bound}")
+    bound = f"none is prepared with less than {spares.LEAST >> 20:,} MiB available on this machine"
+    print(f"running machines: {len(memory)}, {sum(memory) / 2**20:,.0f} MiB of memory; {bound}")
     return 0
 
 
 def cmd_cache_clean(args: argparse.Namespace) -> int:
-    """Remove what can be made again: snapshots, or the kinds that are named."""
+    """Remove snapshots, or the kinds of entries that are named."""
     from arm_kvm.host import snapshots
     from arm_kvm.support import cache
 

@@ -1,4 +1,4 @@
-"""``conform``: the model against the emulated CPU; no kernel is involved."""
+"""``conform``: compares the model with the emulated CPU; no kernel is involved."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HOSTS = ("a15", "a15-wide", "arm64", "arm64-vhe")
 
 
 def add_commands(commands: Commands) -> None:
-    conform = commands.add("conform", cmd_conform, "hold the model against the emulated CPU, on random tables")
+    conform = commands.add("conform", cmd_conform, "compare the model with the emulated CPU, on random tables")
     conform.add_argument("--host", action="append", metavar="BOARD", help="a host's board (default: all four)")
-    cases = "at least so many (default: 100000)"
+    cases = "run at least this many cases (default: 100000)"
     conform.add_argument("--cases", type=POSITIVE, default=100_000, metavar="N", help=cases)
     conform.add_argument("--qemu", metavar="QEMU", help=QEMU_HELP)
-    conform.add_argument("--seed", type=SEED, metavar="S", help="repeat this run (default: a new one)")
-    conform.add_argument("--departures", action="store_true", help="list where QEMU is known to leave the manual")
+    conform.add_argument("--seed", type=SEED, metavar="S", help="repeat the run with this seed (default: a new one)")
+    conform.add_argument("--departures", action="store_true", help="list where QEMU is known to differ from the manual")
 
 
 def cmd_conform(args: argparse.Namespace) -> int:

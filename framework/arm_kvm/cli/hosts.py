@@ -1,4 +1,4 @@
-"""``hosts``, ``boot``, ``stage2``: the host files, a host to oneself, the tables of what runs."""
+"""``hosts``, ``boot``, ``stage2``: the host files, a host to work on, the stage-2 tables of a live host."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from arm_kvm.support.errors import NoLiveMachine
 
 def add_commands(commands: Commands) -> None:
     commands.add("hosts", cmd_hosts, "list the hosts of configs/hosts")
-    boot = commands.add("boot", cmd_boot, "boot a host: its console here, its ssh line printed")
+    boot = commands.add("boot", cmd_boot, "boot a host, print its ssh command and attach to its console")
     boot.add_argument("host")
     boot.add_argument("--kernel", metavar="KERNEL", help=KERNEL_HELP)
     boot.add_argument("--qemu", metavar="QEMU", help=QEMU_HELP)
     port = "port on loopback for ssh (default: a free one)"
     boot.add_argument("--ssh-port", type=PORT, default=0, metavar="PORT", help=port)
-    stage2 = commands.add("stage2", cmd_stage2, "show the live stage-2 tables of what runs on a host")
+    stage2 = commands.add("stage2", cmd_stage2, "show the stage-2 tables of the guests that run on a live host")
     stage2.add_argument("host")
-    time = "how long to watch the CPUs for guests (default: 2)"
-    stage2.add_argument("--seconds", type=SECONDS, default=2.0, help=time)
+    watch = "how long to watch the CPUs for guests (default: 2)"
+    stage2.add_argument("--seconds", type=SECONDS, default=2.0, help=watch)
 
 
 def cmd_hosts(args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def cmd_hosts(args: argparse.Namespace) -> int:
 
 
 def cmd_boot(args: argparse.Namespace) -> int:
-    """Boot a host and hand its console to the person at the terminal."""
+    """Boot a host and attach the user's terminal to its console."""
     from arm_kvm.cli.terminal import attach
     from arm_kvm.host import config, emulators
     from arm_kvm.host.host import Host
@@ -58,7 +58,7 @@ def cmd_boot(args: argparse.Namespace) -> int:
         print(f"shell:  {host.ssh_command}\ntables: arm-kvm stage2 {host_config.name}")
         print("This is its console; Ctrl-] ends the machine.", flush=True)
         attach(host.machine.console.take_over(), lambda: host.machine.process.poll() is None)
-        if host.machine.process.poll():  # 0: the person has powered it off
+        if host.machine.process.poll():  # 0: powered off from within
             raise host.machine.lost()
     finally:
         host.shutdown()
@@ -66,7 +66,7 @@ def cmd_boot(args: argparse.Namespace) -> int:
 
 
 def cmd_stage2(args: argparse.Namespace) -> int:
-    """The stage-2 tables of the guests that run on a live machine, read from outside."""
+    """Show the stage-2 tables of the guests that run on a live machine, read from outside."""
     from arm_kvm.machine.rundir import live_machines
     from arm_kvm.oracle.locator import watch
 

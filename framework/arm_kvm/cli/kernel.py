@@ -1,4 +1,4 @@
-"""``kernel list``, ``fetch``, ``build``: kernels and their cache."""
+"""``kernel list``, ``kernel fetch``, ``kernel build``: kernels and their cache."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from arm_kvm.cli.output import Table
 def add_commands(commands: Commands) -> None:
     actions = commands.add_group("kernel", "list, fetch and build kernels", "Kernels and their cache.")
     actions.add("list", cmd_kernel_list, "list the cached kernels")
-    actions.add("fetch", cmd_kernel_fetch, "fetch (and build) the kernel a host file names").add_argument("host")
+    actions.add("fetch", cmd_kernel_fetch, "fetch (and build) the kernel that a host file names").add_argument("host")
     build = actions.add("build", cmd_kernel_build, "build a source tree for a host, into the cache")
     build.add_argument("host")
     build.add_argument("--tree", type=Path, required=True, metavar="DIR", help="a clean kernel source tree")
     build.add_argument("--patch", type=Path, action="append", default=[], metavar="FILE", help="apply it (repeatable)")
-    build.add_argument("--fragment", action="append", default=[], help="one more of images/kernel (repeatable)")
+    fragment = "a configuration fragment of images/kernel to add (repeatable)"
+    build.add_argument("--fragment", action="append", default=[], help=fragment)
 
 
 def cmd_kernel_list(args: argparse.Namespace) -> int:

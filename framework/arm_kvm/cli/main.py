@@ -1,4 +1,4 @@
-"""Where a command is run: its errors, and what becomes of the streams it writes to."""
+"""Runs a command, and deals with its errors and with output that cannot be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arm_kvm.support.limits import is_limit, lab_error
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line. (The documentation is made from it, too.)"""
+    """Make the parser of the whole command line. The documentation is generated from it, too."""
     whole = argparse.ArgumentParser(
         prog="arm-kvm", description="A test lab for KVM/ARM, judged from outside the machine."
     )
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the arguments name; its exit code. Raises KeyboardInterrupt."""
+    """Run the command that the arguments name, and return its exit code. Raises KeyboardInterrupt."""
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed(error: LabError) -> int:
-    if interrupt.heard():  # and this is what became of it
+    if interrupt.heard():  # the error is a consequence of Ctrl-C
         return error.exit_code
     try:
         print(f"arm-kvm: {error}", file=sys.stderr, flush=True)
@@ -57,13 +57,13 @@ def _failed(error: LabError) -> int:
 
 
 def _drop(fd: int) -> None:
-    """Discard what is still to be written to this stream: the interpreter would fail over it when it ends."""
+    """Discard what is still buffered for this stream, which the interpreter would fail to write when it exits."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def _output() -> Path | None:
-    """What standard output goes to, where it has a name."""
+    """The file that standard output goes to, if it has a name."""
     with suppress(OSError):
         path = Path(os.readlink("/proc/self/fd/1"))
         return path if path.exists() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-_WIDE = 400  #: columns of a table that no terminal shows: nothing is folded
+_WIDE = 400  #: columns of a table that is not printed to a terminal: no line is folded
 
 
 class Table:
@@ -22,7 +22,7 @@ class Table:
         self._rows.append(cells)
 
     def show(self) -> None:
-        # Here and not at the top: to load rich takes as long as all else that `arm-kvm test` loads.
+        # Imported here, since rich takes as long to load as everything else that `arm-kvm test` loads.
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table as RichTable
@@ -36,7 +36,7 @@ class Table:
 
 
 def seconds(value: float) -> str:
-    """A time with three digits and its unit."""
+    """Format a time with three significant digits and its unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""``replay``, ``obligations``: a saved sequence once more, and the model that sequences are judged by."""
+"""``replay``, ``obligations``: plays a saved sequence again, and prints the model that sequences are judged by."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def add_commands(commands: Commands) -> None:
     replay.add_argument("--host", default="arm64", metavar="HOST", help="where (default: arm64)")
     replay.add_argument("--kernel", metavar="KERNEL", help=KERNEL_HELP)
     replay.add_argument("--qemu", metavar="QEMU", help=QEMU_HELP)
-    owed = "what each memory operation of the host owes to stage 2, as Markdown"
+    owed = "print what each memory operation of the host requires of stage 2, as Markdown"
     commands.add("obligations", cmd_obligations, owed)
 
 
 def cmd_replay(args: argparse.Namespace) -> int:
-    """A saved sequence on a fresh host, step by step."""
+    """Play a saved sequence on a fresh host, step by step."""
     from arm_kvm.host import config, emulators
     from arm_kvm.host.host import Host
     from arm_kvm.host.kernel import obtain
@@ -52,7 +52,7 @@ def cmd_replay(args: argparse.Namespace) -> int:
 
 
 def cmd_obligations(args: argparse.Namespace) -> int:
-    """The notifier model as a table in Markdown."""
+    """Print the notifier model as a table in Markdown."""
     from arm_kvm.model.kvm import notifier
 
     print(notifier.document(), end="")

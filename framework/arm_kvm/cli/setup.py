@@ -1,4 +1,4 @@
-"""``setup``, ``doctor``: the system packages that the lab needs, and what else this machine must have."""
+"""``setup``, ``doctor``: the system packages and other things that the lab needs of this machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LEAST_DISK = 4 << 30
 
 
 def add_commands(commands: Commands) -> None:
-    commands.add("setup", cmd_setup, "install the system packages the lab needs (root), or print the line to run")
-    commands.add("doctor", cmd_doctor, "say what this machine has and lacks")
+    commands.add("setup", cmd_setup, "install the system packages that the lab needs, or print the command for root")
+    commands.add("doctor", cmd_doctor, "show what this machine has and lacks")
 
 
 def cmd_setup(args: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    """What this machine has and lacks; exit code 3 when something the tests need is missing."""
+    """Show what this machine has and lacks. Raises SetupError when something that the tests need is missing."""
     from arm_kvm.host import config
     from arm_kvm.machine.emulator import Emulator
     from arm_kvm.support import setup

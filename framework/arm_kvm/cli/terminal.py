@@ -1,4 +1,4 @@
-"""A person at the host's console: the terminal in raw mode, byte for byte, until Ctrl-]."""
+"""Attaches the user's terminal to a host's console, in raw mode, until Ctrl-]."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import time
 import tty
 from collections.abc import Callable
 
-_DYING = 5.0  #: seconds
+_DYING = 5.0  #: seconds from the end of a machine's console to the end of its process
 _ESCAPE = b"\x1d"  # Ctrl-]
 
 
 def attach(console: socket.socket, alive: Callable[[], bool]) -> None:
-    """Connect this terminal with the console; returns on Ctrl-], or when the machine is gone.
+    """Connect this terminal to the console. Returns on Ctrl-], or when the machine has ended.
 
-    Without a terminal on standard input, the console is printed and Ctrl-C (or the machine's end) ends it.
+    If standard input is no terminal, the console is printed until Ctrl-C or the end of the machine.
     """
     keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
     saved = termios.tcgetattr(keyboard) if keyboard is not None else None
@@ -32,7 +32,7 @@ def attach(console: socket.socket, alive: Callable[[], bool]) -> None:
 
 
 def _await_end(alive: Callable[[], bool]) -> None:
-    """A process that dies closes what it has open before it can be waited for: the caller is to find it ended."""
+    """Wait for the machine's process: it has closed the console, but cannot be reaped until it has exited."""
     deadline = time.monotonic() + _DYING
     while alive() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""``trace check``, ``trace draw``: recorded traces of events."""
+"""``trace check``, ``trace draw``: checks and draws recorded traces of events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arm_kvm.support.errors import ProtocolViolation, SetupError, TraceError
 
 def add_commands(commands: Commands) -> None:
     actions = commands.add_group("trace", "check and draw recorded traces", "Recorded traces of events.")
-    check = actions.add("check", cmd_trace_check, "hold traces against the rules of VMIDs and TLB maintenance")
+    check = actions.add("check", cmd_trace_check, "check traces against the rules of VMIDs and TLB maintenance")
     check.add_argument("file", type=Path, nargs="+", metavar="FILE")
     draw = actions.add("draw", cmd_trace_draw, "draw VMs over time, their VMIDs, rollovers and invalidations")
     draw.add_argument("file", type=Path, metavar="FILE")
@@ -19,7 +19,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def cmd_trace_check(args: argparse.Namespace) -> int:
-    """Recorded traces against the rules of VMIDs and TLB maintenance: every file is judged before the verdict."""
+    """Check every file against the rules of VMIDs and TLB maintenance. Raises ProtocolViolation after the last."""
     broken = [str(file) for file in args.file if not _keeps_the_rules(file)]
     if broken:
         raise ProtocolViolation(
@@ -38,7 +38,7 @@ def _keeps_the_rules(file: Path) -> bool:
         raise TraceError(f"{file} has no event in it: there is nothing to check")
     found = checker.violations(trace)
     entries = len(list(trace.of(Enter)))
-    rollovers = sum(full(event.op) for event in trace.of(Invalidate))
+    rollovers = sum(full(event.op) for event in trace.events if isinstance(event, Invalidate))
     verdict = f"{len(found)} violations" if found else "the rules are kept"
     print(f"{file}: {len(trace.events)} events, {entries} guest entries, {rollovers} rollovers: {verdict}")
     for violation in found:
@@ -47,7 +47,7 @@ def _keeps_the_rules(file: Path) -> bool:
 
 
 def cmd_trace_draw(args: argparse.Namespace) -> int:
-    """A recorded trace as a picture, beside it or where -o says."""
+    """Draw a recorded trace, into a file beside it or where -o says."""
     from arm_kvm.events import picture
     from arm_kvm.events.trace import Trace
 

@@ -1,4 +1,4 @@
-"""A difference as a person reads it: registers, regimes, the walk entry by entry, and what was said on both sides."""
+"""A difference as text: registers, regimes, the walk entry by entry, and the results of both sides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arm_kvm.model.arch.walk import El10, Step, Translation
 
 
 def picture(world: TableWorld, probe: Probe | None, found: list[str], program: Program) -> str:
-    """Several lines of text. Without a probe (the program was lost, memory has changed), all probes of the world."""
+    """Describe a difference. Without a probe (no answer, or memory differs), list all probes of the world."""
     predictor = Predictor.of(world, program)
     lines = [str(world.registers)]
     if predictor.el10 is None:
@@ -25,16 +25,16 @@ def picture(world: TableWorld, probe: Probe | None, found: list[str], program: P
 
 
 def _walk(world: TableWorld, probe: Probe, predictor: Predictor) -> list[str]:
-    """The walk, one line an entry; stage 2 is indented under the stage-1 step that it serves."""
-    for earlier in world.probes[: world.probes.index(probe)]:  # their stores count
+    """The walk, one line per entry. Stage 2 is indented below the stage-1 step that it belongs to."""
+    for earlier in world.probes[: world.probes.index(probe)]:  # whose stores affect this one
         predictor.predict(earlier)
     predictor.predict(probe)
     names = [departure.name for departure in predictor.met if departure.shown_by(world.silicon)]
     try:
         outcome, trace = predictor.outcome(probe)
     except Unknowable as e:
-        return [f"  model: into memory that nobody knows: {e}"]
-    lines = [_step(step, predictor.el10) for step in trace]
+        return [f"  model: not predictable: {e}"]
+    lines = [] if predictor.el10 is None else [_step(step, predictor.el10) for step in trace]
     return [*lines, f"  model: {_outcome(outcome)}" + (f" (departures: {', '.join(names)})" if names else "")]
 
 
@@ -42,12 +42,12 @@ def _outcome(outcome: Translation | Fault) -> str:
     if isinstance(outcome, Fault):
         return str(outcome)
     attr, sh = outcome.combined
-    kind = "left open" if attr is None else f"{attr:#04x}"
-    return f"IPA {outcome.ipa:#x} -> PA {outcome.pa:#x}, attributes {kind}, SH {'left open' if sh is None else int(sh)}"
+    kind = "undefined" if attr is None else f"{attr:#04x}"
+    return f"IPA {outcome.ipa:#x} -> PA {outcome.pa:#x}, attributes {kind}, SH {'undefined' if sh is None else int(sh)}"
 
 
 def _step(step: Step, el10: El10) -> str:
-    regime = el10.stage2 if step.stage == 2 else el10.stage1.regime
+    regime = el10.stage2 if step.stage == 2 or el10.stage1 is None else el10.stage1.regime
     space = "PA" if step.stage == 2 else "IPA"
     indent = "    " if step.stage == 2 else "  "
     where = f"{indent}stage {step.stage} level {step.level} {space} {step.at:#014x}"
@@ -57,7 +57,7 @@ def _step(step: Step, el10: El10) -> str:
 def _entry(step: Step, regime: Regime) -> str:
     kind = d.kind(step.word, step.level, regime.granule)
     if kind in (d.EntryKind.INVALID, d.EntryKind.RESERVED):
-        return kind.value
+        return str(kind.value)
     address = step.word & regime.format.address_field()
     if kind is d.EntryKind.TABLE:
         return f"table -> {address:#x}"

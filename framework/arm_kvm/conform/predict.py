@@ -1,19 +1,20 @@
-"""What the model says a probe must report."""
+"""The model's prediction of what a probe reports."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from arm_kvm.conform import departures, layout
 from arm_kvm.conform.case import Probe, TableMemory, TableWorld, Unknowable, frame_number, in_frames
 from arm_kvm.conform.departures import Departure
 from arm_kvm.conform.program import Program
+from arm_kvm.guest.isa import Access as GuestAccess
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch import syndrome
 from arm_kvm.model.arch.attributes import is_device
 from arm_kvm.model.arch.faults import Fault, FaultType
+from arm_kvm.model.arch.granule import LAST_LEVEL
 from arm_kvm.model.arch.regime import ImpossibleRegime
 from arm_kvm.model.arch.walk import El10, Step, Trace, Translation, descend
 
@@ -21,7 +22,7 @@ _ALL = (1 << 64) - 1
 _LOW = (1 << 32) - 1
 _EA = 1 << 9
 
-#: A prediction: (name, offset of the field in the result in words, value, bits that are known).
+#: A prediction: (name, index of the word in the result, value, bits that are known).
 Expected = list[tuple[str, int, int, int]]
 
 _FIELD = {name: offset // 8 for name, offset in layout.RESULT_FIELDS.items()}
@@ -36,32 +37,33 @@ def _field(name: str, value: int, known: int = _ALL) -> tuple[str, int, int, int
 
 
 def _is_leaf(step: Step) -> bool:
-    """A page, or a block at whatever level (see departures.BLOCK_ANYWHERE)."""
-    return bool(d.VALID.of(step.word)) and bool(d.TYPE.of(step.word)) == (step.level == d.LAST_LEVEL)
+    """Whether a step read a page, or a block at any level (see departures.BLOCK_ANYWHERE)."""
+    return bool(d.VALID.of(step.word)) and bool(d.TYPE.of(step.word)) == (step.level == LAST_LEVEL)
 
 
 @dataclass
 class HardwareUpdates:
-    """What the walks of a world write into its tables: bits by physical address of the entry.
+    """The bits that the walks of a world set in its tables, by physical address of the entry.
 
-    Real accesses must set the access flag and the dirty state; AT instructions may set the access flag.
+    Accesses by guests must set the access flag and the dirty state; AT instructions may set the access flag.
     """
 
     may: dict[int, int] = field(default_factory=dict)
     must: dict[int, int] = field(default_factory=dict)
 
     def note(self, step: Step, bits: int, required: bool) -> None:
+        """Record an update of the entry that ``step`` read."""
         for ledger in (self.may, self.must)[: 1 + required]:
             ledger[step.at] = ledger.get(step.at, 0) | bits
 
     def explains(self, pa: int, before: int, after: int) -> bool:
-        """Whether an entry may have become what it is."""
+        """Whether an entry may have changed from ``before`` to ``after``."""
         must = self.must.get(pa, 0)
         return (before ^ after) & ~(self.may.get(pa, 0) & ~before) == 0 and after & must == must
 
 
 def _category(outcome: Translation | Fault) -> tuple[str, str]:
-    """What kind of answer this is, for statistics: the stage that faults, and how."""
+    """The kind of outcome, for statistics: (stage that faults, fault)."""
     if isinstance(outcome, Translation):
         return ("both stages", "translated")
     stage = "stage 2 on a stage 1 walk" if outcome.s1ptw else f"stage {outcome.stage}"
@@ -70,23 +72,23 @@ def _category(outcome: Translation | Fault) -> tuple[str, str]:
 
 @dataclass
 class Predictor:
-    """Predicts the probes of one world, in order: stores change what later loads find."""
+    """Predicts the probes of one world in order, as stores affect later loads."""
 
     world: TableWorld
     program: Program
     memory: TableMemory
     el10: El10 | None  #: None: every address takes a level 0 fault, and no guest can run
-    refused: bool = False  #: QEMU departs there, or did
-    outcomes: Counter = field(default_factory=Counter)  #: probes by what the model says becomes of them
-    departed: Counter = field(default_factory=Counter)  #: probes whose prediction each departure changed, by name
-    mended: Counter = field(default_factory=Counter)  #: ... would have changed, were it not mended
-    silenced: int = 0  #: probes of which a departure leaves nothing to say
+    refused: bool = False  #: PS_BOUNDS_IPA applies, in this QEMU or another
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  #: probes by the outcome in the model
+    departed: Counter[str] = field(default_factory=Counter)  #: probes whose prediction a departure changed, by its name
+    mended: Counter[str] = field(default_factory=Counter)  #: ... would have changed, if it were not fixed
+    silenced: int = 0  #: probes that are not predictable because of a departure
     hardware: HardwareUpdates = field(default_factory=HardwareUpdates)
-    met: list[Departure] = field(default_factory=list)  #: what the probe at hand meets of departures
+    met: list[Departure] = field(default_factory=list)  #: departures that apply to the current probe
 
     @classmethod
     def of(cls, world: TableWorld, program: Program) -> Predictor:
-        """Raises ImpossibleRegime where the architecture does not say what the registers do."""
+        """Raises ImpossibleRegime if the architecture does not define the result of the registers."""
         try:
             el10 = world.el10()
         except ImpossibleRegime as e:
@@ -98,7 +100,7 @@ class Predictor:
         return cls(world, program, TableMemory(world), None if gone else el10, refused=refused)
 
     def predict(self, probe: Probe) -> Expected | None:
-        """What the probe reports. None: architecture or lab do not know, and the probe must not be made."""
+        """What the probe reports. None: it is not predictable, and must not be made."""
         self.met = []
         try:
             outcome, trace = self.outcome(probe)
@@ -118,7 +120,7 @@ class Predictor:
         return self._aborted(probe, outcome) if isinstance(outcome, Fault) else self._completed(probe, outcome)
 
     def outcome(self, probe: Probe) -> tuple[Translation | Fault, Trace]:
-        """What becomes of the probe on this silicon, and the walk. Raises Unknowable."""
+        """The outcome of the probe on this silicon, and the walk. Raises Unknowable."""
         if self.refused:
             self.met.append(departures.PS_BOUNDS_IPA)
         if self.el10 is None:
@@ -128,11 +130,11 @@ class Predictor:
         outcome, trace = self._walk(self.el10, probe)
         if departures.met_a_block(self.el10, outcome):
             outcome, trace = self._instead(
-                departures.BLOCK_ANYWHERE, departures.with_blocks_anywhere, probe, outcome, trace
+                departures.BLOCK_ANYWHERE, departures.with_blocks_anywhere(self.el10), probe, outcome, trace
             )
         if departures.at_for_write(probe) and self.el10.stage2.hardware_dirty and not self._dirtied(trace):
             outcome, trace = self._instead(
-                departures.AT_IGNORES_DBM, departures.without_dirty_state, probe, outcome, trace
+                departures.AT_IGNORES_DBM, departures.without_dirty_state(self.el10), probe, outcome, trace
             )
         if departures.reads_astray(self.world.silicon, trace, outcome):
             self.met.append(departures.IPA_32_BITS)
@@ -142,7 +144,7 @@ class Predictor:
         return self._departed(outcome), trace
 
     def _dirtied(self, trace: Trace) -> bool:
-        """Whether a store before this probe has set the dirty state of the leaf that the walk ends at."""
+        """Whether an earlier store set the dirty state of the leaf at which the walk ends."""
         return bool(trace and self.hardware.must.get(trace[-1].at, 0) & d.S2AP.put(d.Grant.WRITE))
 
     def _walk(self, el10: El10, probe: Probe) -> tuple[Translation | Fault, Trace]:
@@ -152,13 +154,13 @@ class Predictor:
     def _instead(
         self,
         departure: Departure,
-        change: Callable[[El10], El10],
+        changed: El10,
         probe: Probe,
         outcome: Translation | Fault,
         trace: Trace,
     ) -> tuple[Translation | Fault, Trace]:
-        """What a CPU finds that reads the tables by another regime, where this one does."""
-        other, steps = self._walk(change(self.el10), probe)
+        """The outcome and walk in the changed regime, if they differ and this silicon has the departure."""
+        other, steps = self._walk(changed, probe)
         if other == outcome:
             return outcome, trace
         self.met.append(departure)
@@ -170,18 +172,20 @@ class Predictor:
         return outcome
 
     def _meets(self, departure: Departure) -> None:
-        """Count it for the probe at hand."""
+        """Count a departure that applies to the current probe."""
         (self.departed if departure.shown_by(self.world.silicon) else self.mended)[departure.name] += 1
 
     def _refused(self, probe: Probe) -> Fault:
-        """The level 0 fault of an impossible regime; stage 1 may object first, or be what meets it."""
+        """The level 0 fault of an impossible regime, unless stage 1 faults first; it may be on a stage-1 walk."""
         if probe.runs:
             raise Unknowable("no guest runs without stage 2")
         control = self.world.stage1()
         nothing = Fault(FaultType.TRANSLATION, 0, 2)
         if control is None:
             return Fault(FaultType.ADDRESS_SIZE, 0, 1) if probe.va >> self.world.silicon.features.pa_bits else nothing
-        return descend(control.regime, probe.va, nothing.on_table_walk)
+        found = descend(control.regime, probe.va, nothing.on_table_walk)
+        assert isinstance(found, Fault), "every read of a table faults"
+        return found
 
     def _note_updates(self, probe: Probe, outcome: Translation | Fault, trace: Trace) -> None:
         if self.el10 is None or not self.el10.stage2.hardware_af:
@@ -217,8 +221,8 @@ class Predictor:
 
     def _aborted(self, probe: Probe, fault: Fault) -> Expected | None:
         if fault.type is FaultType.EXTERNAL_ON_WALK:
-            return None  # who takes it is for SCR and HCR to say; AT shows the fault itself
-        gadget = None if probe.access.fetch else self.program.gadgets[probe.gadget].instruction
+            return None  # SCR and HCR decide which level takes it; AT reports the fault itself
+        gadget = None if probe.gadget is None else self.program.gadgets[probe.gadget].instruction
         armv7 = self.world.silicon.armv7
         taken = syndrome.abort(fault, probe.access, probe.va, at_el0=probe.user, armv7=armv7, instruction=gadget)
         return self._to_el2(probe, taken) if taken.el == 2 else self._to_el1(probe, taken)
@@ -239,7 +243,7 @@ class Predictor:
         return [*self._hvc(vector), esr, far]
 
     def _paired(self, name: str, probe: Probe, value: int) -> tuple[str, int, int, int]:
-        """A register that Armv7 has twice: of data in the lower half of the field, of fetches in the upper."""
+        """A register that Armv7 has twice: for data in the lower half of the field, for fetches in the upper."""
         if not self.world.silicon.armv7:
             return _field(name, value)
         shift = 32 if probe.access.fetch else 0
@@ -250,7 +254,7 @@ class Predictor:
         return [_field("R_KIND", layout.TRAPPED), _field("R_ESR", ec << _EC_SHIFT | 1 << 25 | number)]
 
     def _completed(self, probe: Probe, found: Translation) -> Expected | None:
-        if probe.access.fetch:
+        if probe.gadget is None:
             return self._fetched(probe, found)
         access = self.program.gadgets[probe.gadget].access
         if not in_frames(found.pa, access.size):
@@ -262,16 +266,17 @@ class Predictor:
         return [*self._gadget_done(probe), _field("R_VALUE", self._loaded(found.pa, access), known)]
 
     def _gadget_done(self, probe: Probe) -> Expected:
-        """The HVC behind the gadget, which at EL0 is undefined and ends in the guest's own vector."""
+        """The HVC after the gadget, which is undefined at EL0 and then enters the guest's own vector."""
         if not probe.user:
             return self._hvc(layout.HVC_DONE)
         return self._hvc(_A32_UNDEFINED if self.world.silicon.armv7 else _A64_LOWER)
 
     def _fetched(self, probe: Probe, found: Translation) -> Expected | None:
-        """The frame's two instructions: one leaves its number in register 1, the other (WFI) traps.
+        """The frame's two instructions: one moves the frame's number into register 1, the other (WFI) traps.
 
-        Fetches from device memory, which may fault or not, are not made.
+        Fetches from device memory are not made, as they may fault or not.
         """
+        assert self.el10 is not None, "an impossible regime translates nothing"
         device = self.el10.stage2.format.is_device(found.second.attr)
         device |= self.el10.stage1 is not None and is_device(found.first.attr)
         if device or not in_frames(found.pa, 8):
@@ -283,8 +288,8 @@ class Predictor:
             _field("R_ELR", probe.va + 4),
         ]
 
-    def _loaded(self, pa: int, access) -> int:
-        word = self.memory.load(pa & ~7) >> 8 * (pa & 7)
+    def _loaded(self, pa: int, access: GuestAccess) -> int:
+        word = self.memory.load_frame(pa & ~7) >> 8 * (pa & 7)
         bits = min(8 * access.size, access.bits)
         value = word & ((1 << bits) - 1)
         if access.signed and value >> (bits - 1):
@@ -294,4 +299,4 @@ class Predictor:
     def _store(self, pa: int, size: int, value: int) -> None:
         at, shift = pa & ~7, 8 * (pa & 7)
         mask = ((1 << 8 * size) - 1) << shift
-        self.memory.stored[at] = self.memory.load(at) & ~mask | value << shift & mask
+        self.memory.stored[at] = self.memory.load_frame(at) & ~mask | value << shift & mask

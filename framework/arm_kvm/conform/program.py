@@ -1,4 +1,4 @@
-"""The program's image and its access gadgets, assembled from one description."""
+"""The program's image with its access gadgets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DATA = 1  #: the register that gadgets load and store
 
 @dataclass(frozen=True)
 class Gadget:
-    """One load or store a guest can be told to execute; ``el0``: with the rights of EL0."""
+    """A load or store for guests to execute; ``el0``: with the rights of EL0."""
 
     access: Access
     el0: bool = False
 
     @property
     def instruction(self) -> Instruction | None:
-        """What a stage-2 abort's syndrome says of it; None where it is not valid."""
+        """The instruction as described in a stage-2 abort's syndrome; None if the syndrome is not valid."""
         if not self.access.syndrome:
             return None
         size = self.access.size.bit_length() - 1
@@ -39,7 +39,7 @@ _A64_EL0 = (
     Access("sttrh", "sttrh w{r}, [x16]", 2, True),
     Access("sttr-x", "sttr x{r}, [x16]", 8, True, bits=64),
 )
-#: A32's unprivileged accesses exist in post-indexed form only, so their syndrome is never valid.
+#: A32 has unprivileged accesses only in post-indexed form, so their syndrome is never valid.
 _A32_EL0 = (
     Access("ldrt", "ldrt r{r}, [r12]", 4, False, syndrome=False),
     Access("ldrbt", "ldrbt r{r}, [r12]", 1, False, syndrome=False),
@@ -50,12 +50,12 @@ _A32_EL0 = (
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The program of one instruction set: an ELF file with the program itself and the harness, each at its place."""
+    """The program of an instruction set: an ELF file with the program and the harness at their addresses."""
 
     isa: Isa
     elf: bytes = field(repr=False)
     gadgets: tuple[Gadget, ...]
-    modes: tuple[int, int]  #: PSTATE (PSR) to start a guest with, at EL0 and at EL1
+    modes: tuple[int, int]  #: initial PSTATE (PSR) of a guest at EL0 and at EL1
 
 
 def _gadgets(isa: Isa) -> tuple[Gadget, ...]:
@@ -70,7 +70,7 @@ def _text(gadgets: tuple[Gadget, ...]) -> str:
 
 @cache
 def build(name: str) -> Program:
-    """The program for the instruction set ``name`` (A32 or A64). Raises SetupError."""
+    """Build the program for the instruction set ``name`` (A32 or A64). Raises SetupError."""
     isa = {"A32": A32, "A64": A64}[name]
     gadgets = _gadgets(isa)
     with binutils(isa.tools, f"{name} conformance program") as tools:

@@ -1,8 +1,8 @@
-"""Hold the silicon against the model: one world, or as many as are wanted.
+"""Compare the silicon with the model, in one world or in many.
 
-Worlds come from hypothesis in batches, each with a seed of its own that follows from the run's seed, so that memory
-stays bounded. The same seed gives the same worlds again with the same code and the same version of hypothesis. A
-difference is shrunk by hypothesis to the smallest world that shows it.
+Worlds come from hypothesis in batches, which bounds memory; the seed of each batch is derived from the run's seed. The
+same seed gives the same worlds with the same code and version of hypothesis. Hypothesis shrinks a difference to the
+smallest world that shows it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.errors import Flaky
+from hypothesis.strategies import SearchStrategy
 
 from arm_kvm.conform.case import Probe, TableWorld
 from arm_kvm.conform.picture import picture
@@ -29,18 +30,17 @@ _BATCH = 200  #: worlds
 
 @dataclass
 class Tally:
-    """What a run did. A case is one probe: one address and one operation under one world's registers and tables."""
+    """Statistics of a run. A case is a probe: an address and an operation under the registers and tables of a world."""
 
     worlds: int = 0
     cases: int = 0
-    repeated: int = 0  #: worlds that hypothesis drew again within a batch, and that were not run again
-    unknowable: int = 0  #: probes not made: the architecture or the lab cannot say what they find
+    repeated: int = 0  #: worlds that hypothesis drew again within a batch, and that were skipped
+    unknowable: int = 0  #: probes not made because the architecture or the lab does not define their outcome
     silenced: int = 0  #: ... of these, because of a departure
-    outcomes: Counter = field(default_factory=Counter)  #: cases by what became of them: (stage, how)
-    departed: Counter = field(default_factory=Counter)  #: cases whose prediction a departure changed
-    mended: Counter = field(
-        default_factory=Counter
-    )  #: cases whose prediction one would have changed in another release
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  #: cases by outcome: (stage, how)
+    departed: Counter[str] = field(default_factory=Counter)  #: cases whose prediction a departure changed, by its name
+    #: Cases whose prediction a departure of another release would have changed, by its name.
+    mended: Counter[str] = field(default_factory=Counter)
 
     def add(self, predictor: Predictor, asked: int) -> None:
         """Count one world."""
@@ -64,7 +64,7 @@ class Tally:
 
 
 class Difference(AssertionError):
-    """Silicon and model disagree. ``str()`` is the picture of the walk and the registers that differ."""
+    """Silicon and model differ. ``str()`` shows the walk and the registers that differ."""
 
     def __init__(self, world: TableWorld, probe: Probe | None, found: list[str], lab: Lab) -> None:
         self.world, self.probe, self.found = world, probe, found
@@ -76,10 +76,10 @@ class Difference(AssertionError):
 
 
 def check(lab: Lab, world: TableWorld, tally: Tally) -> None:
-    """Make every probe of a world whose answer is knowable. Raises Difference at the first that differs."""
+    """Make every probe of a world that the model can predict. Raises Difference at the first that differs."""
     try:
         predictor = Predictor.of(world, lab.program)
-    except ImpossibleRegime:  # and the architecture leaves open what then happens
+    except ImpossibleRegime:  # the result is not defined
         return
     asked = [(probe, expected) for probe in world.probes if (expected := predictor.predict(probe)) is not None]
     try:
@@ -124,11 +124,13 @@ def _differences(expected: Expected, row: list[int]) -> list[str]:
 def conform(
     lab: Lab, cases: int, start: int, progress: Callable[[int], None] = lambda done: None, *, shrink: bool = True
 ) -> Tally:
-    """At least ``cases`` cases from seed ``start``; ``progress`` is told of the cases of each batch.
+    """Run at least ``cases`` cases from seed ``start``; ``progress`` is called with the number of cases of each batch.
 
-    Raises Difference, if wanted shrunk. Raises ValueError when worlds have no case in them.
+    Raises Difference (minimised if ``shrink``), ValueError if the worlds contain no case.
     """
-    set_hypothesis_home_dir(run_directory() / "hypothesis")  # it caches constants there, and not in the user's folder
+    set_hypothesis_home_dir(
+        run_directory() / "hypothesis"
+    )  # where it caches constants, instead of the current directory
     tally = Tally()
     strategy = worlds(lab.silicon, lab.program)
     batch = 0
@@ -142,7 +144,7 @@ def conform(
     return tally
 
 
-def _batch(lab: Lab, strategy, number: int, tally: Tally, shrink: bool) -> None:
+def _batch(lab: Lab, strategy: SearchStrategy[TableWorld], number: int, tally: Tally, shrink: bool) -> None:
     seen: set[int] = set()
     differences: list[Difference] = []
 

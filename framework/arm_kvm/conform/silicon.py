@@ -1,4 +1,4 @@
-"""The board that runs the conformance program: worlds go in, results come out, through its RAM."""
+"""The board that runs the conformance program. Worlds and results are exchanged through its RAM."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.conform import layout, program
 from arm_kvm.conform.case import Probe, Silicon, TableWorld, frame_word
@@ -21,11 +22,11 @@ from arm_kvm.model.arch.regime import ARMV7
 from arm_kvm.support.errors import ProgramSilent, QemuDied, SetupError
 
 _MEMORY = 1 << 30
-_PATIENCE = 5.0  #: seconds; a world takes milliseconds, a guest that runs wild never ends
+_PATIENCE = 5.0  #: seconds; a world takes milliseconds, unless a guest never returns
 _SPINS = 1000
 _WORDS = layout.RECORD // 8
-_OWN_WORDS = 0x2000 // 8  #: the program is smaller
-_POISON = (1 << 64) - 1  #: a result that no probe has written
+_OWN_WORDS = 0x2000 // 8  #: more than the program's size
+_POISON = (1 << 64) - 1  #: a result that was not written
 
 
 def _control(name: str) -> int:
@@ -34,7 +35,7 @@ def _control(name: str) -> int:
 
 
 class Lab:
-    """A machine with the program in it. Use as a context manager; no process and no file outlives it.
+    """A machine that runs the program. Use it as a context manager, which leaves no process and no file behind.
 
     Raises SetupError (no QEMU, no binutils, a board without EL2), QemuRefused.
     """
@@ -55,7 +56,7 @@ class Lab:
     def __enter__(self) -> Lab:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # -- the machine -------------------------------------------------------------------------------------
@@ -88,20 +89,20 @@ class Lab:
         )
 
     def close(self) -> None:
-        """End the machine."""
+        """Stop the machine."""
         self.machine.kill()
         self._words = np.zeros(0, dtype="<u8")
-        with suppress(BufferError):  # an exception on its way still sees a part of it; then it goes with that
+        with suppress(BufferError):  # the traceback of an exception may still hold a view of it
             self._map.close()
 
     def restart(self) -> None:
-        """A fresh machine, when the program was lost, or may have been overwritten."""
+        """Start a new machine, as the program does not answer or may have been overwritten."""
         self.close()
         self._start()
         self.restore()
 
     def heal(self) -> None:
-        """Undo what guests may have done where nobody expected it; a fresh machine if they reached the program."""
+        """Undo unexpected stores of guests. Start a new machine if they hit the program."""
         if self._own_memory() != self._pristine:
             self.restart()
             return
@@ -109,11 +110,11 @@ class Lab:
         self.restore()
 
     def _own_memory(self) -> bytes:
-        """The program's text, and the harness but for its table."""
+        """The program's text, and the harness except its table."""
         text = self._slice(layout.PROGRAM, _OWN_WORDS).tobytes()
         return text + self._slice(layout.HARNESS, layout.UPPER_TABLE // 8).tobytes()
 
-    def _slice(self, pa: int, words: int) -> np.ndarray:
+    def _slice(self, pa: int, words: int) -> NDArray[np.uint64]:
         first = self._at(pa)
         return self._words[first : first + words]
 
@@ -124,9 +125,9 @@ class Lab:
     # -- a world -----------------------------------------------------------------------------------------------
 
     def run(self, world: TableWorld, probes: Sequence[Probe]) -> list[list[int]]:
-        """Make these probes of a world; the results, eight words each, as layout.RESULT_FIELDS names them.
+        """Make these probes of a world. Return the results of eight words, named by layout.RESULT_FIELDS.
 
-        Raises ProgramSilent when the program does not come back, QemuDied; the machine is then a fresh one.
+        Raises ProgramSilent if the program does not answer, QemuDied; the machine is then a new one.
         """
         if not probes:
             return []
@@ -139,7 +140,8 @@ class Lab:
         results[::_WORDS] = _POISON
         self._request(len(probes))
         self._await()
-        return self._slice(layout.RESULTS, rows.size).reshape(-1, _WORDS).tolist()
+        answers: list[list[int]] = self._slice(layout.RESULTS, rows.size).reshape(-1, _WORDS).tolist()
+        return answers
 
     def _enter(self, world: TableWorld) -> None:
         for pa in self._written:
@@ -156,7 +158,7 @@ class Lab:
         if not probe.runs:
             return probe.op, probe.va, 0, 0, 0
         gadgets = world.harness + layout.GADGETS
-        pc = probe.va if probe.access.fetch else gadgets + layout.GADGET_SIZE * probe.gadget
+        pc = probe.va if probe.gadget is None else gadgets + layout.GADGET_SIZE * probe.gadget
         return probe.op, probe.va, probe.value, pc, self.program.modes[not probe.user]
 
     def _poke(self, pa: int, word: int) -> None:
@@ -167,7 +169,7 @@ class Lab:
         return int(self._words[self._at(pa)])
 
     def restore(self, pas: Sequence[int] | None = None) -> None:
-        """Give these words of the frames, or all of them, their own content back."""
+        """Restore the initial content of these words of the frames, or of all."""
         if pas is None:
             pas = range(layout.FRAMES, layout.FRAMES + layout.FRAMES_SIZE, 16)
             chunks = self._slice(layout.FRAMES, layout.FRAMES_SIZE // 8)
@@ -187,7 +189,7 @@ class Lab:
         self._poke(_control("REQUEST"), self._sequence)
 
     def _answered(self) -> bool:
-        """Wait for the answer to the last request, for a while."""
+        """Wait for the answer to the last request. Return False after _PATIENCE."""
         where = self._at(_control("ANSWER"))
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:

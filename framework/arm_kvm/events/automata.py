@@ -1,7 +1,7 @@
-"""The rules, one small automaton each. They see the events in order, and the world before each event.
+"""The rules, one small automaton each. They process the events in order, with the world's state before each event.
 
-Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance); ARM DDI 0487 M.b, D8.17; what a change of an entry is:
-arm_kvm.model.arch.changes;
+Sources: ARM DDI 0406C.d, B3.10 (TLB maintenance); ARM DDI 0487 M.b, D8.17 (for changes of an entry see
+arm_kvm.model.arch.changes);
 Linux 5.4 virt/kvm/arm/{arm,mmu}.c, 6.1 and 6.12 arch/arm64/kvm/{arm,mmu,vmid}.c, hyp/pgtable.c.
 """
 
@@ -36,7 +36,7 @@ Finding = tuple[TraceRule, str]
 
 
 class Automaton(Protocol):
-    """``see`` yields what is wrong with the event."""
+    """A rule. ``see`` processes an event and yields the violations that it is."""
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]: ...
 
@@ -45,51 +45,52 @@ class Automaton(Protocol):
 
 
 @dataclass
-class _Debt:
-    """One entry that TLBs may still hold: what the kernel owes for it."""
+class _Pending:
+    """An entry that TLBs may still hold, and that the kernel has to invalidate."""
 
-    entry: EntryChange
+    change: EntryChange
     loss: Loss
-    stage1_only: bool = False  #: stage 2 is done, what combines it with stage 1 is not
-    complete: int = 0  #: operations of the lab that were completed since
+    stage1_only: bool = False  #: stage 2 was invalidated, what combines it with stage 1 was not
+    complete: int = 0  #: operations of the lab completed since
 
     @property
     def size(self) -> int:
-        return 1 << KIB4.level_shift(self.entry.level)
+        return 1 << KIB4.level_shift(self.change.level)
 
-    def pay(self, op: Operation, event: Invalidate) -> bool:
-        """Whether this operation, under the right VMID, is the last that was owed."""
+    def completed_by(self, op: Operation, event: Invalidate) -> bool:
+        """Whether the entry is fully invalidated with this operation, which is executed under the right VMID."""
         if op.reach in (Reach.ALL_VMS, Reach.VM):
             return True
         if op.reach is Reach.STAGE1:
             return self.stage1_only
         if op.has_operand and not (op.last_level and self._table):
             self.stage1_only |= span(event.op, event.operand).reaches(
-                self.entry.ipa, self.size, self.entry.level, self._table
+                self.change.ipa, self.size, self.change.level, self._table
             )
         return False
 
     @property
     def _table(self) -> bool:
-        return d.is_table(self.entry.old, self.entry.level)
+        return d.is_table(self.change.old, self.change.level)
 
     def __str__(self) -> str:
-        still = "stage 1 still combines it: no VMALLE1IS" if self.stage1_only else "no operation that reaches it"
-        where = f"IPA {self.entry.ipa:#x} (level {self.entry.level}, was {self.entry.old:#x})"
-        return f"{where} was {self.loss.value}; {still}, on all CPUs and under the VM's VMID, since"
+        stage1 = "what combines it with stage 1 was not invalidated (VMALLE1IS)"
+        missing = stage1 if self.stage1_only else "no operation reached it"
+        where = f"IPA {self.change.ipa:#x} (level {self.change.level}, was {self.change.old:#x})"
+        return f"{where} was {self.loss.value}; {missing} since, on all CPUs and under the VM's VMID"
 
 
 class Invalidations:
-    """What is taken from a guest is invalidated: under its VMID, for its IPA or all, on all CPUs, before the kernel's
-    operation returns and the page can be used for something else.
+    """Entries and rights that a guest loses are invalidated: under the VM's VMID, for the IPA or all, on all CPUs.
 
-    The first Mark after the change may be of an operation that ran beside it; the second may not.
+    This must be complete before the kernel's operation returns and the page can be reused. The first Mark after the
+    change may belong to a concurrent operation, the second may not.
     """
 
     _GRACE = 2
 
     def __init__(self) -> None:
-        self._debts: dict[int, list[_Debt]] = defaultdict(list)
+        self._pending: dict[int, list[_Pending]] = defaultdict(list)
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         match event:
@@ -100,75 +101,75 @@ class Invalidations:
             case Mark():
                 yield from self._due()
             case Destroyed(root=root) | Created(root=root):
-                self._debts.pop(root, None)
+                self._pending.pop(root, None)
 
     def _change(self, entry: EntryChange, cached: bool) -> Iterator[Finding]:
         if skips_break(entry.old, entry.new):
             yield TraceRule.BREAK_BEFORE_MAKE, f"valid {entry.old:#x} became valid {entry.new:#x} in one step"
-        elif not d.VALID.of(entry.old) and (debt := self._debt_at(entry)):
-            yield TraceRule.BREAK_BEFORE_MAKE, f"valid again, but {debt}"
-        elif cached and (taken := loss(entry.old, entry.new, entry.level)):
-            self._debts[entry.root].append(_Debt(entry, taken))
+        elif not d.VALID.of(entry.old) and (pending := self._pending_at(entry)):
+            yield TraceRule.BREAK_BEFORE_MAKE, f"valid again, but {pending}"
+        elif cached and (lost := loss(entry.old, entry.new, entry.level)):
+            self._pending[entry.root].append(_Pending(entry, lost))
 
-    def _debt_at(self, entry: EntryChange) -> _Debt | None:
-        """A debt for memory that the new entry maps."""
+    def _pending_at(self, entry: EntryChange) -> _Pending | None:
+        """A pending invalidation of memory that the new entry maps."""
         end = entry.ipa + (1 << KIB4.level_shift(entry.level))
-        for debt in self._debts[entry.root]:
-            if debt.entry.ipa < end and entry.ipa < debt.entry.ipa + debt.size and debt.loss is Loss.MAPPING:
-                return debt
+        for pending in self._pending[entry.root]:
+            ipa = pending.change.ipa
+            if ipa < end and entry.ipa < ipa + pending.size and pending.loss is Loss.MAPPING:
+                return pending
         return None
 
     def _invalidated(self, event: Invalidate, vttbr: int, world: TraceState) -> None:
         operation = OPERATIONS[event.op]
-        roots = list(self._debts) if operation.reach is Reach.ALL_VMS else [root_of(vttbr)]
+        roots = list(self._pending) if operation.reach is Reach.ALL_VMS else [root_of(vttbr)]
         for root in roots:
             if operation.reach is Reach.ALL_VMS or world.cached[root] <= {vmid_of(vttbr)}:
-                self._debts[root] = [debt for debt in self._debts[root] if not debt.pay(operation, event)]
+                self._pending[root] = [p for p in self._pending[root] if not p.completed_by(operation, event)]
 
     def _due(self) -> Iterator[Finding]:
-        for root, debts in self._debts.items():
-            for debt in debts:
-                debt.complete += 1
-            for debt in debts:
-                if debt.complete == self._GRACE:
-                    yield TraceRule.NOT_INVALIDATED, str(debt)
-            self._debts[root] = [debt for debt in debts if debt.complete < self._GRACE]
+        for root, entries in self._pending.items():
+            for pending in entries:
+                pending.complete += 1
+                if pending.complete == self._GRACE:
+                    yield TraceRule.NOT_INVALIDATED, str(pending)
+            self._pending[root] = [pending for pending in entries if pending.complete < self._GRACE]
 
 
 # -- VMIDs ---------------------------------------------------------------------------------------------------
 
 
 class Zero:
-    """VMID 0 is the host's: no guest is entered with it. (Maintenance for a VM that never ran may use it.)"""
+    """VMID 0 belongs to the host; no guest is entered with it. (Maintenance for a VM that never ran may use it.)"""
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         if isinstance(event, Enter) and vmid_of(value := world.vttbr[event.cpu]) == 0:
             yield TraceRule.VMID_ZERO, f"{world.name(root_of(value))} is entered under VTTBR {value:#x}"
 
 
-#: The last numbers of a generation may be held by VMs that ran through the rollover before.
+#: The last VMIDs of a generation may be reserved for VMs that were running during the previous rollover.
 _RESERVED = 4
 
 
-#: One VM: its root, and how many VMs had that root before. Roots are used again.
+#: A VM: its root, and how many VMs had that root before. The kernel reuses roots.
 _Life = tuple[int, int]
 
 
 class Owners:
-    """Between two full invalidations a number belongs to one VM, whether that VM still exists or not."""
+    """Between two full invalidations a VMID belongs to one VM, even after that VM is destroyed."""
 
     def __init__(self, bits: int) -> None:
-        self._last = (1 << bits) - 1  #: number of a generation
-        self._owner: dict[int, _Life] = {}  #: VMID -> who has it
+        self._last = (1 << bits) - 1  #: VMID of a generation
+        self._owner: dict[int, _Life] = {}  #: VMID -> its VM
         self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
-        self._before: dict[int, int] = {}  #: root -> its number in any generation
+        self._before: dict[int, int] = {}  #: root -> its last VMID in any generation
         self._largest = 0
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         if isinstance(event, Invalidate) and full(event.op):
             self._owner = {vmid_of(v): self._life(root_of(v)) for v in world.inside.values()}
             self._largest = 0
-        elif isinstance(event, Created):  # a root used again is another VM, but its numbers are as used as before
+        elif isinstance(event, Created):  # another VM, though the VMIDs of the root's former VM remain in use
             self._lives[event.root] += 1
             self._before.pop(event.root, None)
         elif isinstance(event, Enter):
@@ -184,7 +185,7 @@ class Owners:
             if owner is not None and vmid:
                 rule, why = self._clash(vmid, owner, root, world)
                 yield rule, why
-                if rule is TraceRule.ROLLOVER_NOT_INVALIDATED:  # said once
+                if rule is TraceRule.ROLLOVER_NOT_INVALIDATED:  # report it once
                     self._owner, self._largest = {}, 0
             self._owner[vmid] = self._life(root)
             self._largest = max(self._largest, vmid)
@@ -206,19 +207,19 @@ class Owners:
 
 
 class OneVmidPerVm:
-    """All vCPUs of a VM run under one number; it changes with a full invalidation only, and for all of them."""
+    """All vCPUs of a VM run under one VMID, which changes only with a full invalidation, and for all of them."""
 
     def __init__(self) -> None:
-        self._number: dict[int, tuple[int, int]] = {}  # root -> (VMID, full invalidations when it was seen)
+        self._vmid: dict[int, tuple[int, int]] = {}  # root -> (VMID, number of full invalidations at the last entry)
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         if isinstance(event, Created):
-            self._number.pop(event.root, None)
+            self._vmid.pop(event.root, None)
         if not isinstance(event, Enter):
             return
         value = world.vttbr[event.cpu]
         root, vmid = root_of(value), vmid_of(value)
-        before, flushes = self._number.get(root, (vmid, world.flushes))
+        before, flushes = self._vmid.get(root, (vmid, world.flushes))
         for cpu, other in world.others_inside(event.cpu, root):
             if vmid_of(other) != vmid:
                 yield (
@@ -232,11 +233,11 @@ class OneVmidPerVm:
                     TraceRule.VMID_SPLIT,
                     f"{world.name(root)} is entered under VMID {vmid}, and was under {before} in this generation",
                 )
-        self._number[root] = vmid, world.flushes
+        self._vmid[root] = vmid, world.flushes
 
 
 class Stale:
-    """Once a VM is destroyed its root is free memory: VTTBR is not loaded with it again."""
+    """The root of a destroyed VM is free memory, so VTTBR is not loaded with it again."""
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:
         if isinstance(event, Vttbr) and (root := root_of(event.value)) in world.destroyed:
@@ -246,13 +247,13 @@ class Stale:
 
 
 class LocalFlush:
-    """Before another vCPU of the VM enters on a CPU, the CPU forgets the VM: the model's VcpuLoads, by what TLBs hold.
+    """Before another vCPU of a VM enters on a CPU, the VM's translations there are invalidated (the model's VcpuLoads).
 
-    They know a VM by its VMID; and a local operation is done under whatever VTTBR holds.
+    TLBs identify a VM by its VMID, and a local operation applies to the VMID in VTTBR.
     """
 
     def __init__(self) -> None:
-        self._loads = VcpuLoads()
+        self._loads: VcpuLoads[tuple[_Life, int]] = VcpuLoads()  #: a VM is its life and VMID
         self._lives: dict[int, int] = defaultdict(int)  #: root -> VMs that have had it
 
     def see(self, event: Event, world: TraceState) -> Iterator[Finding]:

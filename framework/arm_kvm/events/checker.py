@@ -1,4 +1,4 @@
-"""Runs the automata over a trace."""
+"""Run the automata over a trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arm_kvm.events.world import TraceState
 
 
 def automata_for(trace: Trace) -> list[automata.Automaton]:
-    """Every rule; equality with the model's allocator where the trace says which one the kernel has."""
+    """All automata; that of the model's allocator only if the trace says which allocator the kernel has."""
     rules: list[automata.Automaton] = [
         automata.Invalidations(),
         automata.Zero(),
@@ -26,7 +26,7 @@ def automata_for(trace: Trace) -> list[automata.Automaton]:
 
 
 def violations(trace: Trace, rules: Iterable[automata.Automaton] | None = None) -> list[RuleViolation]:
-    """All that is wrong with the trace, in its order. [] for a hypervisor that kept the rules."""
+    """Find all violations, in the order of the trace; [] for a hypervisor that kept the rules."""
     rules = automata_for(trace) if rules is None else list(rules)
     world = TraceState()
     found = []

@@ -1,4 +1,4 @@
-"""A trace as a story: which VM was inside which CPU from when to when, and what happened at which moment."""
+"""A trace arranged for drawing: which VM ran on which CPU and when, and single moments."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from arm_kvm.events.world import TraceState, full
 
 @dataclass(eq=False)
 class VmLife:
-    """One life of a root: roots are used again."""
+    """A VM: one of the successive owners of a root, as the kernel reuses roots."""
 
     name: str
-    stays: list[Stay] = field(default_factory=list)
+    runs: list[GuestRun] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Stay:
-    """A guest was inside a CPU from ``start`` to ``end`` (ns)."""
+class GuestRun:
+    """The time from a guest entry (``start``) to the exit (``end``) on a CPU, in ns."""
 
     vm: VmLife
     vmid: int
@@ -36,7 +36,7 @@ class Stay:
 
 @dataclass(frozen=True)
 class Moment:
-    """Something at ``time`` (ns): "rollover" or a key of _SHAPES; about a VM, or a CPU (-1: none)."""
+    """Something at ``time`` (ns) that concerns a VM, or a CPU (-1: none). ``kind``: "rollover" or a key of _SHAPES."""
 
     kind: str
     time: int
@@ -50,15 +50,15 @@ class Moment:
 
 
 class History:
-    """Stays and moments of a trace. ``vms`` are those that were entered, in the order of their first entry."""
+    """Guest runs and moments of a trace. ``vms``: those that were entered, in the order of their first entry."""
 
     def __init__(self, trace: Trace) -> None:
         self.vms: list[VmLife] = []
-        self.stays: list[Stay] = []
+        self.runs: list[GuestRun] = []
         self.moments: list[Moment] = []
         self.violations = violations(trace)
         self._lives: dict[int, VmLife] = {}  # root -> its latest life
-        self._inside: dict[int, Stay] = {}  # CPU -> the stay that has not ended yet
+        self._inside: dict[int, GuestRun] = {}  # CPU -> the run that has not ended
         broken = defaultdict(list)
         for violation in self.violations:
             broken[violation.index].append(violation.rule.value)
@@ -73,9 +73,9 @@ class History:
 
     @property
     def span(self) -> tuple[int, int]:
-        """First and last time (ns) of what concerns guests: before the first, the lab only prepares VMs."""
-        times = [m.time for m in self.moments if m.kind in ("rollover", "violation") or (m.vm and m.vm.stays)]
-        times += [time for stay in self.stays for time in (stay.start, stay.end)]
+        """First and last time (ns) that concerns guests. Before the first, the lab only prepares VMs."""
+        times = [m.time for m in self.moments if m.kind in ("rollover", "violation") or (m.vm and m.vm.runs)]
+        times += [time for run in self.runs for time in (run.start, run.end)]
         return min(times, default=0), max(times, default=0)
 
     def _see(self, event: Event, world: TraceState) -> None:
@@ -95,21 +95,21 @@ class History:
 
     def _enter(self, event: Enter, vttbr: int) -> None:
         vm = self._life(root_of(vttbr))
-        stay = self._inside[event.cpu] = Stay(vm, vmid_of(vttbr), event.cpu, event.time, event.time)
-        if not vm.stays:
+        run = self._inside[event.cpu] = GuestRun(vm, vmid_of(vttbr), event.cpu, event.time, event.time)
+        if not vm.runs:
             self.vms.append(vm)
-        vm.stays.append(stay)
-        self.stays.append(stay)
+        vm.runs.append(run)
+        self.runs.append(run)
 
     def _leave(self, cpu: int, time: int) -> None:
-        if stay := self._inside.pop(cpu, None):
-            stay.end = max(time, stay.start)
+        if run := self._inside.pop(cpu, None):
+            run.end = max(time, run.start)
 
     def _life(self, root: int) -> VmLife:
         return self._lives.setdefault(root, VmLife(f"{root:#x}"))
 
     def _note(self, kind: str, event: Event, world: TraceState, words: str) -> None:
-        """It is about the VM that the event names, or else the one in VTTBR."""
+        """Record a moment, for the VM that the event names, or else the one in VTTBR."""
         vttbr = event.value if isinstance(event, Vttbr) else world.vttbr.get(event.cpu, 0)
         root = getattr(event, "root", root_of(vttbr))
         self.moments.append(Moment(kind, event.time, self._life(root) if root else None, event.cpu, words))

@@ -1,4 +1,4 @@
-"""TLB and instruction cache maintenance by name: which translations an operation reaches, and on which CPUs.
+"""TLB and instruction cache maintenance operations: which translations they reach, and on which CPUs.
 
 Sources: ARM DDI 0406C.d, B3.10 and B4.2.2 (c7, c8, executed in Hyp mode); ARM DDI 0487, D8.16 (TLB maintenance) and
 C5.5 (TLBI operands).
@@ -23,14 +23,14 @@ class Reach(Enum):
 
 _TG_SHIFT = {1: 12, 2: 14, 3: 16}
 _PAGE_SHIFT = 12
-_NOTHING = 0  #: instead of a granule: an operand that names no entry
+_NOTHING = 0  #: instead of a granule: the operand reaches no entry
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An instruction: what it reaches, on all CPUs or on its own alone, whether a register says where.
+    """An instruction: the translations it reaches, and whether on all CPUs or only its own.
 
-    ``last_level``: of stage 2, leaves only.
+    ``last_level``: it reaches only leaves of stage 2, no tables.
     """
 
     reach: Reach
@@ -43,7 +43,7 @@ class Operation:
 
 
 def _armv7() -> dict[str, Operation]:
-    """In Hyp mode TLBIALL means both stages of the current VMID; there is nothing finer for stage 2."""
+    """In Hyp mode TLBIALL reaches both stages of the current VMID; stage 2 has no finer operation."""
     return {
         "tlbiall": Operation(Reach.VM, False),
         "tlbiallis": Operation(Reach.VM, True),
@@ -59,7 +59,7 @@ def _armv8() -> dict[str, Operation]:
     for suffix, broadcast in (("", False), ("is", True), ("os", True)):
         out |= {
             f"alle1{suffix}": Operation(Reach.ALL_VMS, broadcast),
-            # VMALLE1 executed at EL2 with TGE clear is about the current VMID; stage 2 entries survive it.
+            # VMALLE1, executed at EL2 with TGE clear, reaches the current VMID; entries of stage 2 survive it.
             f"vmalle1{suffix}": Operation(Reach.STAGE1, broadcast),
             f"vmalls12e1{suffix}": Operation(Reach.VM, broadcast),
             f"ipas2e1{suffix}": Operation(Reach.STAGE2_IPA, broadcast),
@@ -75,7 +75,7 @@ OPERATIONS: dict[str, Operation] = _armv7() | _armv8()
 
 @dataclass(frozen=True)
 class Span:
-    """The IPAs ``[start, end)`` an operand names, bytes; ``level`` of the leaf when the operand hints at it, else 0."""
+    """The IPAs ``[start, end)`` of an operand; ``level`` of the leaf if the operand has a level hint, else 0."""
 
     start: int
     end: int
@@ -83,9 +83,9 @@ class Span:
     granule: int = _PAGE_SHIFT
 
     def reaches(self, ipa: int, size: int, level: int, table: bool) -> bool:
-        """Whether an entry of 4 KiB tables for ``[ipa, ipa + size)`` must go.
+        """Whether the operation must invalidate an entry of 4 KiB tables for ``[ipa, ipa + size)``.
 
-        A hint names leaves of its level, and no table; another granule names nothing.
+        With a level hint only leaves of that level are reached, and no tables; with another granule, nothing is.
         """
         if self.granule != _PAGE_SHIFT or (self.level and (self.level != level or table)):
             return False
@@ -93,7 +93,7 @@ class Span:
 
 
 def span(op: str, operand: int) -> Span:
-    """Decode the register of a TLBI by IPA. Raises ValueError for an operation that takes none."""
+    """Decode the operand of a TLBI by IPA. Raises ValueError for an operation without one."""
     reach = OPERATIONS[op].reach
     if reach is Reach.STAGE2_IPA:
         return _one(operand)
@@ -113,7 +113,7 @@ def _one(operand: int) -> Span:
 def _range(operand: int) -> Span:
     """BaseADDR [36:0] in granules, TTL [38:37] (0: any), NUM [43:39], SCALE [45:44], TG [47:46].
 
-    With a level hint BaseADDR is aligned to what a leaf of that level maps, or nothing need go.
+    With a level hint BaseADDR must be aligned to the size of a leaf of that level, or nothing need be invalidated.
     """
     shift = _TG_SHIFT.get(operand >> 46 & 3, _PAGE_SHIFT)
     pages = ((operand >> 39 & 0x1F) + 1) << (5 * (operand >> 44 & 3) + 1)

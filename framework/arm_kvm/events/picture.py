@@ -1,7 +1,7 @@
 """A trace as a picture (SVG): VMs over time, the VMIDs they run under, rollovers and invalidations.
 
-``history`` is what there is to see, in ns of the trace; ``_Sheet`` puts it on paper, in pixels. Instruction cache
-maintenance is left out: it follows every flush, and concerns no VMID.
+``history`` holds the contents, in ns of the trace; ``_Sheet`` lays them out, in pixels. Instruction cache maintenance
+is left out, as it follows every flush and has nothing to do with VMIDs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import replace
 from itertools import groupby
 from xml.sax.saxutils import escape, quoteattr
 
-from arm_kvm.events.history import History, Moment, Stay, VmLife
+from arm_kvm.events.history import GuestRun, History, Moment, VmLife
 from arm_kvm.events.trace import Trace
 
-_WIDTH, _LEFT, _RIGHT, _TOP = 1200, 90, 1160, 118  #: of the paper; of the field that has time in it
-_ROWS = 800  #: height that the rows of VMs share
+_WIDTH, _LEFT, _RIGHT, _TOP = 1200, 90, 1160, 118  #: of the sheet, and of the area that shows time
+_ROWS = 800  #: height of all rows of VMs together
 _TALLEST, _LOWEST = 24, 1.5  #: heights of a row
-_READABLE = 10  #: height from which a row has room for numbers, and the least distance of labels
-_LISTED = 20  #: violations that are spelled out below
+_READABLE = 10  #: minimum height of a row with numbers, and minimum distance of labels
+_LISTED = 20  #: violations that are described below the picture
 _INK, _GREY, _FAINT, _RED, _AMBER = "#222", "#777", "#e4e4e4", "#d00000", "#b04a00"
-_GOLDEN = (3 - math.sqrt(5)) / 2  #: of a turn of hue: VMIDs that follow each other look different
+_GOLDEN = (3 - math.sqrt(5)) / 2  #: part of the colour circle, so that consecutive VMIDs differ in hue
 
-#: Kind of moment -> its shape as a path from where it is, fill, stroke. Later ones cover earlier ones.
+#: Kind of moment -> its shape as a path from its position, fill, stroke. Later kinds are drawn over earlier ones.
 _SHAPES = {
     "local": ("v4", "none", _GREY),
     "broadcast": ("l-3 5h6z", _AMBER, "none"),
@@ -35,11 +35,11 @@ _SHAPES = {
 }
 
 
-# -- how it looks --------------------------------------------------------------------------------------------
+# -- SVG elements ---------------------------------------------------------------------------------------------
 
 
 def _tag(name: str, body: str = "", **attributes: str | float) -> str:
-    """An element. Lengths are in pixels, to a tenth; ``body`` is SVG already."""
+    """An element. Lengths are in pixels, rounded to a tenth; ``body`` is SVG."""
     values = ((k.replace("_", "-"), v if isinstance(v, str) else f"{round(v, 1):g}") for k, v in attributes.items())
     start = " ".join([name, *(f"{key}={quoteattr(value)}" for key, value in values)])
     return f"<{start}>{body}</{name}>" if body else f"<{start}/>"
@@ -50,39 +50,39 @@ def _text(x: float, y: float, words: str, size: float = 10, **attributes: str | 
 
 
 def _line(x: float, y: float, to: str, colour: str, title: str = "", **attributes: str) -> str:
-    """``to``: a path from there."""
+    """A path ``to`` from a point."""
     return _tag("path", title, d=f"M{x:.1f} {y:.1f}{to}", stroke=colour, **attributes)
 
 
 def _shape(kind: str, x: float, y: float, words: str) -> str:
     path, fill, stroke = _SHAPES[kind]
-    opacity = {"fill_opacity": "0.5", "stroke_width": 2.0} if kind == "violation" else {}
+    opacity: dict[str, str | float] = {"fill_opacity": "0.5", "stroke_width": 2.0} if kind == "violation" else {}
     title = _tag("title", escape(words))
     return _tag("path", title, **{"class": kind}, d=f"M{x:.1f} {y:.1f}{path}", fill=fill, stroke=stroke, **opacity)
 
 
 def _colour(vmid: int) -> str:
-    """Hue by the golden angle. Four lightnesses, for hues that nearly come round again: 1 and 255 meet at rollovers."""
+    """Hue by the golden angle; four lightnesses, because hues nearly recur: 1 and 255 are neighbours at rollovers."""
     rgb = hls_to_rgb(vmid * _GOLDEN % 1, 0.42 + 0.07 * (vmid % 4), 0.62)
     return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
-def _merged(stays: list[Stay], gap: float) -> list[Stay]:
-    """Stays of one VM, CPU and VMID that are less than ``gap`` ns apart as one: no eye can tell them apart."""
-    last: dict[tuple[VmLife, int, int], Stay] = {}
+def _merged(runs: list[GuestRun], gap: float) -> list[GuestRun]:
+    """Merge runs of one VM, CPU and VMID that are less than ``gap`` ns apart and so cannot be told apart."""
+    last: dict[tuple[VmLife, int, int], GuestRun] = {}
     out = []
-    for stay in stays:
-        key = stay.vm, stay.cpu, stay.vmid
-        if key in last and stay.start - last[key].end < gap:
-            last[key].end = stay.end
+    for run in runs:
+        key = run.vm, run.cpu, run.vmid
+        if key in last and run.start - last[key].end < gap:
+            last[key].end = run.end
         else:
-            last[key] = replace(stay)
+            last[key] = replace(run)
             out.append(last[key])
     return out
 
 
 class _Sheet:
-    """The field of the picture: x is time, y a row for each VM, below them a strip for each CPU. In pixels."""
+    """The area with time on the x axis; on the y axis a row for each VM, and below a strip for each CPU. In pixels."""
 
     def __init__(self, history: History, cpus: int) -> None:
         self._history = history
@@ -95,14 +95,14 @@ class _Sheet:
         self.bottom = end + cpus * _TALLEST
 
     def draw(self) -> Iterator[str]:
-        """Later elements cover earlier ones."""
+        """The elements in drawing order."""
         yield from self._axis()
         every = math.ceil(_READABLE / self._height)
         for i, (vm, y) in enumerate(self._rows.items()):
-            yield from self._lane("" if i % every else vm.name, y, self._height, vm.stays, "stay")
+            yield from self._lane("" if i % every else vm.name, y, self._height, vm.runs, "run")
         for cpu, y in self._strips.items():
-            stays = [stay for stay in self._history.stays if stay.cpu == cpu]
-            yield from self._lane(f"CPU {cpu}", y, _TALLEST, stays, "strip")
+            runs = [run for run in self._history.runs if run.cpu == cpu]
+            yield from self._lane(f"CPU {cpu}", y, _TALLEST, runs, "strip")
         yield from self._rollovers()
         yield from self._moments()
 
@@ -110,7 +110,7 @@ class _Sheet:
         return _LEFT + (time - self._first) * self._scale
 
     def _axis(self) -> Iterator[str]:
-        """A line at each round number of milliseconds, five to ten in all."""
+        """Five to ten lines, at round numbers of milliseconds."""
         least = (self._last - self._first or 1) / 1e7
         power = 10.0 ** math.floor(math.log10(least))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= least * 0.999)
@@ -120,33 +120,33 @@ class _Sheet:
             yield _text(x, self.bottom + 16, f"{n * step:.9g}", text_anchor="middle")
         yield _text(_LEFT - 8, self.bottom + 16, "time, ms", text_anchor="end")
 
-    def _lane(self, label: str, y: float, height: float, stays: list[Stay], kind: str) -> Iterator[str]:
-        """Numbers, below them bars, one for each CPU the VM ran on. A low lane is all bars."""
+    def _lane(self, label: str, y: float, height: float, runs: list[GuestRun], kind: str) -> Iterator[str]:
+        """VMIDs, and below them bars, in a line for each CPU that the VM ran on. A low lane has only bars."""
         readable = height >= _READABLE
         top, size = (y + height * 0.42, height * 0.36) if readable else (y, height)
         if label:
             yield _text(_LEFT - 8, top + size / 2 + 3.5, label, text_anchor="end")
         if readable:
             yield _line(_LEFT, top + size, f"H{_RIGHT}", _FAINT)
-        cpus = sorted({stay.cpu for stay in stays})
+        cpus = sorted({run.cpu for run in runs})
         size /= len(cpus) or 1
-        for stay in _merged(stays, 0.5 / self._scale):
-            x, where = self._x(stay.start), top + cpus.index(stay.cpu) * size
-            box = {"x": x, "y": where, "width": max(2.0, self._x(stay.end) - x), "height": size}
-            yield _tag("rect", _tag("title", escape(str(stay))), **{"class": kind}, **box, fill=_colour(stay.vmid))
+        for run in _merged(runs, 0.5 / self._scale):
+            x, where = self._x(run.start), top + cpus.index(run.cpu) * size
+            box = {"x": x, "y": where, "width": max(2.0, self._x(run.end) - x), "height": size}
+            yield _tag("rect", _tag("title", escape(str(run))), **{"class": kind}, **box, fill=_colour(run.vmid))
         if label:
-            yield from self._numbers(stays, top - 1 if readable else y + 2, min(9.5, max(7, height * 0.42)))
+            yield from self._numbers(runs, top - 1 if readable else y + 2, min(9.5, max(7, height * 0.42)))
 
-    def _numbers(self, stays: list[Stay], y: float, size: float) -> Iterator[str]:
-        """The VMID where a run of it begins, if there is room before the next one."""
-        runs = [next(run) for _, run in groupby(stays, lambda stay: (stay.vm, stay.vmid))]
-        starts = [self._x(stay.start) + 3 for stay in runs]
-        for stay, x, end in zip(runs, starts, [*starts[1:], float(_WIDTH)], strict=False):
-            if x + len(str(stay.vmid)) * size * 0.62 < end:
-                yield _text(x, y, str(stay.vmid), size)
+    def _numbers(self, runs: list[GuestRun], y: float, size: float) -> Iterator[str]:
+        """The VMID wherever it changes, if there is room before the next one."""
+        first = [next(same) for _, same in groupby(runs, lambda run: (run.vm, run.vmid))]
+        starts = [self._x(run.start) + 3 for run in first]
+        for run, x, end in zip(first, starts, [*starts[1:], float(_WIDTH)], strict=False):
+            if x + len(str(run.vmid)) * size * 0.62 < end:
+                yield _text(x, y, str(run.vmid), size)
 
     def _rollovers(self) -> Iterator[str]:
-        free = 0.0  # where there is room for the next label
+        free = 0.0  # start of the free space for the next label
         for moment in self._history.moments:
             if moment.kind == "rollover":
                 x = self._x(moment.time)
@@ -166,9 +166,9 @@ class _Sheet:
         yield _tag("g", "\n".join(shapes), id="moments", shape_rendering="auto")
 
     def _level(self, moment: Moment) -> float | None:
-        """On the row of the VM, else the strip of the CPU; invalidations below the bar. The axis has what is wrong.
+        """The y of a moment: in the VM's row, else in the CPU's strip; a violation without either is on the axis.
 
-        Low rows have no room for local flushes, which come with every first entry.
+        Invalidations are below the bar. Low rows have no room for local flushes, which occur at every first entry.
         """
         low = self._height < _READABLE
         if moment.vm in self._rows and not (low and moment.kind == "local"):
@@ -180,7 +180,7 @@ class _Sheet:
         return y + height * (0.8 if moment.kind in ("local", "broadcast") else 0.6)
 
 
-# -- around it -----------------------------------------------------------------------------------------------
+# -- header, legend, footer ----------------------------------------------------------------------------------------
 
 
 def _header(trace: Trace, history: History) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _header(trace: Trace, history: History) -> Iterator[str]:
     kinds = Counter(moment.kind for moment in history.moments)
     counts = {
         "VMs entered": len(history.vms),
-        "guest entries": len(history.stays),
+        "guest entries": len(history.runs),
         "rollovers": kinds["rollover"],
         "invalidations of one VM": kinds["broadcast"],
         "local flushes": kinds["local"],
@@ -201,7 +201,7 @@ def _header(trace: Trace, history: History) -> Iterator[str]:
 
 
 def _legend(y: float) -> Iterator[str]:
-    """A line of samples."""
+    """A line of samples with explanations."""
     for i in range(4):
         yield _tag("rect", x=12 + 7.0 * i, y=y - 8, width=6.0, height=8.0, fill=_colour(i + 1))
     yield _text(45, y, "inside a guest; colour: VMID")
@@ -219,7 +219,7 @@ def _legend(y: float) -> Iterator[str]:
 
 
 def _footer(history: History, y: float) -> list[str]:
-    """The violations in words."""
+    """The violations, one per line."""
     found = history.violations
     lines = [f"event {v.index}: {v.rule.value}: {v.why}" for v in found[:_LISTED]]
     if len(found) > _LISTED:
@@ -230,9 +230,9 @@ def _footer(history: History, y: float) -> list[str]:
 
 
 def draw(trace: Trace) -> str:
-    """The picture of the trace: an SVG document that needs nothing else. White paper, for dark viewers too."""
+    """Draw the trace as a self-contained SVG document, on white for dark viewers, too."""
     history = History(trace)
-    sheet = _Sheet(history, max([trace.cpus, *(stay.cpu + 1 for stay in history.stays)]))
+    sheet = _Sheet(history, max([trace.cpus, *(run.cpu + 1 for run in history.runs)]))
     footer = _footer(history, sheet.bottom + 44)
     height = sheet.bottom + 44 + 15 * len(footer)
     paper = _tag("rect", width=_WIDTH, height=height, fill="#fff")

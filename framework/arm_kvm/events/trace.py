@@ -1,4 +1,4 @@
-"""A trace: what the hypervisor did to the translation of guests, in order. And its text, one line an event.
+"""A trace: what the hypervisor did to the translation of guests, in order; and its text form, one line per event.
 
 ::
 
@@ -15,16 +15,16 @@
     0.002100 - destroyed root=0x812a4000
     0.002200 - mark memory_advise
 
-Time is in seconds of this machine since the recording began, of no meaning to the checker; then the CPU of the host
-(``-``: none); then the event. A ``#`` begins a comment. The order of the lines is the order of what happened: a VTTBR
-line and an ``inv`` line follow their instruction; ``enter`` is the world switch's last step before the guest, from
-which it may still turn back (an interrupt is pending: no ``exit`` follows); ``entry`` lines stand before the first
-event that came after the change was in memory.
+A line has the time in seconds of the lab's machine since the recording began, which the checker ignores; the CPU of
+the host (``-``: none); and the event. A ``#`` begins a comment. Lines are in the order of the events: a ``vttbr`` or
+``inv`` line follows its instruction; ``enter`` is the last step of the world switch before the guest, which may still
+be aborted because of a pending interrupt (no ``exit`` follows); ``entry`` lines precede the first event after the
+change was in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -44,13 +44,13 @@ def vmid_of(vttbr: int) -> int:
 
 
 def root_of(vttbr: int) -> int:
-    """VTTBR.BADDR: physical address of the stage-2 root. 0: no VM."""
+    """VTTBR.BADDR: the physical address of the stage-2 root; 0: no VM."""
     return vttbr & _ROOT
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``time`` in ns since the recording began; ``cpu`` of the host, -1 for what no CPU did."""
+    """``time`` in ns since the recording began; ``cpu`` of the host, -1 if the event belongs to none."""
 
     time: int
     cpu: int
@@ -68,7 +68,7 @@ class Vttbr(Event):
 
 @dataclass(frozen=True, slots=True)
 class Enter(Event):
-    """The world switch enters a guest, under the VTTBR last written. ``vcpu``: address of its struct kvm_vcpu."""
+    """The world switch enters a guest under the VTTBR last written. ``vcpu``: address of its struct kvm_vcpu."""
 
     vcpu: int
     word: ClassVar[str] = "enter"
@@ -76,14 +76,14 @@ class Enter(Event):
 
 @dataclass(frozen=True, slots=True)
 class Exit(Event):
-    """The CPU is back from the guest."""
+    """The CPU returned from the guest."""
 
     word: ClassVar[str] = "exit"
 
 
 @dataclass(frozen=True, slots=True)
 class Invalidate(Event):
-    """A TLB or instruction cache operation of :data:`OPERATIONS`; ``operand`` is its register, 0 if it has none."""
+    """A TLB or instruction cache operation of :data:`OPERATIONS`; ``operand`` is 0 if it has none."""
 
     op: str
     operand: int = 0
@@ -92,7 +92,7 @@ class Invalidate(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntryChange(Event):
-    """A stage-2 entry changed in memory: descriptors before and after, at ``level`` for ``ipa``."""
+    """A stage-2 entry at ``level`` for ``ipa`` changed in memory: the descriptors before and after."""
 
     root: int
     ipa: int
@@ -104,7 +104,7 @@ class EntryChange(Event):
 
 @dataclass(frozen=True, slots=True)
 class Created(Event):
-    """The VM that the lab knows under number ``vm`` was created, with this root."""
+    """A VM was created with this root; ``vm`` is its number in the lab."""
 
     root: int
     vm: int
@@ -113,7 +113,7 @@ class Created(Event):
 
 @dataclass(frozen=True, slots=True)
 class Destroyed(Event):
-    """The VM with this root is gone: the last file descriptor was closed, and close(2) returned."""
+    """The VM with this root was destroyed: close(2) of its last file descriptor returned."""
 
     root: int
     word: ClassVar[str] = "destroyed"
@@ -121,18 +121,18 @@ class Destroyed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Mark(Event):
-    """An operation of the lab on the host is complete: whatever it owed must have been done."""
+    """An operation of the lab on the host is complete, and with it all maintenance that it requires."""
 
     text: str = ""
     word: ClassVar[str] = "mark"
 
 
-_COUNT = "events"  #: a saved trace says how many it has: a file that was cut is none
+_COUNT = "events"  #: fact of a saved trace: the number of its events, so that a truncated file is detected
 
 
 @dataclass
 class Trace:
-    """Events in order, and ``facts`` of the host: host, kernel, cpus, vmid-bits, allocator."""
+    """Events in order, and ``facts`` about the host: host, kernel, cpus, vmid-bits, allocator."""
 
     facts: dict[str, str] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
@@ -164,7 +164,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Read a saved trace. Raises TraceError: no such file, or a line that makes no sense, by its number."""
+        """Read a saved trace. Raises TraceError for a file that cannot be read, and for an invalid line (by number)."""
         try:
             return cls.parse(plain_file(path).read_text(encoding="ascii").splitlines(), str(path))
         except (OSError, UnicodeDecodeError) as e:
@@ -173,7 +173,7 @@ class Trace:
 
     @classmethod
     def parse(cls, lines: Iterable[str], name: str = "trace") -> Trace:
-        """The trace in these lines. Raises TraceError."""
+        """Parse a trace. Raises TraceError."""
         numbered = [(n, line) for n, raw in enumerate(lines, 1) if (line := raw.partition("#")[0].strip())]
         if not numbered or numbered[0][1] != MAGIC:
             raise TraceError(f"{name} is no trace: its first line is not {MAGIC!r}")
@@ -191,42 +191,44 @@ class Trace:
 
 
 def _facts(numbered: tuple[int, str], name: str) -> dict[str, str]:
-    """The second line: key=value pairs. Raises TraceError."""
+    """Parse the second line: key=value pairs. Raises TraceError."""
     number, line = numbered
     try:
         facts = dict(pair.split("=", 1) for pair in line.split())
         for key in {"cpus", "vmid-bits", _COUNT} & facts.keys():
             int(facts[key])
     except ValueError as e:
-        raise TraceError(f"{name}, line {number}: {line!r} are no facts of a host ({e})") from e
+        raise TraceError(f"{name}, line {number}: {line!r} is not a line of facts ({e})") from e
     return facts
 
 
 # -- lines ---------------------------------------------------------------------------------------------
 
 _KINDS: dict[str, type[Event]] = {kind.word: kind for kind in Event.__subclasses__()}
-_BARE: dict[str, Callable[[Event], str]] = {  # what is written without key=
-    "vttbr": lambda e: f"{e.value:#018x}",
-    "inv": lambda e: f"{e.op} {e.operand:#018x}" if OPERATIONS[e.op].has_operand else e.op,
-    "mark": lambda e: e.text,
-}
 
 
 def format_event(event: Event) -> str:
-    """The event's line."""
+    """Format an event as a line."""
     cpu = "-" if event.cpu < 0 else event.cpu
-    if event.word in _BARE:
-        rest = _BARE[event.word](event)
-    else:
-        names = [f.name for f in fields(event)[2:]]
-        rest = " ".join(f"{name}={getattr(event, name):{'d' if name in ('level', 'vm') else '#x'}}" for name in names)
-    return f"{event.time / 1e9:.6f} {cpu} {event.word} {rest}".rstrip()
+    return f"{event.time / 1e9:.6f} {cpu} {event.word} {_operands(event)}".rstrip()
+
+
+def _operands(event: Event) -> str:
+    match event:
+        case Vttbr(value=value):
+            return f"{value:#018x}"
+        case Invalidate(op=op, operand=operand):
+            return f"{op} {operand:#018x}" if OPERATIONS[op].has_operand else op
+        case Mark(text=text):
+            return text
+    names = [f.name for f in fields(event)[2:]]
+    return " ".join(f"{name}={getattr(event, name):{'d' if name in ('level', 'vm') else '#x'}}" for name in names)
 
 
 def parse_event(line: str) -> Event:
-    """The event of one line. Raises ValueError, KeyError or TypeError."""
-    time, cpu, word, *rest = line.split(None, 3)
-    rest = rest[0] if rest else ""
+    """Parse a line. Raises ValueError, KeyError, TypeError or OverflowError."""
+    time, cpu, word, *more = line.split(None, 3)
+    rest = more[0] if more else ""
     kind = _KINDS[word]
     where = (round(float(time) * 1e9), -1 if cpu == "-" else int(cpu))
     if kind is Vttbr:

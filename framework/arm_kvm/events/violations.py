@@ -1,4 +1,4 @@
-"""The names of what can be wrong with a trace."""
+"""The rules that a trace can break, and the report of violations."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from arm_kvm.support.judged import Judged
 
 
 class TraceRule(StrEnum):
-    """A rule that was broken. The value is the name a report shows."""
+    """A rule that was broken. The value is its name in reports."""
 
     #: a valid entry became another valid one, and nothing was invalidated in between
     BREAK_BEFORE_MAKE = "break-before-make"
-    #: an entry or a permission was taken away, and TLBs may still hold it when the kernel's operation is done
+    #: an entry or a permission was removed, and TLBs may still hold it when the kernel's operation is complete
     NOT_INVALIDATED = "not-invalidated"
-    #: the VMID of a destroyed VM went to another VM in the same generation
+    #: another VM got the VMID of a destroyed VM in the same generation
     VMID_REUSED = "vmid-reused"
-    #: two VMs that exist have one VMID
+    #: two existing VMs have the same VMID
     VMID_SHARED = "vmid-shared"
     #: two vCPUs of one VM run under different VMIDs
     VMID_SPLIT = "vmid-split"
     #: a guest was entered with VMID 0, which is the host's
     VMID_ZERO = "vmid-zero"
-    #: a guest was entered with the VMID that it had before the rollover
+    #: a guest was entered with its VMID from before the rollover
     OLD_GENERATION = "old-generation"
-    #: VMIDs began anew without the full invalidation
+    #: a new generation of VMIDs began without the full invalidation
     ROLLOVER_NOT_INVALIDATED = "rollover-not-invalidated"
-    #: VTTBR points at the root of a VM that was destroyed
+    #: VTTBR holds the root of a destroyed VM
     STALE_VTTBR = "stale-vttbr"
-    #: another vCPU of the VM ran on this CPU last, and its translations are still there
+    #: another vCPU of the VM ran on this CPU last, and its translations were not invalidated
     NO_LOCAL_FLUSH = "no-local-flush"
-    #: none of the other rules is broken, but the VMID is not the one that the model's allocator gives
+    #: the VMID is not the one that the model's allocator gives, though no other rule is broken
     WRONG_VMID = "wrong-vmid"
 
 
 @dataclass(frozen=True)
 class RuleViolation:
-    """One broken rule: at event number ``index`` (from 0) of the trace, and why."""
+    """A broken rule: at event number ``index`` (from 0) of the trace, and why."""
 
     rule: TraceRule
     index: int
@@ -50,9 +50,9 @@ class RuleViolation:
 
 
 class ProtocolBroken(AssertionError, Judged):
-    """The hypervisor broke the protocol. ``str()`` shows the first violations with the events around them."""
+    """The hypervisor broke the rules. ``str()`` shows the first violations with the events that led to them."""
 
-    _SHOWN, _AROUND = 4, 6
+    _SHOWN, _BEFORE = 4, 6
 
     def __init__(self, trace: Trace, violations: list[RuleViolation]) -> None:
         self.violations = violations
@@ -65,5 +65,5 @@ class ProtocolBroken(AssertionError, Judged):
         super().__init__("\n".join(lines))
 
     def _context(self, trace: Trace, index: int) -> list[str]:
-        first = max(0, index - self._AROUND)
+        first = max(0, index - self._BEFORE)
         return [f"        {format_event(event)}" for event in trace.events[first : index + 1]]

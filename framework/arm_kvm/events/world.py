@@ -1,4 +1,4 @@
-"""What is known at one moment of a trace: the state that several automata share."""
+"""The state of the host at one moment of a trace, which the automata share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from arm_kvm.events.trace import Created, Destroyed, Enter, Event, Exit, Invalid
 
 
 class TraceState:
-    """The state *before* the event that an automaton is shown.
+    """The state *before* the event that an automaton processes.
 
-    ``vttbr``: CPU -> its VTTBR. ``inside``: CPU -> the VTTBR its guest runs under. ``vms``: root -> the lab's number
-    of the VM. ``destroyed``: roots of VMs that are gone. ``cached``: root -> the VMIDs under which TLBs may hold its
-    translations. ``flushes``: full invalidations so far.
+    ``vttbr``: CPU -> its VTTBR. ``inside``: CPU -> the VTTBR of the guest that runs there. ``vms``: root -> the lab's
+    number of the VM. ``destroyed``: roots of destroyed VMs. ``cached``: root -> the VMIDs under which TLBs may hold
+    its translations. ``flushes``: number of full invalidations so far.
     """
 
     def __init__(self) -> None:
@@ -26,11 +26,13 @@ class TraceState:
         self.flushes = 0
 
     def after(self, event: Event) -> None:
-        """``event`` has happened."""
+        """Update the state by ``event``."""
         match event:
             case Vttbr(cpu=cpu, value=value):
                 self.vttbr[cpu] = value
-                self.inside.pop(cpu, None)  # an entry that turned back at its last step: an interrupt was pending
+                self.inside.pop(
+                    cpu, None
+                )  # also an entry that was aborted at the last step, because of a pending interrupt
             case Enter(cpu=cpu):
                 value = self.inside[cpu] = self.vttbr[cpu]
                 self.cached[root_of(value)].add(vmid_of(value))
@@ -47,19 +49,19 @@ class TraceState:
                 self.destroyed.add(root)
 
     def _flush(self) -> None:
-        """Nothing is cached any more, but for guests that run on."""
+        """Drop what is cached, except under the VTTBRs of guests that are running."""
         self.flushes += 1
         self.cached.clear()
         for value in self.inside.values():
             self.cached[root_of(value)].add(vmid_of(value))
 
     def name(self, root: int) -> str:
-        """The VM with this root, in words."""
+        """The VM with this root, for messages."""
         vm = f"VM {self.vms[root]}" if root in self.vms else "a VM"
         return f"{vm} (root {root:#x}{', destroyed' if root in self.destroyed else ''})"
 
     def others_inside(self, cpu: int, root: int) -> Iterator[tuple[int, int]]:
-        """(CPU, VTTBR) of the guests of this VM that run on other CPUs."""
+        """(CPU, VTTBR) of this VM's guests that run on other CPUs."""
         return ((c, v) for c, v in self.inside.items() if c != cpu and root_of(v) == root)
 
 

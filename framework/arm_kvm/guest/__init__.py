@@ -1,1 +1,1 @@
-"""What runs inside the virtual machines: a payload that takes orders, and the Python that gives them."""
+"""The guests' payload, a program that carries out orders from a mailbox, and the driver that gives it orders."""

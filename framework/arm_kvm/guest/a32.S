@@ -1,5 +1,5 @@
-@ The mailbox payload, A32. r11 holds the mailbox, r10 the order under way; nothing else survives
-@ from one order to the next, and there is no stack. Offsets and gadgets come from payload.py.
+@ The payload for A32 guests. r11 points to the mailbox, r10 to the current order; no other register
+@ is preserved between orders, and there is no stack. payload.py generates the offsets and gadgets.
     .arch   armv7ve
     .arch_extension virt
     .arm
@@ -15,7 +15,7 @@ _start:                                 @ r0: address of this vCPU's mailbox
     isb
     b       next
 
-ring:                                   @ all orders done: tell the host, which comes back with more
+ring:                                   @ all orders are done: exit to the VMM, which returns with new ones
     ldr     r1, =DOORBELL
     str     r0, [r1]
 next:
@@ -50,7 +50,7 @@ after:
     str     r0, [r11, #DONE]
     b       next
 
-access:                                 @ one load or store: gadget number COUNT, 16 bytes each
+access:                                 @ one load or store: gadget number COUNT; a gadget has 16 bytes
     ldr     r0, [r10, #COUNT]
     ldr     r1, =gadgets
     adr     lr, done
@@ -69,7 +69,7 @@ hypercall:                              @ SMC calling convention: function id an
     str     r0, [r10, #VALUE]
     b       done
 
-spin:                                   @ stay inside the guest until the host says stop, or for COUNT rounds if not 0
+spin:                                   @ loop until the VMM sets STOP, or COUNT times if that is not 0
     mov     r0, #1
     str     r0, [r11, #SPINNING]
     ldr     r2, [r10, #COUNT]
@@ -84,7 +84,7 @@ spin:                                   @ stay inside the guest until the host s
     str     r0, [r11, #SPINNING]
     b       done
 
-fill:                                   @ COUNT words STRIDE apart: each its own address ^ VALUE
+fill:                                   @ store address ^ VALUE to each of COUNT words STRIDE apart
     ldr     r0, [r10, #COUNT]
     ldr     r1, [r10, #STRIDE]
     ldr     r2, [r10, #VALUE]
@@ -96,7 +96,7 @@ fill:                                   @ COUNT words STRIDE apart: each its own
     sub     r0, r0, #1
     b       1b
 
-check:                                  @ the reverse: VALUE <- mismatches, FAR <- the first of them
+check:                                  @ compare with fill: VALUE <- mismatches, FAR <- address of the first
     ldr     r0, [r10, #COUNT]
     ldr     r1, [r10, #STRIDE]
     ldr     r2, [r10, #VALUE]
@@ -116,8 +116,8 @@ check:                                  @ the reverse: VALUE <- mismatches, FAR 
 3:  str     r4, [r10, #VALUE]
     b       done
 
-hammer:                                 @ add 1 to COUNT words STRIDE apart, again and again until the
-    mov     r0, #1                      @ host says stop: VALUE <- rounds
+hammer:                                 @ add 1 to each of COUNT words STRIDE apart, in rounds until the
+    mov     r0, #1                      @ VMM sets STOP: VALUE <- rounds
     str     r0, [r11, #SPINNING]
     ldr     r1, [r10, #STRIDE]
     mov     r2, #0
@@ -138,11 +138,11 @@ hammer:                                 @ add 1 to COUNT words STRIDE apart, aga
     str     r0, [r11, #SPINNING]
     b       done
 
-interrupt:                              @ wait for one: VALUE <- what the GICv2 at ADDR says it was
+interrupt:                              @ wait for an interrupt: VALUE <- GICC_IAR of the GICv2 at ADDR
     cpsie   i
 1:  wfi
     b       1b
-interrupted:                            @ GICC_IAR acknowledges, GICC_EOIR ends it
+interrupted:                            @ acknowledge with GICC_IAR, end with GICC_EOIR
     cps     #0x13
     ldr     r0, [r12, #0x0c]
     str     r0, [r12, #0x10]
@@ -204,7 +204,7 @@ unexpected:
     mov     r1, #0
     mov     r2, #0
 report:
-    cps     #0x13                       @ back to Supervisor, the mode orders run in
+    cps     #0x13                       @ back to Supervisor mode, which orders run in
     str     r1, [r10, #SYNDROME]
     str     r2, [r10, #FAR]
     str     r3, [r10, #PC]

@@ -1,5 +1,5 @@
-// The mailbox payload, A64. x20 holds the mailbox, x21 the order under way; nothing else survives
-// from one order to the next, and there is no stack. Offsets and gadgets come from payload.py.
+// The payload for A64 guests. x20 points to the mailbox, x21 to the current order; no other register
+// is preserved between orders, and there is no stack. payload.py generates the offsets and gadgets.
     .arch   armv8-a
     .text
     .include "layout.inc"
@@ -13,7 +13,7 @@ _start:                                 // x0: address of this vCPU's mailbox
     isb
     b       next
 
-ring:                                   // all orders done: tell the host, which comes back with more
+ring:                                   // all orders are done: exit to the VMM, which returns with new ones
     ldr     x1, =DOORBELL
     str     w0, [x1]
 next:
@@ -49,7 +49,7 @@ after:
     str     w0, [x20, #DONE]
     b       next
 
-access:                                 // one load or store: gadget number COUNT, 16 bytes each
+access:                                 // one load or store: gadget number COUNT; a gadget has 16 bytes
     ldr     x0, [x21, #COUNT]
     adr     x1, gadgets
     add     x1, x1, x0, lsl #4
@@ -69,7 +69,7 @@ hypercall:                              // SMC calling convention: function id a
     str     x0, [x21, #VALUE]
     b       done
 
-spin:                                   // stay inside the guest until the host says stop, or for COUNT rounds if not 0
+spin:                                   // loop until the VMM sets STOP, or COUNT times if that is not 0
     mov     w0, #1
     str     w0, [x20, #SPINNING]
     ldr     x2, [x21, #COUNT]
@@ -81,7 +81,7 @@ spin:                                   // stay inside the guest until the host 
 2:  str     wzr, [x20, #SPINNING]
     b       done
 
-fill:                                   // COUNT words STRIDE apart: each its own address ^ VALUE
+fill:                                   // store address ^ VALUE to each of COUNT words STRIDE apart
     ldr     x0, [x21, #COUNT]
     ldr     x1, [x21, #STRIDE]
     ldr     x2, [x21, #VALUE]
@@ -92,7 +92,7 @@ fill:                                   // COUNT words STRIDE apart: each its ow
     sub     x0, x0, #1
     b       1b
 
-check:                                  // the reverse: VALUE <- mismatches, FAR <- the first of them
+check:                                  // compare with fill: VALUE <- mismatches, FAR <- address of the first
     ldr     x0, [x21, #COUNT]
     ldr     x1, [x21, #STRIDE]
     ldr     x2, [x21, #VALUE]
@@ -111,8 +111,8 @@ check:                                  // the reverse: VALUE <- mismatches, FAR
 3:  str     x4, [x21, #VALUE]
     b       done
 
-hammer:                                 // add 1 to COUNT words STRIDE apart, again and again until the
-    mov     w0, #1                      // host says stop: VALUE <- rounds
+hammer:                                 // add 1 to each of COUNT words STRIDE apart, in rounds until the
+    mov     w0, #1                      // VMM sets STOP: VALUE <- rounds
     str     w0, [x20, #SPINNING]
     ldr     x1, [x21, #STRIDE]
     mov     x2, #0
@@ -131,11 +131,11 @@ hammer:                                 // add 1 to COUNT words STRIDE apart, ag
     str     wzr, [x20, #SPINNING]
     b       done
 
-interrupt:                              // wait for one: VALUE <- what the GICv2 at ADDR says it was
+interrupt:                              // wait for an interrupt: VALUE <- GICC_IAR of the GICv2 at ADDR
     msr     daifclr, #2
 1:  wfi
     b       1b
-interrupted:                            // GICC_IAR acknowledges, GICC_EOIR ends it
+interrupted:                            // acknowledge with GICC_IAR, end with GICC_EOIR
     ldr     w0, [x16, #0x0c]
     str     w0, [x16, #0x10]
     str     x0, [x21, #VALUE]
@@ -182,7 +182,7 @@ unexpected:
 
     .ltorg
     .balign 2048
-vectors:                                // only EL1h is expected, synchronous or an interrupt that was waited for
+vectors:                                // only those of EL1h are used: synchronous, and IRQ for the interrupt order
     .rept 4
     b       unexpected
     .balign 128

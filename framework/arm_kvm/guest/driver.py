@@ -1,7 +1,7 @@
-"""The guest as a test author commands it: read, write, execute, spin; no assembly, no mailbox.
+"""The guest as test cases use it: read, write, execute, spin, without assembly or knowledge of the mailbox.
 
-An order that the guest cannot carry out raises what happened: :class:`GuestException` when the guest
-took an exception, :class:`RunFailed` when KVM_RUN itself failed.
+An order that fails raises :class:`~arm_kvm.guest.isa.GuestException` when the guest took an exception, and
+:class:`RunFailed` when KVM_RUN returned for another reason than the end of the order.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ORDER = struct.Struct("<8Q")
 _HEADER = struct.Struct("<4I")
 _U64 = (1 << 64) - 1
 _STOP = struct.pack("<I", 1)
-#: Register that accesses use when a test does not name one.
+#: Data register of accesses when the test names none.
 _REGISTER = 3
-#: Seconds that the agent waits for the end of an order before it answers that it goes on.
+#: Seconds that the agent waits for the end of an order before it answers that the vCPU still runs.
 _WAIT = 0.25
 RUN_DEADLINE = 20.0  #: seconds that a vCPU may stay in the guest without an exit
-_A_FAULT = 0.03  #: seconds that the faults of one page may take, on a machine with much else to do
+_A_FAULT = 0.03  #: seconds that the faults of one page may take on a loaded machine
 
 
 class RunFailed(Exception):
-    """KVM_RUN returned without the guest having finished: the exit says how, ``errno`` if the ioctl failed."""
+    """KVM_RUN returned before the guest finished its orders. ``exit`` says why, ``errno`` if the ioctl failed."""
 
     def __init__(self, exit_: Exit) -> None:
         name = errno_names.errorcode.get(exit_.errno, "")
@@ -43,14 +43,14 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """One order for the payload: its operation and four 64-bit arguments; see a32.S and a64.S."""
+    """One order for the payload: an operation and four 64-bit arguments, whose meanings are in a32.S and a64.S."""
 
     op: str
     addr: int = 0
     value: int = 0
     count: int = 0
     stride: int = 0
-    wrote: tuple[int, int] | None = None  #: IPA and bytes it stores to, for the dirty-log model
+    wrote: tuple[int, int] | None = None  #: IPA and size in bytes of what it stores to, for the dirty-log model
 
     def encode(self) -> bytes:
         words = (p.OPS[self.op], self.addr, self.value, self.count, self.stride)
@@ -59,21 +59,25 @@ class Order:
 
 @dataclass
 class Hammer:
-    """How often :meth:`Guest.hammering` went round; known when its block is over."""
+    """The number of rounds of :meth:`Guest.hammering`, set at the end of its block."""
 
     rounds: int = 0
 
 
 class OrderResult:
-    """What the payload wrote back into an order."""
+    """What the payload wrote back into an order: a value, a status, and for an exception where and why."""
 
     def __init__(self, raw: bytes) -> None:
+        self.value: int
+        self.pc: int
+        self.syndrome: int
+        self.address: int
         _, _, self.value, _, self.pc, status, self.syndrome, self.address = _ORDER.unpack(raw)
         self.status = Status(status)
 
 
 class VcpuPort(Protocol):
-    """What the driver needs of a vCPU: run orders, read and write the mailbox, have MMIO served, record a store."""
+    """What the driver needs of a vCPU: to run orders, to access the mailbox, to serve MMIO, to record stores."""
 
     @property
     def isa(self) -> Isa: ...
@@ -98,7 +102,8 @@ class VcpuPort(Protocol):
 class Guest:
     """The payload on one vCPU. Addresses are IPAs until :meth:`enable_mmu`, then guest-virtual.
 
-    (What was written is remembered by the address given: do not log dirty pages through a moved mapping.)
+    The dirty-log model takes the address of a store for an IPA: do not log dirty pages of memory that the guest's own
+    stage 1 maps at another address.
     """
 
     def __init__(self, vcpu: VcpuPort) -> None:
@@ -106,15 +111,15 @@ class Guest:
         self._isa = vcpu.isa
         self._first_exit: Exit | None = None
         self._answer = b""
-        self.entered = False  #: an order was given: the vCPU has run
-        self.running = False  #: an order is under way
+        self.entered = False  #: whether the vCPU was given an order
+        self.running = False  #: whether an order is under way
 
     # -- single orders ------------------------------------------------------------------------------
 
     def read(self, ipa: int, size: int = 4, *, signed: bool = False, insn: str = "", reg: int = _REGISTER) -> int:
-        """Load ``size`` bytes (or with the named instruction) into data register ``reg``; its value.
+        """Load ``size`` bytes, or with instruction ``insn``, into data register ``reg`` and return its value.
 
-        A signed load gives a negative number as the register holds it. Raises GuestException, RunFailed.
+        The value of a signed load may be negative. Raises GuestException, RunFailed.
         """
         access = self._isa.access(insn) if insn else self._isa.default_access(size, False, signed)
         value = self._do(self._access(access, ipa, 0, reg)).value
@@ -122,7 +127,7 @@ class Guest:
         return value - (1 << access.bits) if access.signed and value >> (access.bits - 1) else value
 
     def write(self, ipa: int, value: int, size: int = 4, *, insn: str = "", reg: int = _REGISTER) -> None:
-        """Store the low ``size`` bytes of ``value`` (or with the named instruction) from ``reg``."""
+        """Store the low ``size`` bytes of ``value`` from ``reg``, or with instruction ``insn``."""
         access = self._isa.access(insn) if insn else self._isa.default_access(size, True)
         self._do(self._access(access, ipa, value, reg))
 
@@ -131,62 +136,62 @@ class Guest:
         return Order("access", ipa, value, self._isa.gadget(access, reg), wrote=wrote)
 
     def execute(self, ipa: int) -> None:
-        """Call ``ipa``; the page must hold a return instruction (:meth:`ret` is its encoding)."""
+        """Branch with link to ``ipa``, where a return instruction must be (:attr:`ret` is its encoding)."""
         self._do(Order("execute", ipa))
 
     @property
     def ret(self) -> bytes:
-        """The return instruction of this guest's ISA, for the host to put where the guest will execute."""
+        """The return instruction of this guest's ISA, to be stored where :meth:`execute` branches to."""
         return self._isa.ret
 
     def hypercall(self, function: int, *arguments: int) -> int:
-        """HVC with an SMC-convention function id and up to three arguments; the result register."""
-        args = (*arguments, 0, 0, 0)
+        """HVC with an SMCCC function id and up to three arguments. Returns the first result register."""
+        first, second, third, *_ = (*arguments, 0, 0, 0)
         bits = self._isa.pointer_bits
-        return self._do(Order("hypercall", function, *args[:3])).value & ((1 << bits) - 1)
+        return self._do(Order("hypercall", function, first, second, third)).value & ((1 << bits) - 1)
 
     def fill(self, ipa: int, count: int, stride: int = 0x1000, seed: int = 0) -> None:
-        """Store one word to each of ``count`` addresses ``stride`` bytes apart: address ^ ``seed``."""
+        """Store address ^ ``seed``, a 32-bit word, to each of ``count`` addresses ``stride`` bytes apart."""
         self._do(Order("fill", ipa, seed, count, stride, wrote=(ipa, (count - 1) * stride + 4)))
 
     def check(self, ipa: int, count: int, stride: int = 0x1000, seed: int = 0) -> list[int]:
-        """The reverse of :meth:`fill`: [] when all words are as filled, else [mismatches, first address]."""
+        """Compare with what :meth:`fill` stored: [] when all words match, else [mismatches, address of the first]."""
         result = self._do(Order("check", ipa, seed, count, stride))
         return [result.value, result.address] if result.value else []
 
     def enable_mmu(self, stage1: GuestStage1) -> None:
-        """Turn stage 1 on with a :class:`arm_kvm.guest.stage1.GuestStage1` that lies in guest memory."""
+        """Enable the MMU with these tables, which must have been written to guest memory (GuestStage1.encode)."""
         regs = stage1.registers(self._isa)
         self._do(Order("mmu", regs.ttbr0, regs.tcr, regs.mair, regs.sctlr))
 
     def flush_tlb(self) -> None:
-        """Invalidate this guest's own stage-1 TLB entries, after its tables were changed."""
+        """Invalidate this vCPU's stage-1 TLB entries, after a change of the guest's own tables."""
         self._do(Order("flush"))
 
     def ping(self) -> None:
-        """An order without effect: the vCPU enters the guest and comes back."""
+        """Enter the guest and return: an order without effect."""
         self._do(Order("nop"))
 
     # -- batches and concurrency ------------------------------------------------------------------------
 
     def batch(self, orders: list[Order]) -> list[OrderResult]:
-        """Run up to 59 orders in one entry; a result each, exceptions included."""
+        """Run up to 59 orders in one guest entry. Returns a result for each; an exception is a result, too."""
         self._begin(orders)
         return self._end(len(orders))
 
     def start_fill(self, ipa: int, count: int, stride: int = 0x1000, seed: int = 0) -> None:
-        """Like :meth:`fill`, without waiting; :meth:`finish` waits. For vCPUs that race."""
+        """Start a :meth:`fill` and do not wait, so that vCPUs can race; :meth:`finish` waits."""
         self._begin([Order("fill", ipa, seed, count, stride, wrote=(ipa, (count - 1) * stride + 4))], wait=0.0)
 
     def finish(self) -> None:
-        """Wait for what :meth:`start_fill` began."""
+        """Wait for the end of :meth:`start_fill`. Raises GuestException, RunFailed."""
         self.checked(self._end(1)[0])
 
     @contextmanager
     def hammering(self, ipa: int, count: int, stride: int = 0x1000) -> Iterator[Hammer]:
-        """Within the block the vCPU adds 1 to each of ``count`` words again and again; whole rounds.
+        """Within the block, the vCPU adds 1 to each of ``count`` words, in rounds; the last round is completed.
 
-        An access that the host's own mapping forbids (KVM_RUN: EFAULT) is tried again until it is allowed.
+        An access that the host's own mapping does not permit (KVM_RUN: EFAULT) is repeated until it succeeds.
         """
         hammer = Hammer()
         self.start_hammer(ipa, count, stride)
@@ -198,24 +203,24 @@ class Guest:
         hammer.rounds = self.checked(result).value
 
     def start_hammer(self, ipa: int, count: int, stride: int = 0x1000) -> None:
-        """Begin what :meth:`hammering` does, for a VM that will not live to see its end."""
+        """Start what :meth:`hammering` does, without an end, for a VM that will be destroyed or killed meanwhile."""
         wrote = (ipa, (count - 1) * stride + 4)
         self._begin([Order("hammer", ipa, 0, count, stride, wrote=wrote)], wait=0.0, persistent=True)
 
     def await_interrupt(self, gicc: int) -> None:
-        """Wait for an interrupt, without waiting for the guest; :meth:`interrupt_taken` says which came.
+        """Make the guest wait for an interrupt, and return at once; :meth:`interrupt_taken` waits for the guest.
 
-        ``gicc``: the IPA of the GICv2's CPU interface, where the guest acknowledges and ends it.
+        ``gicc`` is the IPA of the GICv2 CPU interface, through which the guest acknowledges and ends the interrupt.
         """
         self._begin([Order("interrupt", gicc)], wait=0.0)
 
     def interrupt_taken(self) -> int:
-        """The interrupt that ended :meth:`await_interrupt`, as GICC_IAR gave it."""
+        """Wait for the end of :meth:`await_interrupt` and return the value that the guest read from GICC_IAR."""
         return self.checked(self._end(1)[0]).value
 
     @contextmanager
     def spinning(self) -> Iterator[None]:
-        """Within the block the vCPU stays inside the guest."""
+        """Within the block, the vCPU stays in the guest."""
         self._begin([Order("spin")], wait=0.0)
         try:
             yield
@@ -225,9 +230,10 @@ class Guest:
 
     @contextmanager
     def spinning_for(self, rounds: int) -> Iterator[None]:
-        """Within the block the vCPU enters the guest and stays for this many rounds of a short loop.
+        """Within the block, the vCPU enters the guest and executes a short loop this many times.
 
-        Faster than :meth:`spinning`: a short run needs no thread. The agent answers nobody else until the block's end.
+        This is faster than :meth:`spinning`, because a short run needs no thread, but the agent accepts no other
+        request within the block.
         """
         result = self._vcpu.begin_orders(self.issue([Order("spin", count=rounds)]), _WAIT)
         try:
@@ -244,7 +250,7 @@ class Guest:
         self._first_exit, self._answer = self._vcpu.begin_orders(self.issue(orders), wait, persistent)()
 
     def issue(self, orders: list[Order]) -> bytes:
-        """Encode the orders for the mailbox and mark the vCPU as running."""
+        """Encode the orders for the mailbox, record their stores, and mark the vCPU as running."""
         for order in orders:
             if order.wrote:
                 self._vcpu.record_store(*order.wrote)
@@ -265,7 +271,7 @@ class Guest:
         return self.results(self._vcpu.read_mailbox(p.ORDERS, count * p.ORDER_SIZE))
 
     def _restart(self) -> None:
-        """The failed instruction would only fail again."""
+        """Set the vCPU to the payload's entry: from where it is, it would repeat the instruction that failed."""
         try:
             self._vcpu.restart()
         except HostOsError as e:
@@ -275,7 +281,7 @@ class Guest:
 
     @staticmethod
     def results(raw: bytes) -> list[OrderResult]:
-        """The orders of a mailbox, carried out."""
+        """Decode the orders of a mailbox, ``raw``, after the payload has carried them out."""
         return [OrderResult(raw[i : i + p.ORDER_SIZE]) for i in range(0, len(raw), p.ORDER_SIZE)]
 
     def _do(self, order: Order) -> OrderResult:
@@ -283,14 +289,14 @@ class Guest:
         return self.checked(self._end(1)[0])
 
     def checked(self, result: OrderResult) -> OrderResult:
-        """The result of an order that was carried out. Raises GuestException of one that was not."""
+        """Return the result. Raises GuestException if the order ended with an exception."""
         if result.status is not Status.OK:
             how = (result.syndrome, result.address, result.pc)
             raise self._isa.exception(result.status, *how, self._registers())
         return result
 
     def _registers(self) -> tuple[int, ...]:
-        """The general registers that the vectors kept at the last exception."""
+        """The general registers that the payload's vectors saved at the last exception."""
         count, width = self._isa.general_registers, self._isa.pointer_bits // 8
         raw = self._vcpu.read_mailbox(p.REGISTERS, count * width)
         return tuple(int.from_bytes(raw[at : at + width], "little") for at in range(0, count * width, width))

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal's siginfo. ``lsb``: the lowest bit of ``address`` that counts (si_addr_lsb), of a failed page 12."""
+    """A signal's siginfo. ``lsb`` is si_addr_lsb, the lowest valid bit of ``address``: 12 for a 4 KiB page."""
 
     number: int
     code: int
@@ -20,8 +20,8 @@ class Signal:
 class Exit:
     """Why KVM_RUN returned. ``kind`` is the KVM exit's name, ``error`` when the ioctl itself failed with ``errno``.
 
-    ``data`` are the first two u64 of the exit's part of struct kvm_run. ``signal`` is what ended a run that a signal
-    ended (kind ``bus-error``).
+    ``data`` holds the first two u64 of the exit's union in struct kvm_run. ``signal`` is set for the kind
+    ``bus-error``, a run that SIGBUS ended.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Mmio(Exit):
-    """KVM_EXIT_MMIO: ``size`` bytes at guest-physical ``ipa``; ``value`` is what was written (0 for a read)."""
+    """KVM_EXIT_MMIO: an access of ``size`` bytes at ``ipa``. ``value`` is what the guest wrote, 0 for a read."""
 
     kind: str = "mmio"
     ipa: int = 0
@@ -42,9 +42,9 @@ class Mmio(Exit):
 
 
 def decode_exit(raw: dict[str, Any]) -> Exit:
-    """The exit that the agent describes."""
+    """Decode the agent's description of an exit."""
     if raw["exit"] == "mmio":
-        value = raw["value"] if raw["write"] else 0  # of a read, KVM leaves what was there before
+        value = raw["value"] if raw["write"] else 0  # for a read, KVM leaves the data of an earlier exit
         return Mmio(ipa=raw["ipa"], size=raw["size"], write=raw["write"], value=value)
     signal = Signal(*raw["signal"]) if "signal" in raw else None
     return Exit(raw["exit"], raw.get("errno", 0), tuple(raw.get("data", ())), signal)

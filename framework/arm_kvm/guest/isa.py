@@ -1,7 +1,7 @@
 """The two guest instruction sets: registers, single-access instructions, exception syndromes.
 
-An :class:`Access` is one load or store instruction the payload can execute on demand, with any of a
-range of data registers, so that a test case names an instruction and never writes one.
+An :class:`Access` is one load or store instruction that the payload can execute with any of a range of data registers,
+so that a test case only names the instruction.
 
 Sources: ARM DDI 0406C.d A8.8, B3.13 (fault status); ARM DDI 0487 C6.2, register ESR_EL1.
 """
@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Status(Enum):
-    """What became of an order, as the payload writes it into STATUS."""
+    """The outcome of an order, as the payload writes it into STATUS."""
 
     PENDING = 0
     OK = 1
@@ -21,36 +21,36 @@ class Status(Enum):
     PREFETCH_ABORT = 3
     UNDEFINED = 4
     EXCEPTION = 5  #: A64: the syndrome says which
-    UNEXPECTED = 6  #: a vector nobody should reach: interrupt, SError, wrong mode
+    UNEXPECTED = 6  #: an exception that should not occur: an interrupt, an SError, from another mode
 
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store. ``template`` takes ``{r}``, the data register, and ``{r2}``, the next one."""
+    """One load or store instruction. In ``template``, ``{r}`` is the data register and ``{r2}`` the next one."""
 
     name: str
     template: str
     size: int  #: bytes at the address
     write: bool
     signed: bool = False
-    bits: int = 32  #: width of the register that a load extends to
-    syndrome: bool = True  #: the CPU reports a valid instruction syndrome (ISV) when it aborts
+    bits: int = 32  #: width of the data register
+    syndrome: bool = True  #: whether an abort reports a valid instruction syndrome (ISV)
 
 
 @dataclass(eq=False)
 class GuestException(Exception):
-    """An exception the guest took while it executed an order; caught by its own vectors.
+    """An exception that the guest took while it executed an order, and that its own vectors handled.
 
     ``kind`` is ``data abort``, ``prefetch abort``, ``undefined`` or ``exception``; ``syndrome`` is
-    DFSR/IFSR (A32) or ESR_EL1 (A64); ``address`` is DFAR/IFAR or FAR_EL1; ``pc`` the instruction's.
+    DFSR/IFSR (A32) or ESR_EL1 (A64); ``address`` is DFAR/IFAR or FAR_EL1; ``pc`` is the address of the instruction.
     """
 
     kind: str
     syndrome: int
     address: int
     pc: int
-    external: bool  #: a synchronous external abort: what KVM injects where there is no memory
-    registers: tuple[int, ...] = ()  #: r0 to r12, or x0 to x30, as they were when it was taken
+    external: bool  #: whether it is a synchronous external abort, which KVM injects where there is no memory
+    registers: tuple[int, ...] = ()  #: r0 to r12, or x0 to x30, when the exception was taken
 
     def __str__(self) -> str:
         return f"guest took a {self.kind} at pc {self.pc:#x}: syndrome {self.syndrome:#x}, address {self.address:#x}"
@@ -93,34 +93,34 @@ _A64_ACCESSES = (
 
 @dataclass(frozen=True)
 class Isa:
-    """One instruction set as a guest runs it."""
+    """A guest instruction set: the payload's source, and the accesses that it can make."""
 
     name: str
     source: str  #: assembly file in this folder
     tools: str  #: prefix of the binutils
     accesses: tuple[Access, ...]
-    registers: int  #: data registers an access can name: r0 .. r{registers-1}
+    registers: int  #: number of data registers that an access can use, from r0 or x0 on
     load_gadget: str  #: executes a load into {r} and stores the register into the order
     store_gadget: str  #: loads {r} from the order and executes a store
-    ret: bytes  #: the instruction that returns from a called page
+    ret: bytes  #: the return instruction
     pointer_bits: int
-    general_registers: int  #: that the payload's vectors keep, from number 0 on
+    general_registers: int  #: number of general registers that the payload's vectors save, from r0 or x0 on
 
     def access(self, name: str) -> Access:
-        """The access of this name; ValueError lists those there are."""
+        """Return the access of this name. Raises ValueError, which lists the names."""
         for access in self.accesses:
             if access.name == name:
                 return access
         raise ValueError(f"{self.name} has no access {name!r}: {', '.join(a.name for a in self.accesses)}")
 
     def gadget(self, access: Access, register: int) -> int:
-        """Number of the payload's gadget for this instruction with this data register."""
+        """Return the number of the payload's gadget for this instruction with this data register."""
         if not 0 <= register < self.registers:
             raise ValueError(f"{self.name} accesses use registers 0 to {self.registers - 1}, not {register}")
         return self.accesses.index(access) * self.registers + register
 
     def default_access(self, size: int, write: bool, signed: bool = False) -> Access:
-        """The plain instruction of this size and direction. ValueError when there is none."""
+        """Return the plain load or store of this size in bytes. Raises ValueError when there is none."""
         widest = [a for a in self.accesses if (a.size, a.write, a.signed, a.syndrome) == (size, write, signed, True)]
         if not widest:
             raise ValueError(f"{self.name} has no {'signed ' if signed else ''}access of {size} bytes")
@@ -129,7 +129,7 @@ class Isa:
     def exception(
         self, status: Status, syndrome: int, address: int, pc: int, registers: tuple[int, ...]
     ) -> GuestException:
-        """Decode what the payload's vectors recorded."""
+        """Decode the status and registers that the payload's vectors recorded."""
         kind = status.name.lower().replace("_", " ")
         if self.name == "A64":
             ec = syndrome >> 26 & 0x3F

@@ -1,7 +1,7 @@
-"""Assemble the payload. Layout and gadgets are generated from Python, so both ends agree by construction.
+"""Assemble the payload. The layout of mailbox and orders, and the gadgets, are generated here for driver and payload.
 
-The guest's own memory, in IPA: CODE holds the payload and its vectors, MAILBOX one page a vCPU, and
-DOORBELL is backed by nothing: a store there is the MMIO exit that says "all orders done".
+IPAs: CODE holds the payload and its vectors, MAILBOX one page for each vCPU. At DOORBELL there is no memslot, so that a
+store there exits with KVM_EXIT_MMIO: all orders are done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PENDING, DONE, SPINNING, STOP, ORDERS = 0, 4, 8, 12, 64
 ORDER_SIZE = 64
 REGISTERS = MAILBOX_SIZE - 256  #: the general registers at the last exception: 31 u64 (A64), 13 u32 (A32)
 MAX_ORDERS = (REGISTERS - ORDERS) // ORDER_SIZE
-#: Offsets in an order. An exception's pc replaces STRIDE.
+#: Offsets in an order. An exception overwrites STRIDE with its pc.
 FIELDS = {"OP": 0, "ADDR": 8, "VALUE": 16, "COUNT": 24, "STRIDE": 32, "STATUS": 40, "SYNDROME": 48, "FAR": 56}
 #: Operation codes: positions in the payload's branch table.
 _OPS = "nop access execute hypercall spin fill check mmu flush hammer interrupt"
@@ -57,7 +57,7 @@ def _gadgets(isa: Isa) -> str:
 
 @cache
 def assemble(name: str) -> bytes:
-    """The payload image for ISA ``name``, linked at CODE, entry at its first byte. Raises SetupError."""
+    """Assemble the payload for ISA ``name``, linked at CODE with its entry at the first byte. Raises SetupError."""
     isa = ISAS[name]
     source = Path(__file__).with_name(isa.source)
     with binutils(isa.tools, f"{isa.name} guest payload") as tools:
@@ -68,5 +68,5 @@ def assemble(name: str) -> bytes:
         tools.run("objcopy", "-O", "binary", "-j", ".text", "payload.elf", "payload.bin")
         image = (tools.folder / "payload.bin").read_bytes()
     if len(image) > CODE_SIZE:
-        raise SetupError(f"the {name} payload has {len(image)} bytes, there is room for {CODE_SIZE}")
+        raise SetupError(f"the {name} payload has {len(image)} bytes, more than the {CODE_SIZE} bytes reserved for it")
     return image

@@ -1,7 +1,7 @@
-"""The guest's own stage 1: a long-descriptor table that maps memory onto itself, with chosen exceptions.
+"""The guest's own stage 1: a long-descriptor identity map, in which a test case can change entries.
 
-One root table with 1 GiB entries (level 1): 4 of them for A32, 512 for A64. The author puts the encoded
-tables into guest memory, wherever the test wants them, and turns the MMU on.
+The root table has 1 GiB entries (level 1): 4 for A32, 512 for A64. The test case writes the encoded tables to guest
+memory, at any IPA, and enables the MMU.
 
 Sources: ARM DDI 0406C.d B4.1.153 (TTBCR), B4.1.130 (SCTLR); ARM DDI 0487, registers TCR_EL1, SCTLR_EL1. The entries
 themselves are the model's (framework/arm_kvm/model/arch/stage1.py).
@@ -25,7 +25,7 @@ _HA = 1 << 39  # TCR_EL1.HA
 
 @dataclass(frozen=True)
 class Registers:
-    """What the payload's ``mmu`` order loads."""
+    """The register values of the payload's ``mmu`` order."""
 
     ttbr0: int
     tcr: int
@@ -34,15 +34,15 @@ class Registers:
 
 
 class GuestStage1:
-    """A root table at IPA ``root``: identity, until :meth:`map_block` or :meth:`link` change an entry.
+    """A root table at IPA ``root``: an identity map, until :meth:`map_block` or :meth:`link` changes an entry.
 
-    ``hardware_af`` sets TCR_EL1.HA: the CPU itself sets the access flag of what it translates (FEAT_HAFDBS, A64; the
-    CPU ``max`` has it). Entries made with ``af=False`` begin without the flag: without HA the guest takes an access
-    flag fault there.
+    ``hardware_af`` sets TCR_EL1.HA: the CPU sets the access flag of the descriptors that it uses (FEAT_HAFDBS, A64; the
+    CPU ``max`` has it). Entries made with ``af=False`` have the access flag clear; an access through one takes an
+    access flag fault unless HA is set.
     """
 
     def __init__(self, isa: Isa, root: int, *, hardware_af: bool = False) -> None:
-        """Raises ValueError: an A32 guest has no hardware management of the access flag."""
+        """Raises ValueError for ``hardware_af`` with an A32 guest: Armv7 has no hardware management of the flag."""
         if hardware_af and isa.pointer_bits == 32:
             raise ValueError("hardware_af is for A64 guests: Armv7 has no TCR.HA")
         self.root = root
@@ -54,26 +54,26 @@ class GuestStage1:
         self._entries[va // GIB] = self.leaf(ipa, 1, af=af)
 
     def link(self, va: int, table: int) -> None:
-        """Let the 1 GiB at ``va`` be translated by a level 2 table at IPA ``table``."""
+        """Let the 1 GiB at ``va`` be translated by the level 2 table at IPA ``table``."""
         self._entries[va // GIB] = model.table(table)
 
     def encode(self) -> bytes:
-        """The root table as bytes, to be written at IPA ``root``."""
+        """Encode the root table, to be written at IPA ``root``."""
         return struct.pack(f"<{len(self._entries)}Q", *self._entries)
 
     @staticmethod
     def leaf(ipa: int, level: int, *, af: bool = True) -> int:
-        """The descriptor of a block (level 1 or 2) or page (level 3) that maps ``ipa``."""
+        """Encode the descriptor of a block (level 1 or 2) or page (level 3) that maps ``ipa``."""
         desc = model.leaf(ipa, level)
         return desc if af else desc & ~d.AF.mask
 
     @staticmethod
     def level2(ipa: int, *, af: bool = True) -> bytes:
-        """A level 2 table of 512 blocks of 2 MiB that maps the 1 GiB at ``ipa``."""
+        """Encode a level 2 table of 512 blocks of 2 MiB that maps the 1 GiB at ``ipa``."""
         return struct.pack("<512Q", *(GuestStage1.leaf(ipa + i * MIB2, 2, af=af) for i in range(512)))
 
     def registers(self, isa: Isa) -> Registers:
-        """What the payload loads to turn it on."""
+        """Return the register values that enable the MMU with this root table."""
         if isa.pointer_bits == 32:
             eae = 1 << 31
             return Registers(self.root, eae | _CACHED_WALKS, _MAIR, 0x00C5_0078 | 0x1005)

@@ -37,9 +37,9 @@ class Qmp:
         for logger in self._loggers:
             logger.setLevel(logging.DEBUG)
             logger.propagate = False
-            logger.addHandler(self._handler)
-        # The protocol uses its thread's event loop. With a loop for each connection, one thread can start a machine
-        # while another ends one.
+            logger.addFilter(self._divert)  # not addHandler: pytest adds its own to loggers that do not propagate
+        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
+        # another is ended in another.
         self._loop = asyncio.new_event_loop()
         self._turn, self._closed = threading.RLock(), False
         asyncio.set_event_loop(self._loop)
@@ -81,6 +81,9 @@ class Qmp:
                 self._protocol.close()
             self._loop.close()
             self._closed = True
-        for logger in self._loggers:
-            logger.removeHandler(self._handler)
         self._handler.close()
+
+    def _divert(self, record: logging.LogRecord) -> bool:
+        """Write the record to the file, and keep it from every handler."""
+        self._handler.handle(record)
+        return False

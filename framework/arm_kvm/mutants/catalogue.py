@@ -1,4 +1,4 @@
-"""The catalogue: ``configs/mutants/AREA.yaml``, each a mapping of a mutant's name to what it is.
+"""The catalogue: each ``configs/mutants/AREA.yaml`` maps the names of mutants to their descriptions.
 
 ::
 
@@ -12,22 +12,23 @@
       words: [{in: update_vttbr, find: e2833001, with: e2833000, nth: 1, kernel: armv7-5.4, sums: ["0123abcd"]}]
       source: [{file: virt/kvm/arm/mmu.c, in: user_mem_abort, find: text, with: text}]   # text of a function's body
       needs: [idle-tracking]       # capabilities that a host must have
-      look: [notifier/test_ageing.py]    # where the suite is expected to notice: run first
-      dies: why the host itself goes down under it
-      survives: why nobody can notice, here
+      look: [notifier/test_ageing.py]    # cases that are expected to notice: run first
+      dies: why the host itself goes down
+      survives: why no case can notice
 
-One of ``return``, ``drop``, ``localise``, ``words`` and ``source`` says how it is put in: the last into the tree that a
-host's kernel is built from, all others into the text of the running kernel. A kernel without any of the functions, or
-without this text in them, cannot be broken this way: the mutant does not apply to it. An instruction is replaced in a
-function that has one of these ``sums`` (:mod:`arm_kvm.mutants.fingerprint`; several, where the kernel patches itself
-for its CPU), whatever kernel that is in: elsewhere the same word may be something else. ``kernel`` says where it was
-read.
+Exactly one of ``return``, ``drop``, ``localise``, ``words`` and ``source`` says how the mutant is put in: ``source``
+changes the tree that a host's kernel is built from, the others the text of the running kernel. Where a kernel has none
+of the functions, or the text to be replaced is not in them, the mutant is not applicable.
+
+A word is replaced only in a function with one of the ``sums`` (:mod:`arm_kvm.mutants.fingerprint`), in any kernel;
+elsewhere the same word may mean something else. There are several sums where the kernel patches the function for its
+CPU. ``kernel`` says which kernel the word was read in.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arm_kvm.host.config import HostConfig, Node, document
@@ -45,14 +46,15 @@ class NotApplicable(Exception):
 
 
 class OtherBuild(NotApplicable):
-    """The catalogue has instructions of this version, and this build of it has other functions."""
+    """The catalogue has instructions for this kernel version, but this build of it has different functions."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """The ``nth`` instruction ``find`` in a function with one of the ``sums`` becomes ``new``.
+    """Replaces the ``nth`` instruction ``find`` in a function with one of the ``sums`` by ``new``.
 
-    Branches are counted whatever their offset. ``kernel``: the kernel it was read in, like ``armv8-6.1``.
+    Offsets are ignored when branches are compared. ``kernel`` is the kernel the word was read in, such as
+    ``armv8-6.1``.
     """
 
     function: str
@@ -69,7 +71,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Edit:
-    """In a function of a source file, the text ``find`` becomes ``new`` wherever it is."""
+    """Replaces the text ``find`` by ``new`` wherever it is in a function of a source file."""
 
     file: str
     function: str
@@ -89,22 +91,22 @@ class Mutant:
     needs: frozenset[str]
     returns: tuple[str, ...] = ()  #: functions that return at once
     value: int | None = None  #: what they return; None: whatever is in the register
-    operations: tuple[str, ...] = ()  #: invalidations that are not executed ...
-    functions: tuple[str, ...] = ()  #: ... in these functions, ...
-    local: bool = False  #: ... or reach the CPU only that executes them
+    operations: tuple[str, ...] = ()  #: invalidations that are left out ...
+    functions: tuple[str, ...] = ()  #: ... in these functions, or ...
+    local: bool = False  #: ... if True, reach only the CPU that executes them
     words: tuple[Word, ...] = ()
     edits: tuple[Edit, ...] = ()
     dies: str = ""
     survives: str = ""
 
     def require(self, host: HostConfig) -> None:
-        """Raises NotApplicable where the host lacks what the fault needs to show."""
+        """Check that the host has the capabilities without which the fault cannot show. Raises NotApplicable."""
         if lacking := self.needs - host.can:
             raise NotApplicable(f"{host.name} lacks {', '.join(sorted(lacking))}")
 
 
 def load(path: Path = HOME) -> list[Mutant]:
-    """All mutants of a folder, or of one file. Raises ConfigError with file and line."""
+    """Load all mutants of a folder, or of one file. Raises ConfigError with file and line."""
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     mutants = [mutant for file in files for mutant in _load(file)]
     names = [mutant.name for mutant in mutants]
@@ -123,17 +125,26 @@ def _mutant(area: str, name: str, node: Node) -> Mutant:
     how = [key for key in _HOW if key in node.values]
     if len(how) != 1:
         raise node.wrong("fault", f"mutant {name!r} is put in by one of: {', '.join(_HOW)}; here by {how or 'none'}")
-    texts = {key: node.text(key) for key in ("fault", "origin", "dies", "survives") if key in node.values}
-    about = {"look": tuple(node.names("look")), "needs": frozenset(node.names("needs"))}
-    return Mutant(name, area, **texts, **about, **_how(node, how[0]))
+    mutant = Mutant(
+        name,
+        area,
+        fault=node.text("fault"),
+        origin=node.text("origin"),
+        look=tuple(node.names("look")),
+        needs=frozenset(node.names("needs")),
+        dies=node.text("dies") if "dies" in node.values else "",
+        survives=node.text("survives") if "survives" in node.values else "",
+    )
+    return _put_in_by(how[0], node, mutant)
 
 
-def _how(node: Node, how: str) -> dict:
+def _put_in_by(how: str, node: Node, mutant: Mutant) -> Mutant:
+    """Add to a mutant how it is put in."""
     if not node.values[how]:
         raise node.wrong(how, f"{how} is empty: nothing would be broken")
     if how == "return":
         value = node.integer("value", 0, 0xFFFF) if "value" in node.values else None
-        return {"returns": tuple(node.names("return")), "value": value}
+        return replace(mutant, returns=tuple(node.names("return")), value=value)
     if how in ("drop", "localise"):
         what = node.child(how, how)
         what.check_keys(("op", "in"), ("op", "in"))
@@ -141,11 +152,11 @@ def _how(node: Node, how: str) -> dict:
             raise what.wrong("op", f"op: {already[0]!r} is local already")
         if not what.names("op") or not what.names("in"):
             raise what.wrong("op", f"{how} is empty: nothing would be broken")
-        where = {"operations": tuple(what.names("op")), "functions": tuple(what.names("in"))}
-        return where | {"local": how == "localise"}
+        operations, functions = tuple(what.names("op")), tuple(what.names("in"))
+        return replace(mutant, operations=operations, functions=functions, local=how == "localise")
     if how == "source":
-        return {"edits": tuple(_edit(edit) for edit in node.children(how, "an edit"))}
-    return {"words": tuple(_word(word) for word in node.children("words", "a word"))}
+        return replace(mutant, edits=tuple(_edit(edit) for edit in node.children(how, "an edit")))
+    return replace(mutant, words=tuple(_word(word) for word in node.children("words", "a word")))
 
 
 def _word(node: Node) -> Word:

@@ -1,7 +1,7 @@
-"""What a function is, wherever the linker has put it: a checksum of its instructions without their relative addresses.
+"""Recognises a function of any kernel by a checksum of its instructions, relative addresses left out.
 
-A word of the catalogue is replaced in a function with a checksum that the catalogue names, whatever kernel that is in.
-Point releases move functions and so change the offsets of branches and the addresses of data; these do not count.
+A word of the catalogue is replaced only in a function whose checksum the catalogue names. Point releases move
+functions, which changes the offsets of branches and the addresses of data, so the checksum does not cover those.
 
 Encodings: ARM DDI 0487, C4.1 (branches, PC-relative addressing, add and load with an unsigned immediate);
 ARM DDI 0406C.d, A5.5 (branch), A8.8.102 and A8.8.106 (MOV immediate, MOVT).
@@ -13,7 +13,7 @@ from hashlib import blake2s
 
 import numpy as np
 
-#: (mask, value, bits that are kept) of instructions with an offset from their own address.
+#: PC-relative instructions: (mask, value, the bits that do not depend on the instruction's address).
 _RELATIVE = {
     "armv8": (
         (0x7C00_0000, 0x1400_0000, 0xFC00_0000),  # B, BL
@@ -28,18 +28,18 @@ _RELATIVE = {
     ),
 }
 _ADRP, _ADRP_MASK = 0x9000_0000, 0x9F00_0000
-#: With the register of an ADRP as their base: the low 12 bits of the same address.
+#: If based on the register of an ADRP, these carry the low 12 bits of the address.
 _LOW_12 = ((0x7F80_0000, 0x1100_0000), (0x3B00_0000, 0x3900_0000))  # ADD; LDR and STR, unsigned immediate
 _IMM12 = 0xFFF << 10
 
 
 def without_offset(arch: str, word: int) -> int:
-    """The instruction with the offset from its own address as 0; itself where it has none. ``arch``: armv7, armv8."""
+    """Clear the PC-relative offset of an instruction, if it has one. ``arch`` is armv7 or armv8."""
     return word & kept(arch, word)
 
 
 def kept(arch: str, word: int) -> int:
-    """The bits of the instruction that do not depend on where it is."""
+    """Mask of the instruction's bits that do not depend on its address."""
     for mask, value, bits in _RELATIVE[arch]:
         if word & mask == value:
             return bits
@@ -47,8 +47,9 @@ def kept(arch: str, word: int) -> int:
 
 
 def fingerprint(arch: str, text: bytes) -> str:
-    """Eight hexadecimal digits for the instructions of a function, little-endian words."""
-    words, pages = [], set()
+    """Compute the checksum of a function: eight hexadecimal digits. ``text`` is its instructions, little-endian."""
+    words: list[int] = []
+    pages: set[int] = set()  # registers that an ADRP has written
     for word in np.frombuffer(text, dtype="<u4").tolist():
         if arch == "armv8":
             if word >> 5 & 31 in pages and any(word & mask == value for mask, value in _LOW_12):

@@ -1,4 +1,4 @@
-"""A mutant put into the text of a running kernel, through the gdbstub."""
+"""Puts a mutant into the text of a running kernel, through the gdbstub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from arm_kvm.mutants.fingerprint import fingerprint, kept, without_offset
 from arm_kvm.recorder.facts import kernel_changed, kernel_map, points
 from arm_kvm.recorder.points import INSN, KernelMap, instead
 
-#: Return to the caller; do nothing.
 _RETURN = {"armv7": 0xE12F_FF1E, "armv8": 0xD65F_03C0}  # bx lr; ret
 _NOP = {"armv7": 0xE320_F000, "armv8": 0xD503_201F}
 
 
+Patches = dict[int, bytes]  #: physical address -> instructions
+
+
 def put_in(mutant: Mutant, host: Host) -> None:
-    """Break the host's kernel. Raises NotApplicable, with nothing changed."""
+    """Break the host's kernel. Raises NotApplicable before anything is changed."""
     mutant.require(host.config)
     kernel = kernel_map(host)
     patches = _returns(mutant, host, kernel) | _drops(mutant, host) | _words(mutant, host, kernel)
@@ -26,11 +28,8 @@ def put_in(mutant: Mutant, host: Host) -> None:
             gdb.write_memory(pa, code)
 
 
-Patches = dict[int, bytes]  #: physical address -> instructions
-
-
 def returning(arch: str, value: int | None = None) -> bytes:
-    """The body of a function that returns at once, with this value if one is given (below 65,536)."""
+    """Encode a function body that returns at once, with this value (below 65,536) if one is given."""
     return (b"" if value is None else _code(_load(arch, value))) + _code(_RETURN[arch])
 
 
@@ -48,7 +47,7 @@ def _returns(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
 
 
 def _load(arch: str, value: int) -> int:
-    """``mov r0, #value`` (movw), ``mov x0, #value`` (movz)."""
+    """Encode ``movw r0, #value`` or ``movz x0, #value``."""
     if arch == "armv7":
         return 0xE300_0000 | (value >> 12) << 16 | value & 0xFFF
     return 0xD280_0000 | value << 5
@@ -69,9 +68,9 @@ def _drops(mutant: Mutant, host: Host) -> Patches:
 
 
 def _words(mutant: Mutant, host: Host, kernel: KernelMap) -> Patches:
-    """The instructions of the first kernel in the catalogue whose functions this one has, too."""
+    """Patch in the words of the first kernel in the catalogue whose functions match this one's."""
     mine = [word for word in mutant.words if word.architecture == host.config.architecture.name]
-    reasons = []
+    reasons: list[str] = []
     for read_in in dict.fromkeys(word.kernel for word in mine):
         words = [word for word in mine if word.kernel == read_in]
         if wrong := next(filter(None, (_difference(word, host, kernel) for word in words)), ""):
@@ -93,17 +92,17 @@ def _text(word: Word, host: Host, kernel: KernelMap) -> bytes:
 
 
 def _difference(word: Word, host: Host, kernel: KernelMap) -> str:
-    """Why this is not the function that the word was read in; "" where it is."""
+    """Say how this kernel's function differs from the one that the word was read in; "" where it does not."""
     if word.function not in kernel.symbols:
         return f"no {word.function} in this build of {word.kernel}"
     found = fingerprint(word.architecture, _text(word, host, kernel))
-    return (
-        "" if found in word.sums else f"{word.function} is not as in the catalogue's {word.kernel}: its sum is {found}"
-    )
+    if found in word.sums:
+        return ""
+    return f"{word.function} is not as in the catalogue's {word.kernel}: its sum is {found}"
 
 
 def _replaced(word: Word, host: Host, kernel: KernelMap) -> tuple[int, int]:
-    """Physical address of the instruction, and what it becomes: an offset from its own address stays as it is here."""
+    """Return the instruction's physical address and its new encoding, with the PC-relative offset it has here."""
     arch = word.architecture
     body = kernel.body(word.function)
     here = np.frombuffer(_text(word, host, kernel), dtype="<u4").tolist()

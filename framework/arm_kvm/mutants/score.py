@@ -1,4 +1,4 @@
-"""What became of each mutant, and the table that says so."""
+"""The fate of each mutant, and the table of all."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 
 class Fate(Enum):
-    """How a mutant fared. The value is what the table shows."""
+    """What became of a mutant. The value is what the table shows."""
 
-    KILLED = "killed"  #: a case failed, and says what is wrong
+    KILLED = "killed"  #: a case failed and says what is wrong
     SURVIVED = "survived"  #: every case passed
     EXPLAINED = "survived, as explained"  #: every case passed, and the catalogue says why
     WRONGLY_KILLED = "wrongly killed"  #: the host went down, which the catalogue does not expect
     NOT_APPLICABLE = "not applicable"  #: this kernel, or this host, cannot be broken this way
-    NOT_RUN = "not run"  #: no host to break, no case to run, one that fails without the mutant, or the run ended
+    NOT_RUN = "not run"  #: no host to break, no case to run, the case also fails without the mutant, or the run ended
 
 
 @dataclass(frozen=True)
 class MutantResult:
-    """``by``: the case that noticed; ``verdict``: what it said, or why the mutant was not noticed or not put in."""
+    """``by``: the case that noticed. ``verdict``: what it found, or why the mutant was not noticed or not put in."""
 
     host: str
     area: str
@@ -29,21 +30,21 @@ class MutantResult:
     fate: Fate
     by: str = ""
     verdict: str = ""
-    cases: int = 0  #: that were run
+    cases: int = 0  #: how many were run
     seconds: float = 0.0
-    other_build: bool = False  #: not applicable, though it is to this kernel as somebody else built it
+    other_build: bool = False  #: not applicable to this build, though the catalogue knows another of this kernel
 
-    def as_dict(self) -> dict:
-        """Of strings and numbers, as a worker can send it; :meth:`of` makes it a result again."""
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to strings and numbers, which a worker can send; :meth:`of` converts back."""
         return asdict(self) | {"fate": self.fate.value}
 
     @classmethod
-    def of(cls, about: dict) -> MutantResult:
+    def of(cls, about: dict[str, Any]) -> MutantResult:
         return cls(**about | {"fate": Fate(about["fate"])})
 
 
 def table(results: Sequence[MutantResult]) -> Iterator[str]:
-    """The lines of the table, by host and area, closed by the share of applicable mutants that were killed."""
+    """Format the results by host and area, followed by each host's share of applicable mutants that were killed."""
     results = sorted(results, key=lambda r: (r.host, r.area, r.mutant))
     rows = [
         (r.host, r.area, r.mutant, r.fate.value, f"{r.seconds:.1f} s", " ".join(filter(None, (r.by, r.verdict))))

@@ -1,4 +1,4 @@
-"""A mutant put into the source of a kernel: its edits, as a patch of the tree that the host's kernel is built from."""
+"""Puts a mutant into the source of a kernel, by a patch of the tree that the host's kernel is built from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AS_IS = "surrogateescape"  # some files of old kernels are not UTF-8
 
 
 def broken_kernel(mutant: Mutant, config: HostConfig, override: str | None, folder: Path) -> Kernel:
-    """The host's kernel with these edits in its source, out of the cache or built; their patch is left in ``folder``.
+    """Build the host's kernel with the mutant's edits, or take it from the cache. The patch is left in ``folder``.
 
     Raises NotApplicable, and what a build raises.
     """
@@ -31,7 +31,7 @@ def broken_kernel(mutant: Mutant, config: HostConfig, override: str | None, fold
 
 
 def as_patch(mutant: Mutant, tree: Path) -> str:
-    """A unified diff of those edits that fit this tree. Raises NotApplicable: none does."""
+    """Return a unified diff of those edits that fit this tree. Raises NotApplicable where none does."""
     before: dict[str, str] = {}
     after: dict[str, str] = {}
     for edit in mutant.edits:
@@ -50,7 +50,7 @@ def _read(path: Path) -> str:
 
 
 def _edited(text: str, edit: Edit) -> str | None:
-    """The text with every ``find`` in the body of the function replaced; None when there is none."""
+    """Replace every ``find`` in the body of the function; None where there is none."""
     definition = rf"^\w[^;{{}}]*\b{re.escape(edit.function)}\([^;{{}}]*\)\s*^\{{\n.*?^\}}"
     for found in re.finditer(definition, text, re.M | re.S):
         if edit.find in found[0]:
@@ -59,5 +59,9 @@ def _edited(text: str, edit: Edit) -> str | None:
 
 
 def _diff(name: str, before: str, after: str) -> str:
-    lines = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (before, after))
-    return "".join(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))
+    return "".join(difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}"))
+
+
+def _lines(text: str) -> list[str]:
+    """Split at newlines alone: ``str.splitlines`` also splits at form feeds, which kernel sources contain."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)

@@ -1,7 +1,7 @@
 """The trial of one mutant on one host: cases run on the broken kernel until one fails, which decides its fate.
 
 A case kills the mutant only if it passes on an unbroken kernel after the same cases. The trial checks that as well,
-once for each such row of cases. What runs cases and hosts is behind a protocol.
+once for each such sequence of cases. Cases and hosts are behind the protocol :class:`Cases`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from arm_kvm.support.errors import (
 )
 from arm_kvm.support.judged import Judged
 
-#: A broken kernel can bring these about.
+#: Errors that a broken kernel can cause.
 _DEATHS = (HostPanic, HostOops, HostLockup, HostSilent, QemuDied)
-#: A broken kernel cannot: they say nothing about the mutant.
+#: Errors that it cannot cause: they say nothing about the mutant.
 _OF_THIS_MACHINE = (QemuKilled, DiskFull, LimitReached)
 
 
@@ -37,7 +37,7 @@ class Status(Enum):
     """How a case ended."""
 
     PASSED = auto()
-    SKIPPED = auto()  #: or failed as expected
+    SKIPPED = auto()  #: or an expected failure
     FAILED = auto()
 
 
@@ -45,13 +45,13 @@ class HostState(Enum):
     """The host at the end of a case."""
 
     UP = auto()
-    LOST = auto()  #: it ended under the case
+    LOST = auto()  #: it went down during the case
     MISSING = auto()  #: it could not be started for the case
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case. ``failure``: what it failed with; why its host was lost or missing, where it was."""
+    """How one case ended. ``failure``: its exception, or the reason why its host was lost or missing."""
 
     status: Status
     failure: BaseException | None = None
@@ -63,30 +63,30 @@ class Cases(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """In the order in which they are to run."""
+        """The cases, in the order in which they are to run."""
 
     def build(self) -> None:
-        """Make what the broken host needs and what may take long: a kernel. Raises as :meth:`host`."""
+        """Build the broken host's kernel, if it takes one of its own. Raises what :meth:`host` raises."""
 
     def host(self) -> LabError | None:
-        """Start the broken host, for all cases until :meth:`discard`. Why it does not start; None where it runs.
+        """Start the broken host for all cases until :meth:`discard`. Returns the reason if it does not start.
 
         Raises NotApplicable where the mutant does not apply to it, LabError or OSError where it cannot be put in.
         """
 
     def run(self, case: str) -> Outcome:
-        """Run a case on the host that there is; on an unbroken one, started for it, where there is none."""
+        """Run a case on the broken host; after :meth:`discard`, on an unbroken one, started if need be."""
 
     def discard(self) -> None:
-        """End the host."""
+        """End the host, broken or not."""
 
 
-#: What is wrong with the last case of a row on an unbroken host, after the others; "" where it passes.
+#: By a sequence of cases: what is wrong with the last on an unbroken host, after the others; "" where it passes.
 Controls = dict[tuple[str, ...], str]
 
 
 class Trial:
-    """``controls`` may be shared by trials on the same hosts."""
+    """One mutant against the cases. Trials on the same hosts may share ``controls``."""
 
     def __init__(self, mutant: Mutant, host: str, cases: Cases, controls: Controls) -> None:
         self._mutant, self._host, self._cases, self._controls = mutant, host, cases, controls
@@ -121,7 +121,7 @@ class Trial:
             self._cases.discard()
 
     def _run_cases(self) -> MutantResult:
-        """Run one case after another until one fails. Raises LabError where that is not because of the mutant."""
+        """Run the cases until one fails. Raises LabError if the mutant cannot be the reason."""
         names, survives = self._cases.names, self._mutant.survives
         if not names:
             return self._result(Fate.NOT_RUN, verdict="no case was chosen that could notice it")
@@ -136,7 +136,7 @@ class Trial:
         return self._result(self._fate_by(outcome), by=by, verdict=verdict, cases=cases)
 
     def _fate_by(self, outcome: Outcome) -> Fate:
-        """A host may go down where the catalogue says so; QEMU never, which is not what the mutant breaks."""
+        """The host may go down where the catalogue says so; QEMU may not, since the mutant breaks only the kernel."""
         died = outcome.host is HostState.LOST or isinstance(outcome.failure, _DEATHS)
         expected = self._mutant.dies and not isinstance(outcome.failure, QemuDied)
         return Fate.WRONGLY_KILLED if died and not expected else Fate.KILLED
@@ -144,7 +144,7 @@ class Trial:
     # -- the control ---------------------------------------------------------------------------------------------
 
     def _checked(self, killed: MutantResult) -> MutantResult:
-        """The result, if the case that killed the mutant passes on an unbroken host after the same cases."""
+        """Confirm the kill: the case must pass on an unbroken host after the same cases."""
         row = tuple(self._cases.names[: killed.cases])
         if row not in self._controls:
             self._controls[row] = self._control(row)
@@ -153,9 +153,9 @@ class Trial:
         return killed
 
     def _control(self, row: Sequence[str]) -> str:
-        """What goes into :data:`Controls`. Raises LabError where there is no host to tell.
+        """Compute the entry of :data:`Controls`. Raises LabError where no host can be started.
 
-        The others passed on the broken host; an unbroken one they may leave in another state.
+        The earlier cases are run again, too: they may leave an unbroken host in another state than the broken one.
         """
         try:
             for name in row:
@@ -169,7 +169,7 @@ class Trial:
 
 
 def _telling(failed: Outcome) -> BaseException:
-    """What the case failed with. Raises it where it says nothing about the kernel."""
+    """Return what the case failed with; raise it instead if it says nothing about the kernel."""
     failure = failed.failure
     assert failure is not None, "an outcome that failed says with what"
     if isinstance(failure, _OF_THIS_MACHINE):
@@ -180,7 +180,7 @@ def _telling(failed: Outcome) -> BaseException:
 
 
 def verdict_of(failure: BaseException) -> str:
-    """The names of what is wrong with the kernel, where the failure has some; else its class and first line."""
+    """Name the verdicts of a failure; if it has none, its class and first line."""
     if isinstance(failure, Judged) and failure.verdicts:
         return ", ".join(sorted(failure.verdicts))
     first = next(iter(str(failure).strip().splitlines()), "")

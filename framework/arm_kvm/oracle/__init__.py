@@ -1,7 +1,8 @@
-"""Holds machine and host against the model and returns verdicts.
+"""Compares the machine's tables and the host's memory with the model, and returns verdicts.
 
-``locator`` finds the tables from outside, ``judge`` says what is wrong with them, ``stage2`` is what a
-test case reads, ``verdicts`` are the names and the diff, ``splats`` reads the kernel's own complaints.
+``locator`` finds the tables from outside the host, ``judge`` finds what is wrong with them, ``witness`` judges one
+operation of the host, ``stage2`` is a VM's tables as test cases read them, ``verdicts`` has the names and the diff,
+``splats`` and ``ftrace`` read the kernel's log and trace.
 """
 
 from arm_kvm.oracle.oracle import Oracle

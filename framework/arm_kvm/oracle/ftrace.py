@@ -1,4 +1,4 @@
-"""ftrace's text as events: what the kernel says it did during one test."""
+"""Record ftrace events of the host's kernel and parse their text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIELD = re.compile(r"(\w+)[ =:]+(0x[0-9a-fA-F]+|-?\d+)\b")
 
 @dataclass(frozen=True)
 class FtraceEvent:
-    """One trace event. ``time`` in seconds of the host's trace clock; ``fields`` by the event's own names."""
+    """One trace event. ``time`` is in seconds of the host's trace clock, ``fields`` has its numbers by name."""
 
     name: str
     cpu: int
@@ -29,7 +29,7 @@ class FtraceEvent:
 
 
 def parse(text: str) -> list[FtraceEvent]:
-    """The events of a trace file (Documentation/trace/ftrace.rst), in order."""
+    """Parse the events of a trace file (Documentation/trace/ftrace.rst), in order."""
     events = []
     for match in filter(None, map(_LINE.match, text.splitlines())):
         fields = {key: int(value, 16 if value[:2] == "0x" else 10) for key, value in _FIELD.findall(match["text"])}
@@ -39,7 +39,7 @@ def parse(text: str) -> list[FtraceEvent]:
 
 @dataclass
 class Traced:
-    """What was traced, as text and as events; full after its block."""
+    """A trace as text and as events, set at the end of its block."""
 
     text: str = ""
     events: list[FtraceEvent] = field(default_factory=list)
@@ -47,9 +47,9 @@ class Traced:
 
 @contextmanager
 def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
-    """Record these events (``kvm:kvm_guest_fault``) of the agent's host within the block.
+    """Within the block, record events of the agent's host, by names like ``kvm:kvm_guest_fault``.
 
-    Raises TraceError after a block that ended well: the kernel had no room for some.
+    Raises TraceError at the end of the block, unless it raises, when the kernel's buffer has overflowed.
     """
     seen = Traced()
     agent(op.trace_start, events=list(names))
@@ -59,4 +59,4 @@ def traced(agent: Agent, names: Sequence[str]) -> Iterator[Traced]:
         seen.text = agent(op.trace_stop).decode()
         seen.events += parse(seen.text)
     if lost := _LOST.search(seen.text):
-        raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace less at a time")
+        raise TraceError(f"the kernel's trace lacks events: {lost[0]}", remedy="trace fewer events, or a shorter time")

@@ -1,52 +1,54 @@
-"""Safety: what must hold of every stage-2 table at every moment. Pure: arrays in, findings out.
+"""Safety: what must hold for all stage-2 tables at any time. Pure functions from arrays to findings.
 
-What a leaf may be is the model's (arm_kvm.model.kvm.contract); here the two sides are brought together, and what is
-wrong gets words. And of the tables: each page has one use and no guest can reach it.
+The model (arm_kvm.model.kvm.contract) decides what a leaf may be. This module brings stage 2 and the host's own mapping
+together and describes what is wrong. It also checks that each table page is used once, and mapped by no guest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.granule import KIB4
-from arm_kvm.model.arch.sweep import Leaves, PhysicalMemory, Tables
+from arm_kvm.model.arch.sweep import Leaves, Malformed, PhysicalMemory, Tables
 from arm_kvm.model.kvm.contract import Limit, MappedPages
 from arm_kvm.model.kvm.memslots import Memslot, Window, covering
 from arm_kvm.oracle.stage2 import permissions
 from arm_kvm.oracle.verdicts import Finding, Reason, Verdict
 
 _PAGE = np.uint64(KIB4.size)
+Addresses = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class HostView:
-    """The host's side of every 4 KiB page that stage 2 maps, read at the same moment as the tables.
+    """The host's mapping of every 4 KiB page that stage 2 maps, read at the same time as stage 2.
 
-    All arrays have one element a page: its IPA, the PA stage 2 gives it, the index of its leaf, the
-    index of its memslot (-1 outside all), and the host's own descriptor and PA for its HVA (0: none).
-    ``others`` are the host's PAs for the other HVAs that were asked for.
+    The arrays have one element per page: its IPA, its PA in stage 2, the index of its leaf, the index of its memslot
+    (-1 if it is in none), and the descriptor and PA of its HVA in the VMM's own stage 1 (0 if there is none).
+    ``others`` holds the host's PAs of further HVAs.
     """
 
-    ipa: np.ndarray
-    pa: np.ndarray
-    leaf: np.ndarray
-    slot: np.ndarray
-    host_desc: np.ndarray
-    host_pa: np.ndarray
-    others: np.ndarray
+    ipa: Addresses
+    pa: Addresses
+    leaf: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    host_desc: NDArray[np.uint64]
+    host_pa: Addresses
+    others: Addresses
 
 
-NOWHERE = np.zeros(0, dtype=np.uint64)  #: no address
-Translate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+NOWHERE: Addresses = np.zeros(0, dtype=np.uint64)  #: no address
+Translate = Callable[[Addresses], tuple[NDArray[np.uint64], Addresses]]  #: HVAs -> descriptors and PAs
 
 
-def _pages(leaves: Leaves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every leaf cut into 4 KiB pages: (ipa, pa, index of the leaf)."""
+def _pages(leaves: Leaves) -> tuple[Addresses, Addresses, NDArray[np.int64]]:
+    """Split the leaves into 4 KiB pages: (IPA, PA, index of the leaf)."""
     count = (leaves.size // _PAGE).astype(np.int64)
     leaf = np.repeat(np.arange(len(leaves)), count)
     first = np.repeat(np.cumsum(count) - count, count)
@@ -54,10 +56,10 @@ def _pages(leaves: Leaves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return leaves.ia[leaf] + offset, leaves.pa[leaf] + offset, leaf
 
 
-def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others: np.ndarray = NOWHERE) -> HostView:
-    """Read the host's side of these leaves, and of other HVAs, in one walk of the VMM's own stage 1.
+def host_view(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others: Addresses = NOWHERE) -> HostView:
+    """Read the host's mapping of the pages of these leaves and of ``others``, further HVAs.
 
-    ``translate`` is that walk (HVA -> desc, PA).
+    ``translate`` walks the VMM's own stage 1. It is called once.
     """
     ipa, pa, leaf = _pages(leaves)
     slot = covering(slots, ipa)
@@ -72,15 +74,15 @@ def look(leaves: Leaves, slots: Sequence[Memslot], translate: Translate, others:
 
 @dataclass(frozen=True)
 class Case:
-    """Everything about one VM at one moment that safety is decided from."""
+    """The state of one VM at one time, from which safety is decided."""
 
     tables: Tables
     slots: Sequence[Memslot]
     view: HostView
-    host_writable: np.ndarray  #: bool a page: the host maps it writable
-    written: np.ndarray  #: bool a page: a guest was told to write it since the last dirty log
+    host_writable: NDArray[np.bool_]  #: for each page, whether the host maps it writable
+    written: NDArray[np.bool_]  #: for each page, whether a guest was ordered to write it since the last dirty log
     ram: PhysicalMemory
-    windows: Sequence[Window] = ()  #: the board's devices that KVM maps for the VM
+    windows: Sequence[Window] = ()  #: devices of the board that KVM maps for the VM
 
     @cached_property
     def _pages(self) -> MappedPages:
@@ -101,18 +103,16 @@ class Case:
         )
 
     def findings(self) -> list[Finding]:
-        """All that is wrong with this VM's own leaves."""
+        """Find all that is wrong with this VM's entries."""
         out = [
-            Finding(
-                Verdict.MALFORMED_ENTRY, "invalid, or a meaning", _malformed(m), m.ia, 1 << KIB4.level_shift(m.level)
-            )
+            Finding(Verdict.MALFORMED_ENTRY, "an invalid or a well-formed entry", _malformed(m), m.ia, _span(m))
             for m in self.tables.malformed
         ]
         for check in (self._outside, self._wrong_frame, self._excess, self._memory_type):
             out += check()
         return out
 
-    # -- words for the first page of each run that breaks a rule ----------------------------------------
+    # -- the rules --------------------------------------------------------------------------------------
 
     def _outside(self) -> list[Finding]:
         return self._ranges(Verdict.OUTSIDE_MEMSLOTS, self._pages.outside, lambda i: "nothing mapped: no memslot here")
@@ -121,13 +121,15 @@ class Case:
         return self._ranges(Verdict.WRONG_FRAME, self._pages.wrong_frame, self._host_words, self._reason)
 
     def _excess(self) -> list[Finding]:
-        out = []
+        out: list[Finding] = []
         for limit in Limit:
-            why = self._host_words if limit is Limit.HOST else lambda _, words=limit.value: words
             bad = self._pages.writable_despite(limit)
-            out += self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i, why=why: f"not writable: {why(i)}")
+            out += self._ranges(Verdict.EXCESS_PERMISSION, bad, partial(self._not_writable, limit))
         bad = self._pages.executable_device
         return out + self._ranges(Verdict.EXCESS_PERMISSION, bad, lambda i: "not executable: a device")
+
+    def _not_writable(self, limit: Limit, page: int) -> str:
+        return f"not writable: {self._host_words(page) if limit is Limit.HOST else limit.value}"
 
     def _memory_type(self) -> list[Finding]:
         words = f"normal write-back (MemAttr {self._pages.format.normal:#06b}), inner shareable: RAM"
@@ -163,11 +165,11 @@ class Case:
     def _ranges(
         self,
         verdict: Verdict,
-        bad: np.ndarray,
+        bad: NDArray[np.bool_],
         expected: Callable[[int], str],
         reason: Callable[[int], Reason | None] = lambda page: None,
     ) -> list[Finding]:
-        """One finding for each run of neighbouring bad pages; its words and its reason are those of the first."""
+        """Make a finding for each run of adjacent bad pages, with the words and the reason of its first page."""
         at = np.flatnonzero(bad)
         if not len(at):
             return []
@@ -185,14 +187,18 @@ class Case:
         ]
 
 
-def _malformed(m) -> str:
+def _span(m: Malformed) -> int:
+    return 1 << KIB4.level_shift(m.level)
+
+
+def _malformed(m: Malformed) -> str:
     return f"{m.why}: level {m.level} entry {m.desc:#018x} at PA {m.pa:#x}"
 
 
 def shared_tables(tables: dict[str, Tables]) -> dict[str, list[Finding]]:
-    """Table pages with two uses, and table pages that a guest's leaf reaches, by VM name."""
+    """Find table pages that are used twice, and table pages that a guest's leaf maps, by VM name."""
     out: dict[str, list[Finding]] = {name: [] for name in tables}
-    pages = np.concatenate([t.pages for t in tables.values()]) if tables else np.zeros(0, np.uint64)
+    pages = np.concatenate([t.pages for t in tables.values()]) if tables else NOWHERE
     unique, count = np.unique(pages, return_counts=True)
     twice = unique[count > 1]
     for name, own in tables.items():
@@ -203,8 +209,8 @@ def shared_tables(tables: dict[str, Tables]) -> dict[str, list[Finding]]:
     return out
 
 
-def _reachable(leaves: Leaves, pages: np.ndarray) -> list[Finding]:
-    """The table pages among the frames of these leaves."""
+def _reachable(leaves: Leaves, pages: Addresses) -> list[Finding]:
+    """Find the table pages that these leaves map."""
     if not len(leaves):
         return []
     by_pa = leaves[np.argsort(leaves.pa)]

@@ -1,7 +1,7 @@
-"""Find the tables from outside the machine, and know for certain whose they are.
+"""Find a VM's stage-2 root and a VMM's stage-1 root from outside the host, without asking the kernel.
 
-Nothing here asks the kernel. A VM's root is VTTBR while its guest spins, a process's root is TTBR0 while
-it runs in user mode; a candidate is believed only when walking it leads to a page whose content is known.
+A VM's root is in VTTBR while its guest runs, a process's root in TTBR0 while it is in user mode. A candidate is
+accepted only if a walk from it leads to a known page: the VM's mailbox, or a page of the process with known content.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from arm_kvm.support.errors import MachineError, NoLiveMachine
 from arm_kvm.vmm.client import Agent, op, request
 from arm_kvm.vmm.vm import Vm
 
-_PATIENCE = 20.0  #: seconds; one look is mostly enough, but this machine may have other work
-_BETWEEN_LOOKS = 0.001  #: the machine stands still while it is looked at
-_LOOKS = 10  #: while it is kept there once
-_USER_MODE = 0.02  #: seconds in which the agent stays in user mode, at first
-_ROUNDS = 1 << 20  #: of a guest's loop, at first: some 5 ms
-#: Stage 1 of the VMM that a host began with, restored with the host; and stage 2 as VMs usually have it.
+_PATIENCE = 20.0  #: seconds; mostly the first try succeeds, but this machine may be loaded
+_BETWEEN_LOOKS = 0.001  #: seconds between stops of the machine, in which it can go on
+_LOOKS = 10  #: for each request to stay in user mode or in the guest
+_USER_MODE = 0.02  #: seconds of the first request to the agent to stay in user mode
+_ROUNDS = 1 << 20  #: rounds of the first loop in a guest: some 5 ms
+#: For the hosts of one snapshot: stage 1 of the agent that starts with them, and stage 2 of VMs of default IPA size.
 _FIRST_SPACES: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
 _USUAL: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
 
@@ -47,16 +47,16 @@ def _until_found(look: Callable[[], Regime | None], what: str) -> Regime:
         if (found := look()) is not None:
             return found
         time.sleep(_BETWEEN_LOOKS)
-    raise MachineError(f"the lab did not find {what} in any CPU's registers within {_PATIENCE:.0f} s")
+    raise MachineError(f"no CPU's registers pointed to the tables of {what} within {_PATIENCE:.0f} s")
 
 
 def _found_while(
     busy: Callable[[int], AbstractContextManager[None]], look: Callable[[], Regime | None], what: str
 ) -> Regime:
-    """Look while the guest or process runs where its registers can be seen: ``busy(factor)`` keeps it there.
+    """Call ``look`` while ``busy(factor)`` keeps the guest in the CPU, or the process in user mode.
 
-    It may take a while to get there, so ``factor`` grows from 1 to 64 times the usual length, and with it the time
-    between looks, in which the board gets on.
+    On a loaded machine that is not reached at once, so ``factor`` grows from 1 to 64 times the usual duration, and with
+    it the time between looks, in which the machine can go on.
     """
     lengths = (min(1 << attempt, 64) for attempt in itertools.count())
 
@@ -74,7 +74,7 @@ def _found_while(
 
 @contextmanager
 def _in_user_mode(agent: Agent, seconds: float) -> Iterator[None]:
-    """Within the block the agent is, or soon will be, in user mode for so long; then it is done with that."""
+    """Make the agent loop in user mode for ``seconds``, and wait for its end after the block."""
     number = agent.send(request(op.stay_in_user_mode, seconds=seconds))
     try:
         yield
@@ -83,7 +83,7 @@ def _in_user_mode(agent: Agent, seconds: float) -> Iterator[None]:
 
 
 def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
-    """The stage-2 regimes in force on the stopped CPUs: HCR.VM set and VTTBR not zero."""
+    """Decode the stage-2 regimes of the stopped CPUs that are in a guest: HCR.VM set and VTTBR not 0."""
     found = []
     features = arch.features(*gdb.read(0, *arch.identity))
     for cpu in range(len(gdb.threads)):
@@ -92,12 +92,12 @@ def guests_on_cpus(gdb: Gdb, arch: Architecture) -> list[Regime]:
             try:
                 found.append(arch.stage2(vttbr, vtcr, hcr, features))
             except ImpossibleRegime as e:
-                raise MachineError(f"CPU {cpu} runs a guest under a regime the model does not know: {e}") from e
+                raise MachineError(f"CPU {cpu} runs a guest with a stage 2 that the model does not cover: {e}") from e
     return found
 
 
 def _user_spaces(gdb: Gdb, arch: Architecture) -> list[Regime]:
-    """The user address spaces loaded on the stopped CPUs."""
+    """Decode the stage-1 regimes of user space that are loaded on the stopped CPUs."""
     found = []
     for cpu in range(len(gdb.threads)):
         names = ("TTBR0", "TTBCR")
@@ -107,18 +107,18 @@ def _user_spaces(gdb: Gdb, arch: Architecture) -> list[Regime]:
         try:
             found.append(arch.stage1(*gdb.read(cpu, *names)))
         except ImpossibleRegime:
-            continue  # a CPU that has not set up its user half
+            continue  # this CPU's TTBR0 is not set up
     return found
 
 
 class Locator:
-    """What the lab sees of one host: the VMM's own address space, and the roots of its VMs."""
+    """Finds and remembers the roots of one host's VMM processes and VMs."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._arch = host.config.architecture
         self._ram = host.machine.ram
-        self._spaces: dict[int, Regime] = {}  # by the agent's pid: a new agent is a new address space
+        self._spaces: dict[int, Regime] = {}  # by the agent's pid
         self._regimes: WeakKeyDictionary[Vm, Regime] = WeakKeyDictionary()
 
     @property
@@ -126,8 +126,8 @@ class Locator:
         return self._host.machine.gdb
 
     def vmm_space(self, agent: Agent) -> Regime:
-        """Stage 1 of the process that holds the VMs."""
-        if agent.from_boot:  # restored with the host, tables and all
+        """Return the stage-1 regime of a VMM process, which is found once. Raises MachineError."""
+        if agent.from_boot:  # its tables are restored with the host
             if self._host.origin not in _FIRST_SPACES:
                 _FIRST_SPACES[self._host.origin] = self._find_vmm_space(agent)
             return _FIRST_SPACES[self._host.origin]
@@ -157,7 +157,10 @@ class Locator:
         return bool(self._ram.backed(pa)[0]) and self._ram.read(int(pa[0]), len(content)) == content
 
     def stage2_regime(self, vm: Vm) -> Regime:
-        """The VM's stage-2 regime; found once, for a VM's root never changes in its lifetime. (Its VMID does.)"""
+        """Return the VM's stage-2 regime, which is found once: its VMID may change, but not its root.
+
+        Raises MachineError.
+        """
         if vm not in self._regimes:
             self._regimes[vm] = self.sample(vm)
             if vm.ipa_bits == 0:
@@ -165,17 +168,20 @@ class Locator:
         return self._regimes[vm]
 
     def known(self, vm: Vm) -> Regime | None:
-        """The VM's stage-2 regime, if it was found before."""
+        """Return the VM's stage-2 regime if it has been found, else None."""
         return self._regimes.get(vm)
 
     def adopt(self, vm: Vm, root: int) -> None:
-        """The VM's root is known; the rest is as of any VM with as wide an IPA space, once one was seen."""
+        """Set the VM's root. The rest of its regime is taken from another VM of default IPA size, if one was found."""
         usual = _USUAL.get(self._host.origin)
         if vm not in self._regimes and usual is not None and vm.ipa_bits == 0:
             self._regimes[vm] = replace(usual, root=root)
 
     def sample(self, vm: Vm) -> Regime:
-        """The VM's stage 2 as it stands in a CPU's registers at this moment, VMID included, its guest inside."""
+        """Read the VM's stage-2 regime, with its VMID, from the registers of a CPU that runs its guest.
+
+        Raises MachineError when that is not found in time.
+        """
         space = self.vmm_space(vm.agent)
         hva = np.array([vm.mailboxes.hva], dtype=np.uint64)
 
@@ -194,9 +200,9 @@ class Locator:
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:
-    """The tables of every guest seen inside a CPU of a live machine within ``seconds``, each once.
+    """Read the tables of every guest that a CPU of a live machine runs within ``seconds``, each once.
 
-    Raises MachineError when the machine's gdbstub is taken (by the tests that run on it).
+    Raises NoLiveMachine when the machine has ended, MachineError when its gdbstub is in use, as by tests.
     """
     arch = {a.name: a for a in (ARMV7, ARMV8)}[card.architecture]
     try:

@@ -1,4 +1,4 @@
-"""The kernel's own complaints: BUG, WARNING, lockdep, RCU stalls in the log of one test."""
+"""Find splats in the kernel's log: BUG, WARNING, lockdep reports, RCU stalls."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FOLLOWING = 12
 
 
 def messages(kmsg: bytes) -> list[str]:
-    """The texts of /dev/kmsg records (Documentation/ABI/testing/dev-kmsg)."""
+    """Return the texts of /dev/kmsg records (Documentation/ABI/testing/dev-kmsg)."""
     lines = kmsg.decode(errors="replace").splitlines()
     return [line.partition(";")[2] for line in lines if ";" in line and not line.startswith(" ")]
 
 
 def find(kmsg: bytes) -> list[Finding]:
-    """One finding for each splat, with the lines that follow it."""
+    """Make a finding for each splat in these /dev/kmsg records, with the lines that follow it."""
     texts = messages(kmsg)
     found, skip_to = [], 0
     for i, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""One VM's stage-2 tables at one moment, as a test case reads them."""
+"""One VM's stage-2 tables at one time, as test cases read them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ class Leaf:
 
     @property
     def size(self) -> int:
+        """Bytes that the leaf maps."""
         return 1 << KIB4.level_shift(self.level)
 
     @property
     def readable(self) -> bool:
-        return d.s2_readable(self.desc)
+        return bool(d.s2_readable(self.desc))
 
     @property
     def writable(self) -> bool:
-        return d.s2_writable(self.desc)
+        return bool(d.s2_writable(self.desc))
 
     @property
     def executable(self) -> bool:
-        return d.s2_executable(self.desc)
+        return bool(d.s2_executable(self.desc))
 
     @property
     def memattr(self) -> int:
@@ -52,13 +53,13 @@ class Leaf:
 
 
 def permissions(desc: int) -> str:
-    """``rwx`` with dashes."""
+    """The permissions of a stage-2 descriptor as ``rwx``, with dashes."""
     flags = (d.s2_readable(desc), d.s2_writable(desc), d.s2_executable(desc))
     return "".join(c if f else "-" for c, f in zip("rwx", flags, strict=True))
 
 
 class Stage2:
-    """The tables of one VM: ``regime`` is the geometry, ``leaves`` all valid entries as arrays."""
+    """The tables of one VM: ``regime`` has root, levels and VMID, ``leaves`` all blocks and pages as arrays."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -69,7 +70,7 @@ class Stage2:
 
     @property
     def spare_tables(self) -> int:
-        """Table pages that nothing needs: no leaf is reached through them."""
+        """The number of table pages through which no leaf is reached."""
         needed = tables.needed(self.regime, self.leaves.ia, self.leaves.level)
         return len(self.tables.pages) - self.regime.root_pages - needed
 
@@ -81,7 +82,7 @@ class Stage2:
         return len(self.leaves)
 
     def leaf(self, ipa: int) -> Leaf | None:
-        """The leaf that maps ``ipa``, or None. A block's ``ipa`` and ``pa`` are its first byte's."""
+        """Return the leaf that maps ``ipa``, or None. Its own ``ipa`` and ``pa`` are those of its first byte."""
         leaves = self.leaves
         at = int(np.searchsorted(leaves.ia, np.uint64(ipa), side="right")) - 1
         if at < 0:
@@ -91,22 +92,22 @@ class Stage2:
         return leaf if ipa < leaf.ipa + leaf.size else None
 
     def within(self, ipa: int, size: int) -> Leaves:
-        """The leaves that begin in ``[ipa, ipa + size)``."""
+        """Return the leaves whose first byte is in ``[ipa, ipa + size)``."""
         first, last = np.searchsorted(self.leaves.ia, np.array([ipa, ipa + size], dtype=np.uint64))
         return self.leaves[int(first) : int(last)]
 
     def mapped(self, ipa: int, size: int) -> list[int]:
-        """IPAs of the leaves that begin in ``[ipa, ipa + size)``."""
+        """Return the IPAs of the leaves whose first byte is in ``[ipa, ipa + size)``."""
         return [int(ia) for ia in self.within(ipa, size).ia]
 
     def dump(self) -> str:
-        """The whole table as text, neighbours that continue each other on one line."""
+        """Format the tables as text, with a line for each run of contiguous leaves."""
         lines = [str(self.regime), f"{len(self.leaves)} leaves, {len(self.tables.pages)} table pages"]
         return "\n".join([*lines, *_runs(self.leaves)]) + "\n"
 
 
 def _runs(leaves: Leaves) -> list[str]:
-    """Maximal runs of leaves that are contiguous in IPA and PA and equal in attributes, a line each."""
+    """Format the leaves, with a line for each run that is contiguous in IPA and PA and equal in attributes."""
     if not len(leaves):
         return []
     attributes = leaves.desc & ~np.uint64(leaves.format.address_field())

@@ -1,4 +1,4 @@
-"""The verdicts: one name each, and a diff a kernel developer can act on."""
+"""The verdicts: their names, findings, and the diff of expected and found that a violation shows."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ _SHOWN = 8
 
 
 class Verdict(StrEnum):
-    """What can be wrong. The value is the name a report shows."""
+    """What can be wrong. The value is the name in reports."""
 
-    #: a leaf maps another frame than the host's own page table does for that address
+    #: a leaf maps another frame than the host's own page table maps for that address
     WRONG_FRAME = "wrong-frame"
-    #: a leaf allows more than memslot, host mapping or dirty log; or a device can be executed
+    #: a leaf is writable though memslot, host mapping or dirty log forbid it; or a device is executable
     EXCESS_PERMISSION = "excess-permission"
-    #: a leaf where the VM has no memory
+    #: a leaf at an IPA where the VM has no memslot
     OUTSIDE_MEMSLOTS = "outside-memslots"
-    #: RAM that is not mapped as normal write-back inner-shareable memory, or a device mapped as RAM
+    #: RAM is not mapped as normal write-back inner-shareable memory, or a device is mapped as RAM
     WRONG_MEMORY_TYPE = "wrong-memory-type"
-    #: a table page that is used twice, or that a guest can reach
+    #: a table page is used twice, or mapped by a guest's leaf
     SHARED_TABLE = "shared-table"
-    #: an entry that the architecture gives no meaning
+    #: an entry is reserved in the architecture, or points outside the machine's memory
     MALFORMED_ENTRY = "malformed-entry"
-    #: after an operation of the host, a leaf still maps the frame that the operation took away
+    #: after an operation of the host, a leaf still maps a frame that the operation has unmapped
     STALE = "stale"
-    #: after an operation of the host, a leaf is still writable and must not be
+    #: after an operation of the host, a leaf is still writable that the operation has write-protected
     WRITABLE = "writable"
-    #: after an operation of the host, a leaf has changed and the operation gives no reason
+    #: after an operation of the host, a leaf has changed for no reason that the operation gives
     ALTERED = "altered"
-    #: after an operation of the host, there is a new leaf that no guest asked for
+    #: after an operation of the host, there is a new leaf that no guest has asked for
     APPEARED = "appeared"
-    #: after an operation of the host, a leaf is gone that the notifiers did not name
+    #: after an operation of the host, a leaf is gone for which no notifier was called
     LOST = "lost"
-    #: up to 6.9: change_pte did not map the new frame, though a level 3 table was left
+    #: up to 6.9: change_pte has not mapped the new frame, though the level 3 table still exists
     NOT_MAPPED = "not-mapped"
     #: the notifier's trace event is missing for a page that stage 2 mapped
     NOT_TOLD = "not-told"
-    #: the notifier was called for a page, and no operation gives a reason
+    #: the notifier was called for a page for no reason that an operation gives
     TOLD = "told"
-    #: BUG, WARNING, lockdep or RCU stall in the host's kernel log during the test
+    #: BUG, WARNING, lockdep report or RCU stall in the host's kernel log during the test
     KERNEL_SPLAT = "kernel-splat"
 
     @classmethod
     def of(cls, breach: BreachKind) -> Verdict:
-        """The verdict on a breach of the notifier model, which has the same name."""
+        """Return the verdict for a breach of the notifier model, which has the same name."""
         return cls[breach.name]
 
 
 class Reason(Enum):
-    """Why a finding is one, where the oracle has to know."""
+    """The cause of a finding, where the oracle distinguishes causes."""
 
-    HOST_HAS_NO_PAGE = auto()  #: stage 2 maps an address at which the host's own page table maps nothing
+    HOST_HAS_NO_PAGE = auto()  #: stage 2 maps an address for which the host's own page table maps nothing
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: with ``size`` bytes of one VM at ``ipa``, or with the kernel as a whole (None)."""
+    """One thing that is wrong, with ``size`` bytes of a VM at ``ipa``, or with the kernel as a whole (``ipa`` None)."""
 
     verdict: Verdict
     expected: str
@@ -80,9 +80,9 @@ class Finding:
 
 
 class Violation(AssertionError, Judged):
-    """The kernel broke the contract. ``findings`` are all that is wrong, ``str()`` the diff.
+    """The kernel has violated the contract. ``findings`` lists all that is wrong, ``str()`` is the diff.
 
-    ``context`` is what happened before: the last operations and the kernel's trace.
+    ``context`` describes what happened before: the last requests, or the kernel's trace.
     """
 
     def __init__(self, title: str, findings: list[Finding], context: str = "") -> None:

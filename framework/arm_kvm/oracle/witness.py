@@ -1,6 +1,6 @@
-"""An operation of the host, witnessed: stage 2 before it and after it, and what the kernel traced of its notifiers.
+"""Judge an operation of the host by stage 2 before and after it, and by the traced calls of the MMU notifiers.
 
-The reference model (framework/arm_kvm/model/kvm/notifier.py) says what the operation owes; this holds the kernel to it.
+The reference model (framework/arm_kvm/model/kvm/notifier.py) says what the operation must do to stage 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def calls_in(events: Iterable[trace.FtraceEvent]) -> list[tuple[Call, Span]]:
-    """The notifier calls among trace events, with the HVA range ``[start, end)`` that each names."""
+    """Find the notifier calls among trace events, with the HVA range ``[start, end)`` of each."""
     calls = {call.value: call for call in Call}
     found = []
     for event in events:
@@ -39,23 +39,24 @@ def calls_in(events: Iterable[trace.FtraceEvent]) -> list[tuple[Call, Span]]:
 
 @dataclass
 class Testimony:
-    """What was seen of one operation: stage 2 of each VM before and after, and the notifier calls in order."""
+    """What was observed of an operation: each VM's stage 2 before and after, by VM number, and the notifier calls."""
 
     before: dict[int, Stage2] = field(default_factory=dict)
     after: dict[int, Stage2] = field(default_factory=dict)
     calls: list[tuple[Call, Span]] = field(default_factory=list)
-    done: list[tuple[Operation, Memory, int, int]] = field(default_factory=list)  #: to which bytes of which memory
+    done: list[tuple[Operation, Memory, int, int]] = field(default_factory=list)  #: with memory, offset and size
 
     def also(self, operation: Operation, memory: Memory, offset: int = 0, size: int | None = None) -> None:
-        """The block did this, too: what became of some pages may be known only when it has."""
+        """Add a further operation of the block, for example one whose pages are known only afterwards."""
         self.done.append((operation, memory, offset, memory.size - offset if size is None else size))
 
     def count(self, call: Call) -> int:
+        """Return the number of calls of this notifier."""
         return sum(c is call for c, _ in self.calls)
 
 
 class Witness:
-    """Witnesses operations on one host."""
+    """Judges operations on one host's memory."""
 
     def __init__(self, oracle: Oracle, host: Host) -> None:
         self._oracle = oracle
@@ -66,22 +67,25 @@ class Witness:
     def __call__(
         self, operation: Operation, memory: Memory, offset: int = 0, size: int | None = None, *, exact: bool = True
     ) -> Iterator[Testimony]:
-        """Within the block the host does this to ``[offset, offset + size)`` of the memory, and no guest runs.
+        """Within the block, the host carries out the operation on ``[offset, offset + size)``, and no guest runs.
 
-        Afterwards every VM that has run is compared with what the model demands and allows. Raises Violation. With
-        guests running (``exact`` false), which map again what they use, safety is judged, that the kernel told of
-        what it owed to tell, and that nothing is gone which it did not tell of. (What is gone for an instant only has
-        been replaced: 5.4 does that entry by entry, break before make.)
+        Afterwards the stage 2 of every VM that has run is compared with what the model requires and permits. Raises
+        Violation.
+
+        If guests run (``exact`` false), they map again the pages that they access. Then three things are judged:
+        safety; that the notifiers were called for all pages for which the operation requires that; and that no leaf is
+        gone without a notifier call. (A leaf that is missing only for an instant is being replaced: 5.4 does that entry
+        by entry, break before make.)
         """
         seen = Testimony()
         seen.also(operation, memory, offset, size)
-        notices = self._notices(*seen.done[0])  # of mappings that may be gone afterwards
+        notices = self._notices(*seen.done[0])  # now: the mappings may be gone afterwards
         vms = [vm for vm in self._host.vms if vm.alive and vm.entered]
         calls = [call for call in Call if call is not Call.SET or self._kernel < CHANGE_PTE_GONE]
         with trace.traced(self._host.agent, [f"kvm:{call.value}" for call in calls]) as traced:
             seen.before = self._look(vms)
             yield seen
-            seen.after = self._look(vms)  # traced: the host may do something to guest memory at any time
+            seen.after = self._look(vms)  # still traced, because the host may change guest memory at any time
             later = seen.after if exact else self._look_again(vms)
         seen.calls = calls_in(traced.events)
         notices += [notice for more in seen.done[1:] for notice in self._notices(*more)]
@@ -94,14 +98,14 @@ class Witness:
         return self._look(vms)
 
     def _look(self, vms: list[Vm]) -> dict[int, Stage2]:
-        """Stage 2 of each VM; safety is judged here. Raises Violation."""
+        """Read stage 2 of each VM and judge safety. Raises Violation."""
         looks = self._oracle.examine(*vms) if vms else []
         if findings := [f for _, found in looks for f in found]:
             raise Violation("stage 2 breaks the contract", findings)
         return {vm.id: stage2 for vm, (stage2, _) in zip(vms, looks, strict=True)}
 
     def _notices(self, operation: Operation, memory: Memory, offset: int, size: int) -> list[Notice]:
-        """What is announced. A fork tells of every private mapping of the process."""
+        """Return the notices of the operation: one, or for a fork one for each private mapping of the process."""
         start, end = memory.hva + offset, memory.hva + offset + size
         vmas = mappings(self._host.agent, private=operation is Operation.FORK)
         if notifier.RULES[operation].told is Told.VMA:
@@ -125,7 +129,7 @@ class Witness:
 
 
 def leaves_of(stage2: Stage2) -> Leaves:
-    """A table as the model compares it."""
+    """Convert stage 2 to the form that the model compares: IPA -> (level, descriptor)."""
     leaves = stage2.leaves
     rows = zip(leaves.ia.tolist(), leaves.level.tolist(), leaves.desc.tolist(), strict=True)
     return {ipa: (level, desc) for ipa, level, desc in rows}

@@ -1,26 +1,28 @@
-"""The pytest front door.
+"""The pytest front end.
 
-interrupts   Ctrl-C, from now on
+interrupts   Ctrl-C, from the moment pytest is loaded
 markers      the marks of test cases
-options      --host, --kernel, --isolation, ...; kernels are had before the first test
-selection    which case runs on which host, and who shares a host with whom
-order        the slow ones first, and workers (pytest -n) that share what takes long to make
-prepare      what the next tests begin with, made while this one runs
-judgement    what is held against the model after each test
-failures     what the plugin itself fails a test with
-fixtures     what a test case is written with
-mutation     --mutate: the catalogue of mutants against the cases
-ending       --keep
-limits       what this machine refuses a run
-suites       `arm-kvm test` only: which of the lab's own cases
+options      --host, --kernel, --isolation, ...; kernels are fetched and built before the first test
+selection    which case runs on which host, and which cases share one
+order        the slow cases first, and workers (pytest -n) that share what takes long to make
+prepare      hosts and VMs for the next tests, made while this one runs
+session      what the lab holds of one test
+judgement    the host compared with the model after each test
+failures     failures that the plugin itself raises
+artifacts    the folder of each test
+fixtures     what test cases are written with
+mutation     --mutate: the cases against the catalogue of mutants
+ending       --keep, and runs that judged nothing
+limits       limits of this machine, such as a full disk
+suites       for `arm-kvm test` only: the paths it takes
+stash        what these parts leave for each other
 """
 
 from arm_kvm.support import interrupt
 
-interrupt.leave_when_heard(2)  # no traceback of what is being loaded just now
+interrupt.leave_when_heard(2)  # Ctrl-C while the rest is being imported: no traceback
 
-# An importer before what it imports would keep pytest from rewriting the assertions of the imported.
-
+# A module comes before those that import it: pytest cannot rewrite the assertions of one that is imported already.
 pytest_plugins = [
     "arm_kvm.pytest_plugin.interrupts",
     "arm_kvm.pytest_plugin.markers",

@@ -1,4 +1,4 @@
-"""The end of a run: machines that were kept are left to the person until Ctrl-C, all others end.
+"""The end of a run. Machines kept for the user live until Ctrl-C; all others end at once.
 
 A run in which every case was skipped has judged nothing: it says so, and fails.
 """
@@ -17,7 +17,7 @@ from arm_kvm.support import interrupt
 
 
 class _Judged:
-    """Whether anything was, in this process or in its workers."""
+    """Whether any case was judged, in this process or in its workers."""
 
     def __init__(self) -> None:
         self._skipped, self._judged = 0, 0
@@ -37,7 +37,7 @@ class _Judged:
         if self.nothing and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
-    def pytest_terminal_summary(self, terminalreporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.nothing:
             terminalreporter.write_line(
                 f"arm-kvm: nothing was judged: all {self._skipped} cases were skipped", red=True
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Judged())
 
 
-@pytest.hookimpl(tryfirst=True)  # also where a report then cannot be written
+@pytest.hookimpl(tryfirst=True)  # before the hooks that write reports, which may fail
 def pytest_sessionfinish(session: pytest.Session) -> None:
     pool = session.config.stash.get(POOL, None)
     if interrupt.heard():
@@ -64,16 +64,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _end_fixtures(session: pytest.Session) -> None:
-    """Those of the test that was interrupted, while its host is there; and what they fail over ends nothing else.
+    """Tear down the fixtures of the interrupted test while its host still exists, and ignore how they fail.
 
-    pytest would do it later, and leave reports unwritten over such a failure.
+    pytest does so later in this hook; a failure there would keep it from writing its reports.
     """
     with suppress(BaseException):
         session.config.pluginmanager.getplugin("runner").pytest_sessionfinish(session)
 
 
 def _wait_with(pool: Pool, config: pytest.Config) -> None:
-    """Stay with the kept machines until Ctrl-C: they live exactly as long as this process."""
+    """Wait for Ctrl-C: the kept machines live exactly as long as this process."""
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         for host in pool.kept:

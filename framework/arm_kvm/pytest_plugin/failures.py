@@ -1,18 +1,19 @@
-"""How the plugin itself ends a test, where neither the test's own assertions nor a checker did."""
+"""Failures that the plugin itself raises, where neither an assertion nor a checker in the test has failed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
+# pytest.fail.Exception and pytest.xfail.Exception; to a type checker those are variables, which cannot be base classes.
+from _pytest.outcomes import Failed, XFailed
 
 from arm_kvm.oracle.verdicts import Finding
 from arm_kvm.support.errors import LabError
 from arm_kvm.support.judged import Judged
 
 
-class CausedFailure(pytest.fail.Exception):
-    """The test fails because of ``cause``, which is not of its making."""
+class CausedFailure(Failed):
+    """The test fails because of ``cause``, for which it is not to blame."""
 
     def __init__(self, words: str, cause: LabError) -> None:
         super().__init__(words, pytrace=False)
@@ -24,32 +25,32 @@ class HostUnusable(CausedFailure):
 
 
 class HostLost(CausedFailure):
-    """The test passed, and its host is gone, or was lost when its VMs were destroyed."""
+    """The test passed, but its host is gone, or was lost while the test's VMs were destroyed."""
 
     def __init__(self, when: str, cause: LabError) -> None:
         super().__init__(f"{when}: {cause}", cause)
 
 
 class Refused(CausedFailure):
-    """This machine, not the host and not the case, is why the test ends."""
+    """This machine (a full disk, a limit), not the host and not the case, ends the test."""
 
     def __init__(self, cause: LabError) -> None:
         super().__init__(f"this machine does not let the test go on: {cause}", cause)
 
 
-class ContractBroken(pytest.fail.Exception, Judged):
-    """The kernel under test broke the contract, says the oracle: after the test, or when its VMs were destroyed."""
+class ContractBroken(Failed, Judged):
+    """The kernel under test broke the contract: found after the test, or while its VMs were destroyed."""
 
-    __module__ = "builtins"  # as pytest has it: the report names the class alone
+    __module__ = "builtins"  # as pytest does for its own: the report then shows the bare class name
 
     def __init__(self, when: str, findings: Sequence[Finding]) -> None:
         super().__init__("\n".join([f"{when}:", *map(str, findings)]), pytrace=False)
         self.verdicts = frozenset(finding.verdict for finding in findings)
 
 
-class VmsLeft(pytest.fail.Exception):
-    """The kernel, or the agent, did not let a VM go."""
+class VmsLeft(Failed):
+    """The test's VMs could not be destroyed."""
 
 
-class KnownDeath(pytest.xfail.Exception):
-    """A known fault took the host along: there is nothing left to judge."""
+class KnownDeath(XFailed):
+    """A known fault took down the host: nothing is left to judge."""

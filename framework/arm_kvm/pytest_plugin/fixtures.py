@@ -1,4 +1,4 @@
-"""Fixtures in the field's terms. ``pytest --fixtures`` prints them: the manual for authors of test cases."""
+"""The fixtures of test cases. ``pytest --fixtures`` prints their docstrings, the manual for authors of test cases."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import pytest
+from _pytest.outcomes import Failed
 
 from arm_kvm import known_faults
 from arm_kvm.events.violations import ProtocolBroken
@@ -24,12 +25,13 @@ from arm_kvm.oracle.stage2 import Stage2
 from arm_kvm.oracle.witness import Witness
 from arm_kvm.pytest_plugin.artifacts import TestFolder
 from arm_kvm.pytest_plugin.failures import ContractBroken, HostLost, HostUnusable, KnownDeath, VmsLeft
-from arm_kvm.pytest_plugin.judgement import HostSession
 from arm_kvm.pytest_plugin.prepare import OUR_VM, expect_next, first_vm, plugin_for, with_probe
 from arm_kvm.pytest_plugin.selection import owner_of
+from arm_kvm.pytest_plugin.session import HostSession
 from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, POOL, SESSION
 from arm_kvm.recorder.breakpoints import Breakpoints
-from arm_kvm.recorder.recorder import Recorder
+from arm_kvm.recorder.probe import Probe
+from arm_kvm.recorder.recorder import Mechanism, Recorder
 from arm_kvm.recorder.recording import Recording
 from arm_kvm.support.errors import UNAVAILABLE, LabError, QemuKilled
 from arm_kvm.support.paths import CONFIGS
@@ -46,8 +48,8 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 
     ``host.agent`` takes requests, ``host.ssh`` shell commands, ``host.machine`` is the board itself
     (console, RAM, gdbstub), ``host.release`` the kernel's version. With ``--isolation test`` (or the mark
-    ``isolation("test")``) nobody has touched it; else the tests of a module or of the run share it. VMs are destroyed
-    after each.
+    ``isolation("test")``) no other test has used it; else the tests of a module or of the run share it. The test's VMs
+    are destroyed after it.
     """
     pool, name = request.config.stash[POOL], request.param
     host = _host_or_outcome(request.node, pool, name)
@@ -62,7 +64,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 
 
 def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
-    """The live host; or a skip where its kernel cannot be fetched now, a failure where anything else is wrong."""
+    """Return the live host. Skips the test where the host's kernel cannot be fetched now. Raises HostUnusable."""
     try:
         return pool.host(name, owner_of(item), plugin_for(item))
     except HostBroken as e:
@@ -74,7 +76,7 @@ def _host_or_outcome(item: pytest.Item, pool: Pool, name: str) -> Host:
         words = f"host {name} could not be used earlier in this run, and is not tried again: {cause.one_line}"
     else:
         words = f"host {name} cannot be used: {cause}"
-    if not isinstance(cause, QemuKilled):  # the next test has another
+    if not isinstance(cause, QemuKilled):  # that says nothing of the host: the next test starts another
         pool.told.add(name)
     raise HostUnusable(words, cause)
 
@@ -88,10 +90,10 @@ def _require_features(item: pytest.Item, host: Host) -> None:
 
 
 def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> None:
-    """Collect the artifacts, and give the host back clean, kept or not at all."""
+    """Collect the artifacts, and give the host back to the pool: clean, to be kept, or to be discarded."""
     host, node = session.host, request.node
     failed = node.stash.get(FAILED, False)
-    if not pool.holds(host):  # the run was interrupted
+    if not pool.holds(host):  # Ctrl-C has closed the pool
         _collect(node, session)
         return
     if failed and request.config.getoption("--keep") and host.machine.alive:
@@ -110,16 +112,16 @@ def _leave(request: pytest.FixtureRequest, pool: Pool, session: HostSession) -> 
         raise why
 
 
-def _destroy_vms(session: HostSession) -> pytest.fail.Exception | None:
-    """As after every test; what is wrong with that."""
+def _destroy_vms(session: HostSession) -> Failed | None:
+    """Destroy the test's VMs; return the failure if that goes wrong."""
     try:
-        said = session.destroy_vms()
+        findings = session.destroy_vms()
     except LabError as e:
         if session.host.machine.alive and session.host.agent.usable:
             return VmsLeft(f"the test's VMs could not be destroyed: {e}", pytrace=False)
         return HostLost("while the test's VMs were destroyed, its host was lost", e)
-    if said:
-        return ContractBroken("the kernel complained after the test, while its VMs were destroyed", said)
+    if findings:
+        return ContractBroken("the kernel complained after the test, while its VMs were destroyed", findings)
     return None
 
 
@@ -130,13 +132,13 @@ def _collect(node: pytest.Item, session: HostSession) -> None:
 
 @pytest.fixture
 def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
-    """Create VMs: ``make_vm(vcpus=1, ipa_bits=0)``. Each has the payload in it and nothing else.
+    """Create VMs: ``make_vm(vcpus=1, ipa_bits=0)``. Each has the guest payload in it and no other memory.
 
-    A VM's memory is added with ``vm.add_memory(ipa, size)``; its guest is commanded through ``vm.guest``
-    (and ``vm.guests[n]`` on the other vCPUs); what it asks of devices is answered by ``vm.device``.
+    ``vm.add_memory(ipa, size)`` adds memory; ``vm.guest`` gives the guest orders (``vm.guests[n]`` on the other
+    vCPUs); ``vm.device`` answers its MMIO accesses.
     """
 
-    def make(**kind) -> Vm:
+    def make(**kind: Any) -> Vm:
         return host.create_vm(isa, **kind)
 
     return make
@@ -146,7 +148,7 @@ def make_vm(host: Host, isa: str) -> Callable[..., Vm]:
 def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
     """Create many VMs at once: ``make_vms(300)``."""
 
-    def make(count: int, **kind) -> list[Vm]:
+    def make(count: int, **kind: Any) -> list[Vm]:
         return host.create_vms(isa, count, **kind)
 
     return make
@@ -154,7 +156,7 @@ def make_vms(host: Host, isa: str) -> Callable[..., list[Vm]]:
 
 @pytest.fixture
 def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
-    """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. Its frames are still to be placed."""
+    """``make_vgic(vm)``: an in-kernel GICv2 in a VM that has not run yet. The test places its frames."""
     gicv = host.gicv
 
     def make(vm: Vm) -> Vgic:
@@ -165,13 +167,13 @@ def make_vgic(host: Host) -> Callable[[Vm], Vgic]:
 
 @pytest.fixture
 def ssh(host: Host) -> Ssh:
-    """The host's shell, connected: ``ssh.run("uname -a")`` answers what the command prints."""
+    """The host's shell, connected: ``ssh.run("uname -a")`` returns what the command prints."""
     return host.ssh
 
 
 @pytest.fixture
 def make_vmm(host: Host, ssh: Ssh) -> Iterator[Callable[[], Vmm]]:
-    """``make_vmm()``: another VMM process on the host, to be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
+    """``make_vmm()``: another VMM process on the host, which may be killed: ``vmm.create_vm(isa)``, ``vmm.kill()``."""
     made: list[Vmm] = []
 
     def make() -> Vmm:
@@ -192,7 +194,7 @@ def _vm(request: pytest.FixtureRequest, host: Host, isa: str) -> Vm:
 def vm(_lab_vm: Vm) -> Vm:
     """A VM with no memory but the payload's own, and one vCPU, or as many as the mark ``vcpus(n)`` says.
 
-    With ``vcpus(n, pinned=True)`` each is bound to a CPU of the host. See ``make_vm``.
+    With ``vcpus(n, pinned=True)`` each vCPU is bound to a CPU of the host. See ``make_vm``.
     """
     return _lab_vm
 
@@ -204,27 +206,39 @@ def stage2(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], Stage2]
     Safety is checked every time: a violation fails the test with its diff. The result has ``leaf(ipa)``,
     ``mapped(ipa, size)``, ``within(ipa, size)``, ``leaves`` (numpy arrays) and ``regime`` (geometry).
     """
-    return request.node.stash[SESSION].oracle.stage2
+    return _session(request).oracle.stage2
 
 
 @pytest.fixture
 def oracle(request: pytest.FixtureRequest, host: Host) -> Oracle:
-    """The judge itself, for tests that want its findings and not its failure: ``oracle.examine(vm)``."""
-    return request.node.stash[SESSION].oracle
+    """The oracle itself, for tests that want its findings as a value: ``oracle.examine(vm)``."""
+    return _session(request).oracle
+
+
+def _session(request: pytest.FixtureRequest) -> HostSession:
+    item: pytest.Item = request.node
+    return item.stash[SESSION]
 
 
 def _recorder(config: pytest.Config, session: HostSession) -> Recorder:
     host = session.host
     if host not in _RECORDERS:
-        mechanism = host.machine.plugin if with_probe(config) else Breakpoints(host)
-        _RECORDERS[host] = Recorder(host, mechanism, session.oracle.locator)
+        _RECORDERS[host] = Recorder(host, _mechanism(config, host), session.oracle.locator)
     return _RECORDERS[host]
+
+
+def _mechanism(config: pytest.Config, host: Host) -> Mechanism:
+    if not with_probe(config):
+        return Breakpoints(host)
+    probe = host.machine.plugin
+    assert isinstance(probe, Probe), "prepare.plugin_for() loads it for every case that records"
+    return probe
 
 
 @pytest.fixture
 def recorder(request: pytest.FixtureRequest, host: Host) -> Recorder:
     """The recorder itself: ``recorder.points``, the instructions it watches, ``recorder.kernel``, the symbols."""
-    return _recorder(request.config, request.node.stash[SESSION])
+    return _recorder(request.config, _session(request))
 
 
 @pytest.fixture
@@ -232,10 +246,10 @@ def record(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[..., 
     """``with record() as run:`` records every VTTBR write, invalidation, guest entry and table change.
 
     When the block ends the trace is checked, and a broken rule fails the test; ``record(judge=False)`` leaves that
-    to the test. Then ``run.trace``, ``run.violations``, ``run.vmids(vm)``, ``run.rollovers`` ... say what happened.
+    to the test. Then ``run.trace``, ``run.violations``, ``run.vmids(vm)``, ``run.rollovers`` ... tell what happened.
     The trace is kept among the test's artifacts: ``arm-kvm trace check FILE``, ``arm-kvm trace draw FILE``.
     """
-    session = request.node.stash[SESSION]
+    session = _session(request)
 
     @contextmanager
     def recording(judge: bool = True) -> Iterator[Recording]:
@@ -255,13 +269,15 @@ def record(request: pytest.FixtureRequest, recorder: Recorder) -> Callable[..., 
 @pytest.fixture
 def vmid(request: pytest.FixtureRequest, host: Host) -> Callable[[Vm], int]:
     """``vmid(vm)``: the VMID in VTTBR, sampled from a CPU's registers while the VM's guest spins."""
-    return request.node.stash[SESSION].oracle.vmid
+    return _session(request).oracle.vmid
 
 
 @pytest.fixture
-def trace(request: pytest.FixtureRequest, host: Host):
+def trace(
+    request: pytest.FixtureRequest, host: Host
+) -> Callable[..., AbstractContextManager[list[trace_.FtraceEvent]]]:
     """``with trace("kvm:kvm_guest_fault") as events:`` records ftrace events; the list is full after the block."""
-    folder = request.node.stash[SESSION].folder
+    folder = _session(request).folder
 
     @contextmanager
     def record(*names: str) -> Iterator[list[trace_.FtraceEvent]]:
@@ -277,25 +293,26 @@ def trace(request: pytest.FixtureRequest, host: Host):
 
 @pytest.fixture
 def witness(request: pytest.FixtureRequest, host: Host) -> Witness:
-    """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` the block does that to guest memory.
+    """``with witness(Operation.DONTNEED, memory, offset, size) as seen:`` judges an operation on guest memory.
 
-    Afterwards stage 2 of every VM is held against what the reference model demands and allows of that operation, and
-    so are the kernel's notifier trace events; a breach fails the test. ``exact=False`` while guests run: then of what
-    is mapped only that nothing is gone which the kernel did not tell of. ``seen.also(Operation.X, memory, offset,
-    size)`` within the block: it did this, too.
+    The block carries the operation out. Afterwards stage 2 of every VM is compared with what the reference model
+    demands and allows, and so are the kernel's notifier trace events; a breach fails the test. Pass ``exact=False``
+    while guests run: they may map pages meanwhile, so of mappings the model then demands only that none went without
+    a notifier call. If the block does more than one operation, ``seen.also(Operation.X, memory, offset, size)`` within
+    it names the others.
     """
-    return Witness(request.node.stash[SESSION].oracle, host)
+    return Witness(_session(request).oracle, host)
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest, host: Host) -> Callable[[str, str], Path]:
-    """``keep(name, text)``: a file among the test's artifacts; its path."""
-    return request.node.stash[SESSION].folder.write
+    """``keep(name, text)`` writes a file among the test's artifacts and returns its path."""
+    return _session(request).folder.write
 
 
 @pytest.fixture
 def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], str]:
-    """``replay_line(path)``: what a person types to play a kept sequence again, on this host and kernel."""
+    """``replay_line(path)``: the command that replays a kept sequence on this host, kernel and QEMU."""
 
     def line(path: Path) -> str:
         own = host.config.path.parent == CONFIGS / "hosts"
@@ -312,10 +329,11 @@ def replay_line(request: pytest.FixtureRequest, host: Host) -> Callable[[Path], 
 def known_fault(host: Host) -> Callable[..., NoReturn]:
     """``known_fault("name")``: the host shows exactly this fault of ``arm_kvm/known_faults.py``.
 
-    Call it only where the very wrong result was recognised. On the kernels that are known to have the fault, the case
-    is then an expected failure; on any other it fails, with the exception being handled, if there is one. Any other
-    wrong result must fail, and a mended kernel passes. ``seen="..."`` goes before the fault's description.
-    ``fatal=True``: the fault took the host along, which a case marked ``may_end_host`` has for itself.
+    Call it only where the test has recognised exactly that wrong result. On the kernels that are known to have the
+    fault, the case is then an expected failure; on any other it fails, with the exception being handled, if there is
+    one. Any other wrong result must fail; a mended kernel passes. ``seen="..."`` is put before the fault's description.
+    ``fatal=True``: the fault took down the host; the case must be marked ``may_end_host``, which gives it one of its
+    own.
     """
 
     def known(name: str, *, seen: str = "", fatal: bool = False) -> NoReturn:

@@ -1,8 +1,8 @@
-"""Ctrl-C: what a test failed over when it was interrupted is no failure of the test."""
+"""Ctrl-C: a test that fails because it was interrupted has not failed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,13 +12,13 @@ from arm_kvm.support import interrupt
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
-    """From here on pytest serves it."""
+    """From here on pytest handles Ctrl-C itself."""
     interrupt.listen()
 
 
 @contextmanager
 def _in_a_test() -> Iterator[None]:
-    """Whatever became of what Ctrl-C interrupted, a skip or a pass included, is no outcome of a test."""
+    """Turn any outcome of the block into KeyboardInterrupt if Ctrl-C came meanwhile, be it a failure, skip or pass."""
     try:
         yield
     except (Exception, pytest.fail.Exception) as e:
@@ -30,7 +30,7 @@ def _in_a_test() -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup():
+def pytest_runtest_setup() -> Generator[None, object, object]:
     with _in_a_test():
         result = yield
     return result
@@ -40,10 +40,10 @@ pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_cmdline_main():
+def pytest_cmdline_main() -> Generator[None, object, object]:
     try:
         return (yield)
-    except BaseException:  # a second one while the first was served, or what a fixture then fails over
+    except BaseException:  # a second Ctrl-C, or a fixture that failed because of the first
         if not interrupt.heard():
             raise
         interrupt.deaf()

@@ -1,10 +1,10 @@
-"""What this machine refuses a run, a full disk for example: one message, wherever in pytest it comes out."""
+"""Limits of this machine, such as a full disk: one message, wherever in pytest they are met."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from arm_kvm.support.limits import is_limit, lab_error
 
 @contextmanager
 def _in_a_test(item: pytest.Item) -> Iterator[None]:
+    """Turn what a limit of this machine makes the block fail with into Refused."""
     try:
         yield
     except (Exception, pytest.fail.Exception) as e:
@@ -32,7 +33,7 @@ def _in_a_test(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item):
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     with _in_a_test(item):
         return (yield)
 
@@ -41,8 +42,8 @@ pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_sessionfinish(session: pytest.Session):
-    """A report is written here (--junitxml); what is said on the terminal comes after it, all the same."""
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """Report it where pytest cannot write a report (--junitxml), and let the terminal summary follow all the same."""
     report = session.config.getoption("xmlpath", None)
     try:
         return (yield)
@@ -55,12 +56,12 @@ def pytest_sessionfinish(session: pytest.Session):
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_cmdline_main():
-    """Whatever else comes out: pytest could not write it down itself."""
+def pytest_cmdline_main() -> Generator[None, object, object]:
+    """Report any other failed write in one line: pytest itself would fail to print its traceback."""
     try:
         return (yield)
     except OSError as e:
         with suppress(OSError):
             print(f"arm-kvm: the run cannot go on: {lab_error(e)}", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout when it exits
         return pytest.ExitCode.INTERNAL_ERROR

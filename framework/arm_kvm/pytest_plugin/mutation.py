@@ -1,14 +1,14 @@
-"""``--mutate``: instead of the cases, the mutants of the catalogue, each against the cases until one fails.
+"""``--mutate``: instead of the cases, run the mutants of the catalogue, each against the cases until one fails.
 
-A mutant is an item of its own, so that workers share them (``-n``), and what happens to one stays with it. Its host is
-restored for it and broken before its first case; the cases where the catalogue says to look come first. What becomes of
-it is decided in :mod:`arm_kvm.mutants.trial`, for which pytest runs the cases here.
+Each mutant is a pytest item, so that workers (``-n``) share them and one mutant's trouble does not spread to others.
+Its host is restored and broken before its first case; the cases where the catalogue says to look come first.
+:mod:`arm_kvm.mutants.trial` decides the mutant's fate; this module runs the cases for it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,36 +40,40 @@ _CONTROLS = pytest.StashKey[Controls]()  #: of this worker
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("arm-kvm")
     group.addoption(
-        "--mutate", action="append", metavar="NAME", help="run this mutant against the cases; `all`: every one"
+        "--mutate", action="append", metavar="NAME", help="run the cases against this mutant; `all`: against every one"
     )
     group.addoption(
         "--quick", action="store_true", help="run a mutant against those cases only where the catalogue says to look"
     )
     group.addoption(
-        "--catalogue", type=Path, default=catalogue.HOME, metavar="PATH", help="its folder or file (configs/mutants)"
+        "--catalogue",
+        type=Path,
+        default=catalogue.HOME,
+        metavar="PATH",
+        help="file or folder with the mutants (default: configs/mutants)",
     )
 
 
 class MutantItem(pytest.Item):
-    """A mutant on one host, and the cases that are to notice it."""
+    """A mutant on one host, with the cases that may kill it."""
 
     def __init__(self, *, mutant: Mutant, host: str, cases: list[pytest.Item], **of_pytest: Any) -> None:
         super().__init__(**of_pytest)
         self.mutant, self.host, self.cases = mutant, host, cases
 
     def runtest(self) -> None:
-        """See :func:`pytest_runtest_protocol`."""
+        """Not called: :func:`pytest_runtest_protocol` runs the mutant."""
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, self.name
 
 
-@pytest.hookimpl(trylast=True)  # when the hosts are known
+@pytest.hookimpl(trylast=True)  # the hosts are known by then
 def pytest_configure(config: pytest.Config) -> None:
-    """A catalogue that is not right is said before workers start, which could not."""
+    """Load the catalogue. Raises UsageError here, in the process that starts workers: a worker could not report it."""
     if names := config.getoption("--mutate"):
         if config.getoption("--keep"):
-            raise pytest.UsageError("--keep is for a machine that a case failed on, not one that was broken for it")
+            raise pytest.UsageError("--keep is for a machine that a case failed on, not for one broken on purpose")
         if not any(host.has_kvm for host in config.stash[POOL].configs.values()):
             raise pytest.UsageError("--mutate: none of these hosts has a KVM to break")
         try:
@@ -105,7 +109,7 @@ def _chosen(mutants: list[Mutant], names: Sequence[str]) -> list[Mutant]:
 
 
 def _ordered(mutant: Mutant, cases: list[pytest.Item], quick: bool) -> list[pytest.Item]:
-    """First where the catalogue says to look, in its order; and only there, if it is to be quick."""
+    """Put the cases where the catalogue says to look first, in its order; with ``quick``, keep only those."""
 
     def place(case: pytest.Item) -> int:
         return next((n for n, where in enumerate(mutant.look) if where in case.nodeid), len(mutant.look))
@@ -149,7 +153,7 @@ def _report(item: MutantItem, result: MutantResult, started: float) -> pytest.Te
 
 @contextmanager
 def _one_host(config: pytest.Config) -> Iterator[None]:
-    """Within the block all cases share a host, whatever their marks say."""
+    """Within the block all cases share a host, regardless of their marks."""
     config.stash[MUTANT] = True
     try:
         yield
@@ -158,7 +162,7 @@ def _one_host(config: pytest.Config) -> Iterator[None]:
 
 
 class _PytestCases:
-    """The cases of a mutant, run by pytest: what :class:`arm_kvm.mutants.trial.Cases` asks for."""
+    """The cases of a mutant, run by pytest. Implements :class:`arm_kvm.mutants.trial.Cases`."""
 
     def __init__(self, item: MutantItem) -> None:
         self._config, self._mutant, self._host = item.config, item.mutant, item.host
@@ -166,7 +170,7 @@ class _PytestCases:
         self.names = list(self._items)
         self._usual = item.config.stash[POOL]
         self._broken: Pool | None = None
-        self._kernel: Kernel | None = None  # the host's own, for a mutant that is put into a running kernel
+        self._kernel: Kernel | None = None  # None: the host's own, which the mutant patches while it runs
 
     def build(self) -> None:
         if self._mutant.edits:
@@ -186,7 +190,7 @@ class _PytestCases:
 
     def run(self, case: str) -> Outcome:
         item = self._items[case]
-        item.stash[CAUSE], item.stash[FAILED] = None, False  # another run of it may have left something there
+        item.stash[CAUSE], item.stash[FAILED] = None, False  # the case may have run before, for another mutant
         runner = self._config.pluginmanager.getplugin("runner")
         return _outcome(runner.runtestprotocol(item, log=False, nextitem=None), item.stash[CAUSE])
 
@@ -199,7 +203,7 @@ class _PytestCases:
 
 
 def _outcome(reports: Sequence[pytest.TestReport], failure: BaseException | None) -> Outcome:
-    """What three reports of pytest, and the exception behind the first that failed, say of a case."""
+    """Sum up what pytest reports of a case; ``failure`` is the exception of the first report that failed."""
     if failure is None:
         return Outcome(Status.PASSED if all(report.passed for report in reports) else Status.SKIPPED)
     if isinstance(failure, HostUnusable | HostBroken):
@@ -210,10 +214,12 @@ def _outcome(reports: Sequence[pytest.TestReport], failure: BaseException | None
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and item.stash.get(CAUSE, None) is None:
-        # A strict xfail that passes has failed without an exception.
+        # A strict xfail that passes fails without an exception.
         item.stash[CAUSE] = call.excinfo.value if call.excinfo else AssertionError(report.longreprtext)
     return report
 
@@ -221,7 +227,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 # -- the score --------------------------------------------------------------------------------------------------
 
 
-def pytest_report_teststatus(report: pytest.TestReport):
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     for name, about in getattr(report, "user_properties", []):
         if name == _PROPERTY and report.when == "call":
             fate = MutantResult.of(about).fate
@@ -229,7 +235,7 @@ def pytest_report_teststatus(report: pytest.TestReport):
     return None
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "user_properties")]
     results = [MutantResult.of(about) for r in reports for name, about in r.user_properties if name == _PROPERTY]
     if _CHOSEN in config.stash and not config.option.collectonly:
@@ -239,7 +245,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def _unreported(config: pytest.Config, results: list[MutantResult]) -> Iterator[MutantResult]:
-    """Mutants that were chosen and of which nothing is known."""
+    """A result for every chosen mutant without a report."""
     known = {(result.host, result.mutant) for result in results}
     why = "its worker died, or the run ended before its turn"
     for host in (c.name for c in config.stash[POOL].configs.values() if c.has_kvm):

@@ -1,4 +1,4 @@
-"""Options, and what the run says of its hosts before the first test."""
+"""Options, and the header that names each host's QEMU and kernel before the first test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arm_kvm.host import emulators
 from arm_kvm.host.kernel import sources
 from arm_kvm.hosts.pool import HostBroken, Pool
 from arm_kvm.pytest_plugin.order import worker_of
-from arm_kvm.pytest_plugin.selection import ISOLATIONS, needs_host
+from arm_kvm.pytest_plugin.selection import ISOLATIONS, host_name
 from arm_kvm.pytest_plugin.stash import POOL
 from arm_kvm.support.errors import ConfigError, EmulatorError, KernelError, LabError
 from arm_kvm.support.paths import is_there
@@ -65,14 +65,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--isolation",
         choices=ISOLATIONS,
         default="session",
-        help="restore a host that nobody has touched for the run (default), for every module, or for every test",
+        help="restore a pristine host for the run (default), for every module, or for every test",
     )
-    group.addoption("--entropy", action="store_true", help="stir entropy of its own into every restored host")
+    group.addoption("--entropy", action="store_true", help="stir fresh entropy into every restored host")
     group.addoption("--keep", action="store_true", help="leave the machine of a failed test running until Ctrl-C")
 
 
 def _by_host(option: str, values: list[str], hosts: list[str]) -> dict[str, str]:
-    """The values of ``--kernel`` or ``--qemu`` by host; "" for the one that names no host. Raises ConfigError."""
+    """Sort the values of ``--kernel`` or ``--qemu`` by host, "" for the value without a host. Raises ConfigError."""
     chosen: dict[str, str] = {}
     for value in values:
         name, equals, rest = value.partition("=")
@@ -89,7 +89,7 @@ def _by_host(option: str, values: list[str], hosts: list[str]) -> dict[str, str]
 
 
 def _hosts(names: list[str]) -> list[host_files.HostConfig]:
-    """The hosts of these names. Raises ConfigError."""
+    """Load the hosts of these names. Raises ConfigError."""
     hosts = [host_files.find(name) for name in dict.fromkeys(names)]
     for host in hosts:
         if same := [other.path for other in hosts if other.name == host.name and other.path != host.path]:
@@ -98,7 +98,7 @@ def _hosts(names: list[str]) -> list[host_files.HostConfig]:
 
 
 def _artifacts(folder: str) -> Path:
-    """The folder, which may still have to be made. Raises UsageError."""
+    """Check that the folder is writable, or can be created. Raises UsageError."""
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if is_there(parent))
     if not folder or not there.is_dir() or not os.access(there, os.W_OK):
@@ -125,15 +125,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fetch and build kernels before the first test, with their progress on the terminal, and name them."""
+    """Fetch and build the kernels before the first test, with progress on the terminal, and print the header."""
     if not session.config.option.collectonly:
-        _prepare(session.config, {item.callspec.params["host"] for item in session.items if needs_host(item)})
+        _prepare(session.config, {name for item in session.items if (name := host_name(item)) is not None})
 
 
 def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """The same before workers start, which collect for themselves."""
+    """Do the same before the workers start; this process does not collect, so for all hosts."""
     if config.getoption("--keep"):
-        raise pytest.UsageError("--keep leaves a machine to the person at the terminal: use it with -n 0")
+        raise pytest.UsageError("--keep leaves a machine running for the user at the terminal: use it with -n 0")
     _prepare(config, set(config.stash[POOL].configs))
 
 
@@ -149,7 +149,7 @@ def _prepare(config: pytest.Config, needed: set[str]) -> None:
 
 
 def _describe(pool: Pool, name: str) -> str:
-    """The host's line in the header. Raises UsageError where what was asked for does not exist."""
+    """Return the host's line of the header. Raises UsageError where the kernel or QEMU asked for does not exist."""
     config = pool.configs[name]
     try:
         qemu = pool.fitted(name).board.qemu.name

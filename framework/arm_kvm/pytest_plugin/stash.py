@@ -1,4 +1,4 @@
-"""What the parts of the plugin leave for each other in pytest's stashes."""
+"""The keys under which the parts of the plugin leave things for each other in pytest's stashes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from arm_kvm.hosts.pool import Pool
+from arm_kvm.pytest_plugin.session import HostSession
 
 POOL = pytest.StashKey[Pool]()  #: of the run: its hosts
-SESSION = pytest.StashKey()  #: of a test: what the lab holds of it
-FAILED = pytest.StashKey[bool]()  #: of a test, once it has
-CAUSE = pytest.StashKey[BaseException | None]()  #: of a case that a mutant is run against: why it failed
-NEXT = pytest.StashKey[pytest.Item | None]()  #: of a test: the one after it
-MUTANT = pytest.StashKey[bool]()  #: of the run: whether it is a mutant's turn
-BLAMED = pytest.StashKey[Path]()  #: of a test: the host file its skip is due to
+SESSION = pytest.StashKey[HostSession]()  #: of a test: its host, oracle and artifacts
+FAILED = pytest.StashKey[bool]()  #: of a test: set once it has failed
+CAUSE = pytest.StashKey[BaseException | None]()  #: of a case that is run against a mutant: the exception it failed with
+NEXT = pytest.StashKey[pytest.Item | None]()  #: of a test: the one that follows
+MUTANT = pytest.StashKey[bool]()  #: of the run: whether a mutant is being tried
+BLAMED = pytest.StashKey[Path]()  #: of a test: the host file that it was skipped for

@@ -1,6 +1,7 @@
-"""Records what the hypervisor does to the translation of guests, from outside: see :class:`~.recorder.Recorder`.
+"""Records from outside the host how the hypervisor translates guests: see :class:`~.recorder.Recorder`.
 
-``points`` finds the instructions in RAM. Two mechanisms watch them, behind one interface: ``probe``, a TCG plugin
-(``probe.c``), about a microsecond an event; ``breakpoints``, through the gdbstub, several milliseconds an event, for
-any QEMU and to check the probe. Both make a :class:`arm_kvm.events.trace.Trace`.
+``points`` finds the instructions to watch in RAM. Two mechanisms with one interface watch them: ``probe``, a TCG plugin
+(``probe.c``, ``tables.c``) that takes about a microsecond for an event, and ``breakpoints`` of the gdbstub, which take
+several milliseconds, for any QEMU and to check the probe. Either way the result is a
+:class:`arm_kvm.events.trace.Trace`.
 """

@@ -1,8 +1,7 @@
-"""The second mechanism: breakpoints through the gdbstub, with the machine stopped at each.
+"""The second mechanism: breakpoints of the gdbstub, at which the machine stops and the tables are read.
 
-Slow (QEMU throws all translated code away at every stop for a breakpoint), and it needs nothing but a gdbstub: for a
-QEMU whose plugins the probe does not know, and to hold the probe against. The tables are read while all CPUs stand
-still.
+It is slow, because QEMU discards all translated code at every stop for a breakpoint, but needs only a gdbstub. It is
+for a QEMU with an unknown plugin API, and to check the probe.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.events.trace import root_of
 from arm_kvm.host.host import Host
@@ -29,7 +29,7 @@ _ZERO_REGISTER = 31
 
 
 class Breakpoints:
-    """A thread serves the stops while the lab does something else; ``gdb.pause()`` may be used beside it."""
+    """The mechanism. A thread handles the stops; meanwhile the lab may use ``gdb.pause()``."""
 
     def __init__(self, host: Host) -> None:
         self._machine = host.machine
@@ -40,6 +40,7 @@ class Breakpoints:
         self._error: LabError | None = None
 
     def arm(self, points: list[Point], vttbr: list[int], vtcr: list[int]) -> None:
+        """Watch these points, with the machine stopped. ``vttbr``, ``vtcr``: the current values of each CPU."""
         self._points = points
         self._at = {point.va: index for index, point in enumerate(points)}
         self._vttbr, self._vtcr = list(vttbr), list(vtcr)
@@ -53,7 +54,7 @@ class Breakpoints:
         self._thread.start()
 
     def disarm(self) -> None:
-        """The machine is stopped. What was hit and not yet seen is hit no more."""
+        """Remove the breakpoints, with the machine stopped. Stops that were not handled yet are ignored."""
         self._on = False
         for point in self._points:
             self._machine.gdb.remove_breakpoint(point.va)
@@ -66,13 +67,13 @@ class Breakpoints:
         self._tables.forget(root)
 
     def records(self, start: int = 0) -> Iterator[RawEvent | RawEntry]:
-        """What was seen from a position on. Raises what ended the watch, if something did."""
+        """Return the records from position ``start`` on. Raises the error that ended the thread, if it has ended."""
         if self._error is not None:
             raise self._error
         return iter(self._records[start:])
 
     def _shape(self, vttbr: int, vtcr: int) -> Regime:
-        """The stage 2 of these registers. Raises MachineError for one that is not followed."""
+        """Decode the stage-2 regime of these registers. Raises MachineError for a granule other than 4 KiB."""
         features = self._arch.features(*self._machine.gdb.read(0, *self._arch.identity))
         regime = self._arch.stage2(vttbr, vtcr, 0, features)
         if regime.granule is not KIB4:
@@ -116,9 +117,9 @@ class Breakpoints:
         if point.what is What.VTTBR:
             self._vttbr[cpu] = operand
         if point.all_vms:
-            changes = self._tables.look_at_all()
+            changes = self._tables.compare_all()
         else:
-            changes = self._tables.look_at(self._vttbr[cpu], self._vtcr[cpu])
+            changes = self._tables.compare(self._vttbr[cpu], self._vtcr[cpu])
         self._records += [RawEntry(now, *change) for change in changes]
         self._records.append(RawEvent(now, cpu, index, operand))
 
@@ -127,20 +128,21 @@ Change = tuple[int, int, int, int, int]  # root, ipa, level, old, new
 
 
 class TableWatch:
-    """Copies of known VMs' table pages, and how memory differs from them. The same rules as in probe.c."""
+    """Copies of the VMs' table pages, which are compared with memory. It follows the same rules as tables.c."""
 
     def __init__(self, ram: Ram, shape: Callable[[int, int], Regime]) -> None:
-        """``shape``: the regime of a VTTBR and a VTCR."""
+        """``shape`` decodes the regime of a VTTBR and a VTCR."""
         self._ram = ram
         self._shape = shape
         self._roots: dict[int, Regime] = {}
-        self._was: dict[tuple[int, int], np.ndarray] = {}  # (root, table) -> its content
+        self._was: dict[tuple[int, int], NDArray[np.uint64]] = {}  # (root, table) -> its content
 
     def forget(self, root: int) -> None:
         self._roots.pop(root, None)
         self._was = {key: was for key, was in self._was.items() if key[0] != root}
 
-    def look_at(self, vttbr: int, vtcr: int) -> list[Change]:
+    def compare(self, vttbr: int, vtcr: int) -> list[Change]:
+        """Return the changes of the tables under this VTTBR since they were last compared."""
         root = root_of(vttbr)
         if not root:
             return []
@@ -148,7 +150,8 @@ class TableWatch:
             self._roots[root] = self._shape(vttbr, vtcr)
         return self._changes(self._roots[root])
 
-    def look_at_all(self) -> list[Change]:
+    def compare_all(self) -> list[Change]:
+        """Return the changes of all VMs' tables since they were last compared."""
         return [change for regime in self._roots.values() for change in self._changes(regime)]
 
     def _changes(self, regime: Regime) -> list[Change]:
@@ -174,7 +177,7 @@ class TableWatch:
             yield from self._compare(root, after & _ADDRESS, at, level + 1, KIB4.entries)
 
     def _drop(self, root: int, pa: int, ipa: int, level: int) -> Iterator[Change]:
-        """The table is not reached any more: whatever it mapped is gone."""
+        """Forget a table that is not reached any more. Its entries have changed to 0."""
         was = self._was.pop((root, pa), np.zeros(0, dtype=np.uint64))
         for i in np.flatnonzero(was):
             at, desc = ipa + (int(i) << KIB4.level_shift(level)), int(was[i])

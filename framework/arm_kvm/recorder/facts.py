@@ -1,4 +1,4 @@
-"""What is found out of a kernel once, for all hosts restored from one snapshot: symbols, and what is worth watching."""
+"""Facts about a host's kernel, found once for all hosts restored from one snapshot: its symbols, and the points."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def _look(host: Host) -> list[Point]:
         return find(gdb, host.config.architecture, host.machine.ram, kernel)
 
 
-#: Symbols and text of a host's kernel.
+#: The symbols and the place of a host's kernel.
 kernel_map: Once[Host, KernelMap] = Once(lambda host: KernelMap(host.ssh.run(ASK)))
 _points: Once[Host, list[Point]] = Once(_look)
 _changed: WeakSet[Host] = WeakSet()
 
 
 def points(host: Host) -> list[Point]:
-    """The instructions that the recorder watches; their numbers are indices of this list."""
+    """Return the instructions that the recorder watches. Records refer to them by their index."""
     return _look(host) if host in _changed else _points(host)
 
 
 def kernel_changed(host: Host) -> None:
-    """This host's kernel is about to differ from that of its snapshot: what is found out of it holds for no other."""
+    """Note that this host's kernel text differs from its snapshot's, so that its points are not cached."""
     _changed.add(host)

@@ -1,7 +1,7 @@
-"""The probe's shared library, compiled for the plugin API that a QEMU speaks.
+"""The probe's shared library, compiled for a QEMU's version of the plugin API.
 
-Every QEMU takes a range of API versions and says which when it refuses a plugin; it is asked once, and the library is
-kept for it in the cache.
+A QEMU accepts a range of API versions, and names them when it rejects a plugin. This is done once; then the library is
+in the cache.
 """
 
 from __future__ import annotations
@@ -17,54 +17,55 @@ from arm_kvm.support.errors import NoProbe
 from arm_kvm.support.programs import run
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "probe.c", _HERE / "plugin_api.h")
-_NEWEST = 7  #: API version that the probe knows
+_SOURCES = (_HERE / "probe.c", _HERE / "tables.c")
+_HEADERS = (_HERE / "probe.h", _HERE / "plugin_api.h")
+_NEWEST = 7  #: the newest API version that the probe can be compiled for
 _TOO_NEW = 999
 _TIMEOUT = 30.0  #: seconds; QEMU answers in some 50 ms
-#: What the probe says when it is loaded without its arguments: it was found good, and its symbols were there.
+#: Message of a probe that is loaded without its arguments: QEMU has accepted its version and resolved its symbols.
 _LOADED = "arm-kvm probe: cannot map its memory"
 _REMEDY = "choose another QEMU with --qemu, deb:SUITE for example"
 
 
 def obtain(qemu: Emulator) -> Path:
-    """The library for this QEMU. Raises NoProbe, SetupError (no such QEMU), DiskFull."""
-    sources = [path.read_bytes() for path in _SOURCES]
+    """Return the library for this QEMU, compiled if need be. Raises NoProbe, SetupError (no such QEMU), DiskFull."""
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     entry = cache.obtain("probe", cache.key_of(*sources, *qemu.identity), lambda out, work: _make(qemu, out, work))
     return entry.folder / "probe.so"
 
 
-def _make(qemu: Emulator, out: Path, work: Path) -> dict:
-    asked = _load(qemu, _compile(_TOO_NEW, work / "asks.so"))
-    newest = re.search(r"supports only up to version (\d+)", asked)
+def _make(qemu: Emulator, out: Path, work: Path) -> dict[str, object]:
+    rejection = _load(qemu, _compile(_TOO_NEW, work / "asks.so"))
+    newest = re.search(r"supports only up to version (\d+)", rejection)
     if newest is None:
-        raise NoProbe(f"{qemu.name} takes no TCG plugins", remedy=_REMEDY, evidence=asked)
+        raise NoProbe(f"{qemu.name} takes no TCG plugins", remedy=_REMEDY, evidence=rejection)
     api = min(int(newest[1]), _NEWEST)
-    said = _load(qemu, _compile(api, out / "probe.so"))
-    if _LOADED not in said:
+    messages = _load(qemu, _compile(api, out / "probe.so"))
+    if _LOADED not in messages:
         raise NoProbe(
             f"{qemu.name} speaks version {newest[1]} of the plugin API, the recorder's probe up to {_NEWEST}: "
-            "it is not taken",
+            "QEMU does not load it",
             remedy=_REMEDY,
-            evidence=said,
+            evidence=messages,
         )
     return {"qemu": qemu.name, "api": api}
 
 
 def _compile(api: int, library: Path) -> Path:
-    """Raises NoProbe."""
+    """Compile the probe for this API version. Raises NoProbe."""
     if shutil.which("gcc") is None:
         raise NoProbe("gcc is not installed: the recorder's probe cannot be compiled", remedy="run `arm-kvm setup`")
     how = ["-O2", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", f"-DAPI={api}"]
-    done = run(["gcc", *how, "-o", str(library), str(_SOURCES[0])])
+    done = run(["gcc", *how, "-o", str(library), *map(str, _SOURCES)])
     if done.returncode:
         raise NoProbe("gcc does not compile the recorder's probe", evidence=done.stderr)
     return library
 
 
 def _load(qemu: Emulator, plugin: Path) -> str:
-    """What QEMU says of a plugin that does not stay in it."""
+    """Start QEMU with a plugin that it rejects, or that fails to start, and return QEMU's messages. Raises NoProbe."""
     argv = [*qemu.command, "-machine", "none", "-nodefaults", "-display", "none", "-plugin", str(plugin)]
     try:
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT).stderr
     except subprocess.TimeoutExpired as e:
-        raise NoProbe(f"{qemu.name} does not say whether it takes plugins", remedy=_REMEDY) from e
+        raise NoProbe(f"{qemu.name} did not end within {_TIMEOUT:.0f} s of loading a plugin", remedy=_REMEDY) from e

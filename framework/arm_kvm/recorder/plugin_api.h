@@ -1,10 +1,11 @@
 /*
- * What the probe uses of QEMU's plugin API (include/qemu/qemu-plugin.h; include/plugins/qemu-plugin.h in 11.x). It is
- * declared here because Debian packages no header, and because one source is compiled for every version of the API.
+ * The part of QEMU's plugin API that the probe uses (include/qemu/qemu-plugin.h, in 11.x
+ * include/plugins/qemu-plugin.h). It is declared here because Debian packages no header, and because one source is
+ * compiled for every API version.
  *
- * API is the version to compile for, framework/arm_kvm/recorder/library.py asks QEMU for it. Of the changes up to 7 two matter:
- * from 7 on callbacks get user data instead of the plugin's id; and registers can be read since QEMU 9.0, which raised no
- * version, so that those functions are weak here.
+ * API is the version to compile for; framework/arm_kvm/recorder/library.py asks QEMU for it. Two of the changes up to
+ * version 7 matter. From 7 on, callbacks get user data instead of the plugin's id. Registers can be read since QEMU
+ * 9.0, which did not increment the version, so those functions are weak here.
  */
 #ifndef PLUGIN_API_H
 #define PLUGIN_API_H
@@ -41,7 +42,7 @@ size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 
-/* GLib's GArray and GByteArray, as far as they are public. */
+/* The public members of GLib's GArray and GByteArray. */
 struct array {
 	char *data;
 	unsigned len;
@@ -54,13 +55,13 @@ unsigned g_array_get_element_size(struct array *);
 struct bytes *g_byte_array_new(void);
 struct bytes *g_byte_array_set_size(struct bytes *, unsigned);
 
-/* What all versions have of it: 11.0 added a member. `feature` may be NULL. */
+/* The members that all versions have; 11.0 added another. `feature` may be NULL. */
 struct register_descriptor {
 	struct qemu_plugin_register *handle;
 	const char *name, *feature;
 };
 WEAK struct array *qemu_plugin_get_registers(void);
-/* Appends the value. Its result is left out: int up to API 5, bool from 6 on; the bytes tell. */
+/* Appends the value. The result, int up to API 5 and bool from 6 on, is not used: the size of the bytes tells. */
 WEAK void qemu_plugin_read_register(struct qemu_plugin_register *, struct bytes *);
 
 #endif

@@ -1,8 +1,8 @@
-"""The instructions worth watching, found in the host's RAM: VTTBR writes, TLB and cache maintenance, the world switch.
+"""The instructions to watch, found in the host's RAM: VTTBR writes, TLB and cache maintenance, the world switch.
 
-The kernel's text is scanned for their encodings. Writes of VTTBR and the maintenance of stage 2 mean KVM wherever they
-are; the operations that a kernel also executes for itself count inside KVM's functions only, which kallsyms names.
-(Instruction cache operations of the exception vectors, a mitigation that has nothing to do with VMs, are none of them.)
+The kernel's text is scanned for their encodings. VTTBR writes and stage-2 maintenance are KVM's anywhere; operations
+that the kernel also uses for its own translations are watched in KVM's functions only, which kallsyms names. (That
+excludes the instruction cache operations of the exception vectors, a mitigation that does not concern VMs.)
 
 Encodings: ARM DDI 0406C.d, B3.18 (MCRR p15, 6, ..., c2; c7, c8); ARM DDI 0487, C5.5 (TLBI, IC) and D19.2 (VTTBR_EL2).
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.events.operations import OPERATIONS, Reach
 from arm_kvm.machine.gdb import Gdb
@@ -28,10 +29,10 @@ INSN = 4
 
 
 class What(Enum):
-    """What an instruction means."""
+    """The kind of event that an instruction stands for."""
 
     VTTBR = "vttbr"
-    VTCR = "vtcr"  #: how the tables under the next VTTBR are shaped; no event of a trace
+    VTCR = "vtcr"  #: gives the root's level and size for the next VTTBR; it is not in the trace
     INVALIDATE = "inv"
     ENTER = "enter"
     EXIT = "exit"
@@ -39,10 +40,10 @@ class What(Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """One instruction: where the CPU executes it (``va``), where it lies (``pa``), what it does.
+    """An instruction to watch: where the CPU executes it (``va``), where it is in memory (``pa``), and its meaning.
 
-    ``registers``: numbers of the general registers that hold its operand, low half first; of a block that begins
-    at it, for ENTER. ``function``: the kernel's symbol.
+    ``registers`` are the numbers of the general registers that hold its operand, low half first. An ENTER is the first
+    instruction of a function, whose argument is the operand. ``function`` is the kernel's symbol.
     """
 
     va: int
@@ -65,7 +66,7 @@ _ZERO_REGISTER = 31
 
 @dataclass(frozen=True)
 class _Pattern:
-    """Instruction words ``word`` under ``mask``. ``register_at``: bit positions of the operand's register numbers."""
+    """The instructions that equal ``word`` under ``mask``. ``register_at``: bit positions of the register numbers."""
 
     mask: int
     word: int
@@ -131,12 +132,12 @@ _A64 += [
 
 
 def instead(arch: str, word: int, op: str, other: str) -> int:
-    """The instruction ``word``, which is the operation ``op``, with its register for the operation ``other``."""
+    """Encode the operation ``other`` with the register of the instruction ``word``, which is the operation ``op``."""
     patterns = {pattern.op: pattern for pattern in (_A32 if arch == "armv7" else _A64)}
     return (word & ~patterns[op].mask) | patterns[other].word
 
 
-#: Operations that a kernel executes for itself too.
+#: Operations that a kernel also uses for its own translations.
 _COMMON = {op for op, o in OPERATIONS.items() if o.reach in (Reach.STAGE1, Reach.INSTRUCTIONS)}
 _COMMON |= {"tlbiall", "tlbiallis"}
 _KVMS_OWN = re.compile(r"^(__kvm_nvhe_)?(__)?kvm_(tlb_)?flush_")
@@ -144,7 +145,7 @@ _KVMS_OWN = re.compile(r"^(__kvm_nvhe_)?(__)?kvm_(tlb_)?flush_")
 
 # -- the kernel's map --------------------------------------------------------------------------------------------
 
-#: What to ask the host: the symbols that matter, each with the one after it, and where the kernel's text lies.
+#: Shell command for the host: prints the symbols of interest, each with the next symbol, and the place of the kernel.
 ASK = (
     "grep -E -A1 'kvm_|__guest_e|tlb_switch|vmid|flush_context|stage2|_s2|vgic|gfn_to_|mem_abort|mark_page_dirty|"
     "memory_cache|[ _]_text$|_stext$|_etext$' /proc/kallsyms;"
@@ -153,10 +154,10 @@ ASK = (
 
 
 class KernelMap:
-    """Symbols and text of a running kernel: from the host's own answer to :data:`ASK`."""
+    """The symbols of a running kernel and their physical addresses, from the output of :data:`ASK`."""
 
     _HUGE = 0x20_0000
-    _LONGEST = 0x1000  #: no function of interest is longer
+    _LONGEST = 0x1000  #: bytes; no function of interest is longer
 
     def __init__(self, answer: str) -> None:
         symbols, _, iomem = answer.partition("==\n")
@@ -168,44 +169,44 @@ class KernelMap:
         self._offset = self._find_offset(iomem)
 
     def _find_offset(self, iomem: str) -> int:
-        """VA minus PA, huge-aligned. /proc/iomem's "Kernel code" begins at _text or _stext, by version."""
+        """VA minus PA, a multiple of 2 MiB. "Kernel code" in /proc/iomem starts at _text or _stext, by version."""
         found = re.search(r"([0-9a-f]+)-[0-9a-f]+ : Kernel code", iomem)
         if not found or "_stext" not in self.symbols:
-            raise MachineError("the host does not say where its kernel lies", remedy="does it have CONFIG_KALLSYMS?")
+            raise MachineError("the kernel's symbols or place are not known", remedy="does it have CONFIG_KALLSYMS?")
         pa, stext = int(found[1], 16), self.symbols["_stext"]
         for start in (self.symbols.get("_text", stext), stext, stext & -self._HUGE):
             if (start - pa) % self._HUGE == 0:
                 return start - pa
-        raise MachineError(f"the kernel's text is at {stext:#x}, and at PA {pa:#x}: these do not fit")
+        raise MachineError(f"the kernel's text at {stext:#x} and PA {pa:#x} do not fit: no offset of 2 MiB multiples")
 
     def pa(self, va: int) -> int:
-        """Physical address of a byte of the kernel's image."""
+        """Return the physical address of a byte of the kernel's image."""
         return va - self._offset
 
     def va(self, pa: int) -> int:
-        """The kernel's own address of it."""
+        """Return the kernel's virtual address of a byte of its image."""
         return pa + self._offset
 
     @property
     def text(self) -> tuple[int, int]:
-        """Physical addresses of the kernel's text: first, and one past the last."""
+        """Physical addresses of the kernel's text, ``(start, end)``."""
         return self.pa(self.symbols.get("_text", self.symbols["_stext"])), self.pa(self.symbols["_etext"])
 
     def function_at(self, pa: int) -> str:
-        """The symbol at or before this address, if ASK brought it; else ""."""
+        """Return the symbol at or before this address among those that ASK prints, or "" if there is none near it."""
         va = self.va(pa)
         at = int(np.searchsorted(self._functions, va, side="right")) - 1
         return self._names[self._functions[at]] if at >= 0 and va - self._functions[at] < self._LONGEST else ""
 
     def body(self, name: str) -> range:
-        """Physical addresses of a function's instructions, up to the next symbol that ASK brought; KeyError."""
+        """Physical addresses of a function's instructions, up to the next symbol that ASK prints. Raises KeyError."""
         va = self.symbols[name]
         after = int(np.searchsorted(self._functions, va, side="right"))
         end = self._functions[after] if after < len(self._functions) else va
         return range(self.pa(va), self.pa(min(end, va + 4 * self._LONGEST)), INSN)
 
     def copies_of(self, name: str) -> list[int]:
-        """Addresses of a function of the hypervisor: the kernel's own, and nVHE's where kallsyms has it."""
+        """Virtual addresses of a function of the hypervisor: VHE's, and nVHE's if kallsyms has it."""
         return [self.symbols[n] for n in (name, f"__kvm_nvhe_{name}") if n in self.symbols]
 
 
@@ -213,7 +214,7 @@ class KernelMap:
 
 
 def _hyp_space(gdb: Gdb, arch: Architecture) -> Regime | None:
-    """The hypervisor's own stage 1; None where the kernel itself runs at EL2 (VHE)."""
+    """Return the hypervisor's own stage 1, None if the kernel itself runs at EL2 (VHE)."""
     if arch.name == "armv7":
         httbr, htcr = gdb.read(0, "HTTBR", "TCR_EL2")  # QEMU's name for HTCR
         return stage1_armv7(httbr, 1 << 31 | htcr & 7)
@@ -224,14 +225,14 @@ def _hyp_space(gdb: Gdb, arch: Architecture) -> Regime | None:
 
 
 def _aliases(space: Regime, ram: Ram) -> list[tuple[int, int, int]]:
-    """(PA, VA, bytes) of everything the hypervisor may execute."""
+    """(PA, VA, size in bytes) of all memory that the hypervisor may execute."""
     leaves = sweep.sweep(space, ram).leaves
-    code = leaves[UXN.of(leaves.desc) == 0]  # of EL2, whose only XN it is
+    code = leaves[UXN.of(leaves.desc) == 0]  # at this position EL2's stage 1 has its only XN bit
     return list(zip(code.pa.tolist(), code.ia.tolist(), code.size.tolist(), strict=True))
 
 
 class _Addresses:
-    """From a physical address to the addresses at which the hypervisor executes it."""
+    """The virtual addresses at which the hypervisor executes physical memory."""
 
     def __init__(self, gdb: Gdb, arch: Architecture, ram: Ram, kernel: KernelMap) -> None:
         space = _hyp_space(gdb, arch)
@@ -240,24 +241,24 @@ class _Addresses:
         self._kernel = kernel
 
     def of(self, pa: int) -> list[int]:
-        """[] for what only the kernel executes, below EL2."""
+        """Virtual addresses of ``pa`` in the hypervisor; [] if only the kernel, which is not at EL2, executes it."""
         if self.vhe:
             return [self._kernel.va(pa)]
         return [va + pa - start for start, va, size in self._aliases if start <= pa < start + size]
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------
+# -- the search --------------------------------------------------------------------------------------------------------
 
 
-def _scan(words: np.ndarray, arch: Architecture) -> Iterator[tuple[int, _Pattern, int]]:
-    """(index, pattern, word) of every instruction that matches one."""
+def _scan(words: NDArray[np.uint32], arch: Architecture) -> Iterator[tuple[int, _Pattern, int]]:
+    """Find the instructions that match a pattern: (index, pattern, word)."""
     for pattern in _A32 if arch.name == "armv7" else _A64:
         for index in np.flatnonzero(words & np.uint32(pattern.mask) == pattern.word):
             yield int(index), pattern, int(words[index])
 
 
 class _Text:
-    """The kernel's text, as instruction words."""
+    """The kernel's text as instruction words."""
 
     def __init__(self, ram: Ram, arch: Architecture, kernel: KernelMap, addresses: _Addresses) -> None:
         self._start, end = kernel.text
@@ -265,6 +266,7 @@ class _Text:
         self._arch, self._kernel, self._addresses = arch, kernel, addresses
 
     def maintenance(self) -> Iterator[Point]:
+        """Find KVM's VTTBR and VTCR writes, and its TLB and cache maintenance."""
         width = 4 if self._arch.name == "armv7" else 5
         for index, pattern, word in _scan(self._words, self._arch):
             pa = self._start + index * INSN
@@ -273,19 +275,19 @@ class _Text:
                 yield Point(0, pa, pattern.what, pattern.op, pattern.registers(word, width), function)
 
     def _is_kvms(self, pa: int) -> bool:
-        """Whether KVM alone executes what is here. nVHE's text holds nothing else; 5.10 keeps it out of kallsyms."""
+        """Whether only KVM executes this. nVHE's text is all KVM's; 5.10 does not list it in kallsyms."""
         nvhe = self._arch.name == "armv8" and not self._addresses.vhe
         return bool(_KVMS_OWN.match(self._kernel.function_at(pa)) or (nvhe and self._addresses.of(pa)))
 
     def world_switch(self) -> Iterator[Point]:
-        """__guest_enter(vcpu, ...) and __guest_exit of entry.S: the kernel's copy, and nVHE's."""
+        """Find __guest_enter(vcpu, ...) and __guest_exit of entry.S, VHE's copies and nVHE's."""
         for name, what, registers in (("__guest_enter", What.ENTER, (0,)), ("__guest_exit", What.EXIT, ())):
             if name in self._kernel.symbols:
                 for pa in self._copies(self._kernel.pa(self._kernel.symbols[name])):
                     yield Point(0, pa, what, "", registers, name)
 
     def _copies(self, pa: int) -> list[int]:
-        """Where the same function is: the same instructions, but for those that make addresses and per-CPU offsets."""
+        """Find copies of a function: equal instructions, except those that compute addresses and per-CPU offsets."""
         at = (pa - self._start) // INSN
         body = self._words[at : at + _SIGNATURE]
         fixed = [i for i, word in enumerate(body) if not any(word & m == v for m, v in _POSITION)]
@@ -295,16 +297,16 @@ class _Text:
         return [self._start + int(index) * INSN for index in where[same]]
 
 
-#: Instructions compared to recognise a function, and those of them that differ between its copies: ADR, ADRP,
-#: ADD (immediate), MRS, NOP and MSR (immediate), which alternatives put in place.
+#: The number of instructions that identify a function, and those of them that may differ between its copies: ADR, ADRP,
+#: ADD (immediate), MRS, and NOP and MSR (immediate), which alternatives patch in.
 _SIGNATURE = 16
 _POSITION = ((0x1F000000, 0x10000000), (0xFF800000, 0x91000000), (0xFFF00000, 0xD5300000), (0xFFF80000, 0xD5000000))
 
 
 def find(gdb: Gdb, arch: Architecture, ram: Ram, kernel: KernelMap) -> list[Point]:
-    """Every point, once for each address at which the hypervisor executes it. The machine must be stopped.
+    """Find all points, one for each address at which the hypervisor executes an instruction. The machine is stopped.
 
-    Raises MachineError when the kernel shows no VTTBR write or no world switch: then nothing could be recorded.
+    Raises MachineError when the kernel's text has no VTTBR write, no invalidation or no world switch.
     """
     addresses = _Addresses(gdb, arch, ram, kernel)
     text = _Text(ram, arch, kernel, addresses)
@@ -313,5 +315,5 @@ def find(gdb: Gdb, arch: Architecture, ram: Ram, kernel: KernelMap) -> list[Poin
     missing = {What.VTTBR, What.ENTER, What.EXIT, What.INVALIDATE} - {point.what for point in points}
     if missing:
         names = ", ".join(sorted(what.value for what in missing))
-        raise MachineError(f"nothing to record: this kernel's text shows no {names}", remedy="has it KVM?")
+        raise MachineError(f"nothing to record: this kernel's text has no {names}", remedy="has it KVM?")
     return sorted(points, key=lambda point: point.va)

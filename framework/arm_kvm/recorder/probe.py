@@ -1,7 +1,8 @@
-"""The probe as the lab holds it: compiled, loaded into QEMU, told what to watch, and read.
+"""The lab's side of the probe: load it into QEMU, arm it, and read its log from shared memory.
 
-Costs: loaded but not armed, QEMU asks it about every block it translates (a slower boot); not loaded, nothing. So a
-host has it only when a test wants it. The log is shared memory that fills from the start; nothing waits for the lab.
+A probe that is loaded slows down the boot even while it is not armed, because QEMU calls it for every block that it
+translates. So a host has it only when a test needs it. The log is not a ring: it fills once, and no CPU waits for the
+lab to read it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.host.config import HostConfig
 from arm_kvm.machine.machine import Machine
@@ -20,7 +22,7 @@ from arm_kvm.recorder.points import INSN, Point, What
 from arm_kvm.recorder.raw import RawEntry, RawEvent
 from arm_kvm.support.errors import MachineError
 
-# -- shared memory: the same in probe.c ----------------------------------------------------------------------------
+# -- shared memory: probe.h has the same layout ----------------------------------------------------------------------
 
 _MAX_POINTS, _MAX_CPUS, _MAX_FORGET = 64, 16, 1 << 17
 _PLAIN, _VTTBR, _VTCR, _ALL_VMS = range(4)
@@ -41,7 +43,7 @@ _CONTROL = np.dtype(
         ("forget", "<u8", _MAX_FORGET),
     ]
 )
-#: Records of one recording, 48 bytes each: memory is used as they are written.
+#: Records of one recording, 48 bytes each. The memory is allocated as they are written.
 _CAPACITY = 6_000_000
 _EPOCH = 0xFFFF_FFFF
 
@@ -49,10 +51,10 @@ _A64_ZERO = 31
 
 
 class Probe:
-    """One machine's probe. Made before the machine, given to it, closed with it."""
+    """The probe of one machine, created before the machine and closed with it."""
 
     def __init__(self, config: HostConfig) -> None:
-        """For a machine of this host. Raises NoProbe."""
+        """Prepare the probe for a machine of this host. Raises NoProbe, SetupError, DiskFull."""
         self._library = library.obtain(config.board.qemu)
         self._armv7 = config.architecture.name == "armv7"
         size = _CONTROL.itemsize + _CAPACITY * _RECORD.itemsize
@@ -63,10 +65,11 @@ class Probe:
         self._log = np.frombuffer(self._map, dtype=_RECORD, offset=_CONTROL.itemsize)
 
     def argument(self, ram_fd: int) -> str:
-        """QEMU's ``-plugin`` argument."""
+        """Return QEMU's ``-plugin`` argument."""
         return f"{str(self._library).replace(',', ',,')},control=/proc/self/fd/{self.fd},ram=/proc/self/fd/{ram_fd}"
 
     def close(self) -> None:
+        """Unmap and close the shared memory."""
         del self._control, self._log
         self._map.close()
         os.close(self.fd)
@@ -82,11 +85,11 @@ class Probe:
 
     @property
     def position(self) -> int:
-        """Records so far: what comes later in the trace has a number of at least this."""
+        """The number of records so far, which is the index of the next one."""
         return self._get("head")
 
     def forget(self, root: int) -> None:
-        """The VM with this root is destroyed: what lies there now is none of its tables."""
+        """Stop comparing the tables under this root: the VM is destroyed. Raises MachineError for too many VMs."""
         count = self._get("forgets")
         if count == _MAX_FORGET:
             raise MachineError(f"more than {_MAX_FORGET:,} VMs were destroyed", remedy="record for a shorter time")
@@ -96,11 +99,11 @@ class Probe:
     # -- on and off, with the machine stopped -----------------------------------------------------------------------
 
     def attach(self, machine: Machine) -> None:
-        """The machine that was started with this probe."""
+        """Set the machine that was started with this probe."""
         self._machine = machine
 
     def arm(self, points: list[Point], vttbr: list[int], vtcr: list[int]) -> None:
-        """Watch these points. ``vttbr``, ``vtcr``: of each CPU now."""
+        """Watch these points. ``vttbr``, ``vtcr``: the current values of each CPU. Raises MachineError for too many."""
         if len(points) > _MAX_POINTS or len(vttbr) > _MAX_CPUS:
             raise MachineError(f"{len(points)} instructions on {len(vttbr)} CPUs are more than the probe can watch")
         machine, self._points = self._machine, points
@@ -123,8 +126,8 @@ class Probe:
         self._set(armed=1)
         self._retranslate()
 
-    def _encode(self, point: Point) -> tuple:
-        """The point as _POINT has it."""
+    def _encode(self, point: Point) -> tuple[int, int, bool, list[int]]:
+        """Encode the point as a _POINT."""
         kind = {What.VTTBR: _VTTBR, What.VTCR: _VTCR}.get(point.what, _PLAIN)
         if point.all_vms:
             kind = _ALL_VMS
@@ -133,21 +136,22 @@ class Probe:
         return point.va, kind, point.what is What.ENTER, (registers + [_NONE] * 2)[:2]
 
     def disarm(self) -> None:
+        """Stop watching."""
         self._set(armed=0, points=0)
         self._retranslate()
 
     def _retranslate(self) -> None:
-        """Have QEMU translate the code at the points anew: it does for code that is written, be it the same."""
+        """Make QEMU translate the code at the points again, by writing it to memory unchanged."""
         for pa in sorted({pa for point in self._points for pa in (point.pa, point.pa + INSN)}):
             self._machine.gdb.write_memory(pa, self._machine.ram.read(pa, INSN))
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
     def records(self, start: int = 0) -> Iterator[RawEvent | RawEntry]:
-        """What was logged, in order, from a position on. Raises MachineError when the log is not whole."""
+        """Return the records from position ``start`` on, in order. Raises MachineError when the log is not complete."""
         if mismatch := self._get("mismatch"):
             raise MachineError(
-                f"{mismatch} times the probe did not find an operand where this QEMU should have it",
+                f"{mismatch} times the probe did not find an operand where this QEMU should keep it",
                 remedy="choose another QEMU with --qemu, deb:SUITE for example",
             )
         if self._get("granules"):
@@ -158,8 +162,8 @@ class Probe:
             ns, is_entry, cpu, point, level, _, a, b, c, d = r
             yield RawEntry(ns, a, b, level, c, d) if is_entry else RawEvent(ns, cpu, point, a)
 
-    def _whole(self, start: int) -> np.ndarray:
-        """The records, once the CPUs have finished writing the last."""
+    def _whole(self, start: int) -> NDArray[np.void]:
+        """Wait until the CPUs have finished writing their records, and return those from ``start`` on."""
         log = self._log[start : self.position]
         deadline = time.monotonic() + 1.0
         while len(log) and (log["written"] != self._get("epoch") & _EPOCH).any():

@@ -1,4 +1,4 @@
-"""What a mechanism sees, before it is known whose it is."""
+"""The records of a mechanism, which refer to points by index and to VMs by root."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class RawEvent(NamedTuple):
-    """A point was executed. ``ns``: CLOCK_MONOTONIC; ``point``: its index; ``operand``: 0 where it has none."""
+    """A point was executed. ``ns``: CLOCK_MONOTONIC; ``point``: its index; ``operand``: 0 if it has none."""
 
     ns: int
     cpu: int
@@ -15,7 +15,7 @@ class RawEvent(NamedTuple):
 
 
 class RawEntry(NamedTuple):
-    """A stage-2 entry changed."""
+    """A stage-2 entry changed: descriptors before and after, at ``level`` for ``ipa``, under this root's PA."""
 
     ns: int
     root: int

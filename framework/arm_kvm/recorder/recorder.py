@@ -1,7 +1,7 @@
-"""One test's recording: armed, marked as the lab's operations complete, ended, and made into a trace.
+"""Record a test through a mechanism, and turn the mechanism's records into a trace.
 
-The mechanisms know addresses and numbers; here they get names. Whose root is whose is not asked of the kernel either: a
-root belongs to the VM whose mailbox page it maps.
+The records have roots and indices; the trace has VMs and operations. A root belongs to the VM whose mailbox page it
+maps, so the kernel need not be asked.
 """
 
 from __future__ import annotations
@@ -39,24 +39,33 @@ from arm_kvm.recorder.raw import RawEntry, RawEvent
 from arm_kvm.vmm.client import Listener, Request, op
 from arm_kvm.vmm.vm import Vm
 
-_NOBODY = -1
+_NO_CPU = -1
 _CREATE, _DESTROY = op.vm_create.__name__, op.vm_destroy.__name__
 
 
 class Mechanism(Protocol):
-    """How points are watched. ``position`` counts what was seen so far."""
+    """What watches points and tables."""
 
-    def arm(self, points: list[Point], vttbr: list[int], vtcr: list[int]) -> None: ...
+    def arm(self, points: list[Point], vttbr: list[int], vtcr: list[int]) -> None:
+        """Watch these points, with the machine stopped. ``vttbr``, ``vtcr``: the current values of each CPU."""
+        ...
 
-    def disarm(self) -> None: ...
+    def disarm(self) -> None:
+        """Stop watching, with the machine stopped."""
+        ...
 
     @property
-    def position(self) -> int: ...
+    def position(self) -> int:
+        """The number of records so far."""
+        ...
 
     def forget(self, root: int) -> None:
-        """The VM with this root is destroyed."""
+        """Stop comparing the tables under this root, whose VM is destroyed."""
+        ...
 
-    def records(self, start: int = 0) -> Iterator[RawEvent | RawEntry]: ...
+    def records(self, start: int = 0) -> Iterator[RawEvent | RawEntry]:
+        """Return the records from position ``start`` on. Raises MachineError when some are missing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,10 @@ class _Said:
 
 
 class Recorder(Listener):
-    """Recordings of one host, one at a time, through one mechanism.
+    """Makes recordings of one host, one at a time, through one mechanism.
 
-    :meth:`start` and :meth:`stop` bracket a recording; in between the recorder listens to the agent: an answered
-    request is a mark, and VMs are seen to be created and destroyed.
+    Between :meth:`start` and :meth:`stop` it is the listener of the host's agent: every answered request becomes a mark
+    in the trace, and the creation and destruction of VMs become events.
     """
 
     def __init__(self, host: Host, mechanism: Mechanism, locator: Locator) -> None:
@@ -85,18 +94,18 @@ class Recorder(Listener):
         self._locator = locator
         self.kernel = kernel_map(host)
         self.points = points(host)
-        self._roots: dict[int, int] = {}  # number of a VM -> its root, as far as VMs were seen to run
+        self._roots: dict[int, int] = {}  # number of a VM that has run -> its root
 
     # -- begin and end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Record from now on."""
+        """Start a recording."""
         self._said: list[_Said] = []
         self._roots = {vm.id: regime.root for vm in self._host.vms if (regime := self._locator.known(vm))}
         self._earlier = any(vm.entered for vm in self._host.vms if vm.alive)
         self._gone = {vm.id for vm in self._host.vms if not vm.alive}
-        self._known = 0  # records whose roots were looked at
-        self._locator.vmm_space(self._host.agent)  # finding it asks the agent, which is no part of the test
+        self._known = 0  # the number of records that _bind has read
+        self._locator.vmm_space(self._host.agent)  # now: finding it makes requests, which are not part of the test
         with self._machine.gdb.pause() as gdb:
             self._began = time.monotonic_ns()
             cpus = range(len(gdb.threads))
@@ -107,7 +116,7 @@ class Recorder(Listener):
         self._host.agent.listener = self
 
     def stop(self) -> Trace:
-        """End the recording; what was seen. Raises MachineError when the mechanism lost something."""
+        """End the recording and return the trace. Raises MachineError when the mechanism has lost records."""
         self._host.agent.listener = Listener()
         self._bind()
         for vm in self._host.vms:
@@ -118,23 +127,23 @@ class Recorder(Listener):
         return Trace(self._facts(), list(self._events()))
 
     def so_far(self) -> Trace:
-        """What was seen until now; the recording goes on."""
+        """Return the trace up to now; the recording goes on. Raises MachineError as :meth:`stop` does."""
         self._bind()
         return Trace(self._facts(), list(self._events()))
 
     def mark(self, text: str) -> None:
-        """Write a line of the test's own into the trace."""
+        """Add a mark with this text to the trace."""
         self._say(Mark, text=text)
 
-    # -- what the agent is asked -------------------------------------------------------------------------------
+    # -- listener of the agent -----------------------------------------------------------------------------------
 
     def before(self, request: Request[Any]) -> None:
-        """A request is about to be sent. The tables of a VM can name it only while it exists."""
+        """Find the roots of VMs before one is destroyed: only a VM that exists can be found by its mailbox."""
         if request.name == _DESTROY:
             self._bind()
 
     def after(self, request: Request[Any], result: object) -> None:
-        """One request of those that were answered."""
+        """Note the creation and the destruction of VMs."""
         if request.name == _CREATE and isinstance(result, int):
             self._say(Created, result)
         elif request.name == _DESTROY:
@@ -145,20 +154,21 @@ class Recorder(Listener):
                 self._mechanism.forget(root)
 
     def answered(self, name: str) -> None:
-        """Whatever the kernel did for it is complete."""
+        """Add a mark: the request is complete."""
         self._say(Mark, text=name)
 
     def _say(self, what: type[Event], vm: int = 0, text: str = "") -> None:
         self._said.append(_Said(self._mechanism.position, time.monotonic_ns(), what, vm, text))
 
-    # -- whose root is whose -----------------------------------------------------------------------------------
+    # -- roots of VMs ------------------------------------------------------------------------------------------
 
     def _bind(self) -> None:
-        """Find the VMs of the roots that were seen since this was last done: by what they map at the mailbox's IPA."""
+        """Find the VMs of the roots in new records, by the page that a root maps at the mailbox's IPA."""
         position = self._mechanism.position
         if position == self._known:
             return
-        seen = {page: r.root for r in self._mechanism.records(self._known) if (page := _mailbox_in(r))}
+        entries = (r for r in self._mechanism.records(self._known) if isinstance(r, RawEntry))
+        seen = {page: entry.root for entry in entries if (page := _mailbox_in(entry))}
         self._known = position
         waiting = [vm for vm in self._host.vms if vm.id not in self._gone and vm.id not in self._roots]
         if seen and waiting:
@@ -167,7 +177,7 @@ class Recorder(Listener):
                     self._roots[vm.id] = seen[page]
 
     def _mailboxes(self, vms: list[Vm]) -> dict[int, Vm]:
-        """Physical address of each VM's mailbox, per the VMM's own stage 1 -> the VM."""
+        """Map the physical address of each VM's mailbox, according to the VMM's own stage 1, to the VM."""
         hvas = np.array([vm.mailboxes.hva for vm in vms], dtype=np.uint64)
         with self._machine.gdb.pause():
             _, pas = sweep.translate(self._locator.vmm_space(self._host.agent), self._machine.ram, hvas)
@@ -187,7 +197,7 @@ class Recorder(Listener):
         }
 
     def _vmid_bits(self) -> int:
-        """What KVM uses: 16 where the CPU has them (kvm_get_vmid_bits)."""
+        """The number of VMID bits that KVM uses: 16 if the CPU has them, else 8 (kvm_get_vmid_bits)."""
         if not self._arch.identity:
             return 8
         with self._machine.gdb.pause() as gdb:
@@ -195,7 +205,7 @@ class Recorder(Listener):
 
     def _events(self) -> Iterator[Event]:
         for cpu, vttbr in enumerate(self._vttbr):
-            if root_of(vttbr):  # VHE leaves it when it leaves the guest
+            if root_of(vttbr):  # not 0 with VHE, which does not clear VTTBR at an exit
                 yield Vttbr(0, cpu, vttbr)
         said = deque(self._said)
         for position, record in enumerate(self._mechanism.records()):
@@ -206,8 +216,8 @@ class Recorder(Listener):
             yield from self._own(rest)
 
     def _own(self, said: _Said) -> Iterator[Event]:
-        """The event of something the lab said. A VM that never ran has no root, and is not in the trace."""
-        where = (max(0, said.ns - self._began), _NOBODY)
+        """The event of something that the lab did. A VM that never ran has no root and is not in the trace."""
+        where = (max(0, said.ns - self._began), _NO_CPU)
         if said.what is Mark:
             yield Mark(*where, said.text)
         elif root := self._roots.get(said.vm):
@@ -216,7 +226,7 @@ class Recorder(Listener):
     def _event(self, record: RawEvent | RawEntry) -> Event:
         time_ = max(0, record.ns - self._began)
         if isinstance(record, RawEntry):
-            return EntryChange(time_, _NOBODY, record.root, record.ipa, record.level, record.old, record.new)
+            return EntryChange(time_, _NO_CPU, record.root, record.ipa, record.level, record.old, record.new)
         point, where = self.points[record.point], (time_, record.cpu)
         match point.what:
             case What.VTTBR:
@@ -228,9 +238,9 @@ class Recorder(Listener):
         return Invalidate(*where, point.op, record.operand)
 
 
-def _mailbox_in(record: RawEvent | RawEntry) -> int:
-    """The physical page of the mailbox, when this record is of a leaf that maps it; else 0."""
-    if not isinstance(record, RawEntry) or not d.VALID.of(record.new):
+def _mailbox_in(record: RawEntry) -> int:
+    """Return the PA of the mailbox's page if this record is of a leaf that maps it, else 0."""
+    if not d.VALID.of(record.new):
         return 0
     size = 1 << KIB4.level_shift(record.level)
     if record.ipa != MAILBOX & -size or d.is_table(record.new, record.level):

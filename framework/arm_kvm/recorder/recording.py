@@ -1,4 +1,4 @@
-"""A recording as a test case holds it: what happened, VM by VM."""
+"""A recording as test cases use it: the trace, and questions to it by VM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from arm_kvm.vmm.vm import Vm
 
 
 class Recording:
-    """Filled when its ``with`` block ends: ``trace``, and ``violations``, what the checker says of it."""
+    """At the end of its block, ``trace`` is the trace and ``violations`` what the checker finds in it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -31,7 +31,7 @@ class Recording:
         try:
             yield self
         except BaseException:
-            with suppress(LabError):  # the machine may be gone; the test's own failure is the one to show
+            with suppress(LabError):  # the machine may have ended; the test's own failure is the one to report
                 self._take()
             raise
         self._take()
@@ -41,56 +41,60 @@ class Recording:
         self.violations = violations(self.trace)
 
     def look(self) -> None:
-        """Fill :attr:`trace` with what has happened so far; the recording goes on."""
+        """Set :attr:`trace` to the trace up to now; the recording goes on."""
         self.trace = self._recorder.so_far()
 
     def mark(self, text: str) -> None:
-        """A line of the test's own in the trace."""
+        """Add a mark with this text to the trace."""
         self._recorder.mark(text)
 
-    # -- what test cases ask -------------------------------------------------------------------------------------
+    # -- questions to the trace ----------------------------------------------------------------------------------
 
     def entries(self, vm: Vm | None = None) -> list[tuple[int, int]]:
-        """(CPU, VMID) of every guest entry, in order; of one VM or of all."""
+        """(CPU, VMID) of every guest entry of this VM, or of all VMs, in order."""
         return [(e.cpu, vmid_of(e.vttbr)) for e in self._entries() if vm is None or e.vm == vm.id]
 
     def vmids(self, vm: Vm) -> list[int]:
-        """The VMIDs that the VM was entered under, each as often as it changed."""
+        """The VMIDs that the VM was entered with, in order, without immediate repetitions."""
         return [vmid for vmid, _ in groupby(vmid for _, vmid in self.entries(vm))]
 
     def entered_last(self, vm: Vm) -> int:
-        """Which of all entries, counted from 0, was this VM's last."""
+        """The index of this VM's last entry among the entries of all VMs."""
         return max(i for i, entry in enumerate(self._entries()) if entry.vm == vm.id)
 
     def root(self, vm: Vm) -> int:
-        """The VM's stage-2 root. KeyError for a VM that never ran."""
-        return {event.vm: event.root for event in self.trace.of(Created)}[vm.id]
+        """The PA of the VM's stage-2 root. Raises KeyError for a VM that never ran."""
+        return {event.vm: event.root for event in self.trace.events if isinstance(event, Created)}[vm.id]
 
     @property
     def vmid_bits(self) -> int:
+        """The number of VMID bits that KVM uses, 8 or 16."""
         return self.trace.vmid_bits
 
     @property
     def allocator(self) -> str:
-        """``consecutive`` or ``bitmap``, by the kernel."""
+        """The kernel's VMID allocator: ``consecutive`` or ``bitmap``."""
         return self.trace.facts["allocator"]
 
     @property
     def first_runs(self) -> list[int]:
-        """The VMIDs in the order in which they were first entered, each VM's first."""
+        """The VMID of each VM's first entry, in order of these entries."""
         first: dict[int | None, int] = {}
         for entry in self._entries():
             first.setdefault(entry.vm, vmid_of(entry.vttbr))
         return list(first.values())
 
     def count(self, op: str) -> int:
-        """How often this invalidation was executed."""
-        return sum(event.op == op for event in self.trace.of(Invalidate))
+        """The number of times that this operation was executed."""
+        return sum(event.op == op for event in self._invalidations())
 
     @property
     def rollovers(self) -> int:
-        """Full invalidations: each begins a generation of VMIDs."""
-        return sum(full(event.op) for event in self.trace.of(Invalidate))
+        """The number of full invalidations, each of which begins a generation of VMIDs."""
+        return sum(full(event.op) for event in self._invalidations())
+
+    def _invalidations(self) -> Iterator[Invalidate]:
+        return (event for event in self.trace.events if isinstance(event, Invalidate))
 
     def _entries(self) -> Iterator[_Entry]:
         world = TraceState()
@@ -102,7 +106,7 @@ class Recording:
 
 
 class _Entry(NamedTuple):
-    """A guest entry: under which VTTBR, and the number of the VM whose root that was then."""
+    """A guest entry: the CPU, its VTTBR, and the number of the VM that had this root at that time."""
 
     cpu: int
     vttbr: int

@@ -1,4 +1,4 @@
-"""Carries steps out on a host, one after the other, and holds the host against the world after each."""
+"""Carries steps out on a host, one after the other, and compares the host with the model after each."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from arm_kvm.vmm.vm import Vm
 
 
 class SequenceBroken(AssertionError, Judged):
-    """A step after which the host is not as the models say. ``steps`` are all that led there, it included.
+    """The host differs from the models. ``steps`` ends with the step after which it does.
 
-    ``lost`` says why that host takes no other sequence, when it does not.
+    ``lost`` is set if no other sequence can be played on that host, and says why.
     """
 
     def __init__(self, steps: list[Step], complaints: list[Complaint], lost: LabError | None = None) -> None:
@@ -44,37 +44,37 @@ class SequenceBroken(AssertionError, Judged):
 
 @dataclass(frozen=True)
 class _Unjudged:
-    """The last step, how many there are with it, what was read of the host then, and what it owes."""
+    """A step that was carried out and not judged yet."""
 
     step: Step
-    number: int
-    capture: Capture
-    owed: Owed
+    number: int  #: of the step, from 1
+    capture: Capture  #: of the host after the step
+    owed: Owed  #: what the step requires of stage 2
 
 
 class Player:
-    """One sequence on one host. :meth:`do` and :meth:`settle` raise SequenceBroken at the first step that goes wrong.
+    """Plays a sequence on a host. :meth:`do` and :meth:`settle` raise SequenceBroken at the first step that goes wrong.
 
-    What was read of the host after a step is judged while the agent is at work on the next one, so the last step of a
-    sequence is judged by :meth:`settle`, or by :meth:`finish` with what the kernel said of all. :meth:`end` cleans up;
-    after a sequence that did not go wrong, :meth:`begin_anew` is faster than another player.
+    A step is judged while the agent works on the next one, so the last step of a sequence is judged by :meth:`settle`,
+    or by :meth:`finish`, which also judges the kernel's log. :meth:`end` cleans up; after a sequence that did not go
+    wrong, :meth:`begin_anew` is faster than another player.
     """
 
     def __init__(self, host: Host, oracle: Oracle, isa: str) -> None:
         self._host, self._oracle, self._isa = host, oracle, isa
         self._child: Child | None = None
-        self._swap: ExitStack | None = None  # once a step has needed it
+        self._swap: ExitStack | None = None  # set by the first step that needs swap
         self._unjudged: _Unjudged | None = None
-        self._complaints: list[Complaint] = []  # of the step that was judged last
-        self._judged = 0  # its number
+        self._complaints: list[Complaint] = []  # about the step that was judged last
+        self._judged = 0  # the number of that step
         self._idle_tracking = "idle-tracking" in host.config.can
         self._vm = self._host.create_vm(isa, vcpus=2)
         self._memory = _memory(self._vm)
         self._hvas = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(self._memory.hva)
-        takes_out = features.has(host, "MADV_PAGEOUT")
-        self._ages = self._idle_tracking or (takes_out and host.kernel_version < (6, 9))
-        # Without idle tracking pages age by an attempt to page them out, and must not go.
-        self._swaps = takes_out and (self._idle_tracking or not self._ages)
+        pages_out = features.has(host, "MADV_PAGEOUT")
+        self._ages = self._idle_tracking or (pages_out and host.kernel_version < (6, 9))
+        # Without idle tracking pages are aged by an attempt to page them out, which must not succeed: no swap then.
+        self._swaps = pages_out and (self._idle_tracking or not self._ages)
         self._furnish(self._new_world())
         self._begin()
 
@@ -84,7 +84,7 @@ class Player:
     def _furnish(self, world: VmModel) -> None:
         for slot in world.slots:
             self._vm.set_memslot(_numbered(slot))
-        self._vm.vcpus[1].pin(self._host.config.board.cpus - 1)  # the other is on the agent's, the first
+        self._vm.vcpus[1].pin(self._host.config.board.cpus - 1)  # vCPU 0 shares the first CPU with the agent
         self._vm.guest.ping()
 
     def _begin(self) -> None:
@@ -96,7 +96,7 @@ class Player:
         self.broken = False
 
     def begin_anew(self) -> None:
-        """Another sequence with the same VM: no child, new memory, and the memslots as they were at first."""
+        """Begin another sequence with the same VM: no child, new memory, the memslots as at first."""
         self._end_child()
         requests: list[Request[Any]] = [request(op.memory_map, at=self._memory.hva, size=SIZE)]
         for wanted in map(_numbered, self._new_world().slots):
@@ -115,13 +115,13 @@ class Player:
         self._child = None
 
     def end(self) -> None:
-        """Give everything back, as far as the host lets."""
+        """Release everything, as far as the host still works."""
         for give_back in (self._end_child, self._end_vm, self._memory.unmap, self._end_swap):
             with suppress(LabError):
                 give_back()
         if self.broken:
             with suppress(LabError):
-                self._oracle.splats()  # what the kernel says of a broken VM's end is not the next player's
+                self._oracle.splats()  # discard what the kernel logs as it destroys a broken VM
 
     def _end_vm(self) -> None:
         self._vm.destroy()
@@ -136,26 +136,27 @@ class Player:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
-        """Carry it out, and judge the step before. Raises SequenceBroken; ValueError: it makes no sense now."""
+        """Carry the step out, and judge the one before. Raises SequenceBroken, or ValueError if it makes no sense."""
         if not self.world.allows(step):
             raise ValueError(f"step {len(self.steps) + 1} makes no sense here: {step}")
         self.steps.append(step)
-        self.broken = True  # whatever it fails with
+        self.broken = True  # if anything is raised from here on
         self._vm.agent.meanwhile(self._judge)
-        failed, seen, owed = None, None, NOTHING_OWED
+        failed: SequenceBroken | None = None
+        done: _Unjudged | None = None
         try:
             owed = self._carry_out(step)
-            seen = self._see()
+            done = _Unjudged(step, len(self.steps), self._see(), owed)
         except SequenceBroken as e:
             failed = e
         except (LabError, GuestException, RunFailed) as e:
             failed = self._stopped_by(e)
         self._settle_before(failed)
-        self._unjudged = _Unjudged(step, len(self.steps), seen, owed)
+        self._unjudged = done
         self.broken = False
 
     def _settle_before(self, failed: SequenceBroken | None) -> None:
-        """Judge the step before the last: if that went wrong, whatever the last one met may come from it."""
+        """Judge the step before the last: if it went wrong, how the last one failed may be a consequence."""
         try:
             self.settle()
         except SequenceBroken as e:
@@ -165,14 +166,14 @@ class Player:
             raise failed
 
     def _stopped_by(self, failure: Exception) -> SequenceBroken:
-        """The last step was not carried out, or the host did not outlive it, because of this."""
+        """Make the failure for a step that could not be carried out, or that the host did not survive."""
         usable = self._host.machine.alive and self._host.agent.usable
         lost = failure if isinstance(failure, LabError) and not usable else None
         step = self.steps[-1] if self.steps else "before the first step"
         return SequenceBroken(self.steps, [Complaint(f"{step}: {failure}")], lost)
 
     def finish(self) -> None:
-        """Judge the last step, and what the kernel has said of all of them. Raises SequenceBroken."""
+        """Judge the last step, and what the kernel has logged during all. Raises SequenceBroken."""
         self.settle()
         try:
             said = self._oracle.splats()
@@ -182,12 +183,12 @@ class Player:
         self._demand(_complaints(said))
 
     def settle(self) -> None:
-        """Judge the last step, if it was not judged yet. Raises SequenceBroken."""
+        """Judge the last step unless it is judged already. Raises SequenceBroken."""
         self._judge()
         self._demand(self._complaints, self._judged)
 
     def _judge(self) -> None:
-        """Hold what was read after the last step against the world, which is still as that step left it."""
+        """Compare what was read after the last step with the model, which is still in the state after that step."""
         if (last := self._unjudged) is not None:
             self._unjudged = None
             after, findings = _reading(last.capture)
@@ -195,13 +196,13 @@ class Player:
             self._before, self._complaints, self._judged = after, findings or complaints, last.number
 
     def _demand(self, complaints: list[Complaint], steps: int | None = None) -> None:
-        """After so many steps (all) there is nothing to complain of. Raises SequenceBroken."""
+        """Raise SequenceBroken if there are complaints, with the first ``steps`` steps (None: all)."""
         if complaints:
             self.broken = True
             raise SequenceBroken(self.steps[:steps], complaints)
 
     def _carry_out(self, step: Step) -> Owed:
-        """What a memslot operation or its dirty log owes."""
+        """Carry a step out, and return what a change of a memslot or its dirty log requires of stage 2."""
         match step.kind:
             case StepKind.GUEST_READS | StepKind.GUEST_WRITES:
                 self._guest(step)
@@ -250,7 +251,7 @@ class Player:
         self._saw(step, value, got)
 
     def _saw(self, step: Step, value: int, got: int) -> None:
-        """A store was carried out, or a load found ``got``."""
+        """Record a store of ``value``, or check that a load may have returned ``got``."""
         if step.kind in (StepKind.GUEST_WRITES, StepKind.HOST_WRITES):
             self.world.stored(step, value)
         elif got not in (may := self.world.content[step.page]):
@@ -279,6 +280,7 @@ class Player:
             case StepKind.FORK:
                 self._child = Child(self._vm.agent)
             case StepKind.CHILD_WRITES:
+                assert self._child is not None, "VmModel.allows() wants a child for it"
                 self._child.write(memory, offset, b"the child's own")
             case StepKind.CHILD_EXITS:
                 self._end_child()
@@ -319,15 +321,13 @@ class Player:
         self.world.new_vm()
         self._furnish(self.world)
 
-    # -- looking -------------------------------------------------------------------------------------------------
-
     def _see(self) -> Capture:
-        """The host as it stands: the VM's tables, and the frame of each page."""
+        """Read the VM's tables and the frame of each page."""
         return self._oracle.look(self._vm, hvas=self._hvas)
 
 
 def _reading(capture: Capture) -> tuple[Look, list[Complaint]]:
-    """What the world is held against; and what safety says of it."""
+    """Split a capture into what the model is compared with, and the findings of the safety checks."""
     ((stage2, findings),) = capture.judged()
     leaves = leaves_of(stage2)
     watched = {ipa: leaf for ipa, leaf in leaves.items() if _watched(ipa)}
@@ -343,12 +343,12 @@ def _watched(ipa: int) -> bool:
 
 
 def _numbered(slot: Memslot) -> Memslot:
-    """As the VM has it, whose memslots 0 and 1 are the payload's."""
+    """Renumber a memslot of the model for the VM, where memslots 0 and 1 are the payload's."""
     return replace(slot, slot=slot.slot + 1)
 
 
 def _memory(vm: Vm) -> Memory:
-    """The pages, half of them on each side of a boundary of 2 MiB; nothing is mapped beside them. Outlives the VM."""
+    """Map the pages, half of them on each side of a 2 MiB boundary, with nothing next to them. They outlive the VM."""
     area = vm.memory(2 * BLOCK, align=BLOCK)
     vm.memories.remove(area)
     start = BLOCK - SIZE // 2
@@ -362,7 +362,10 @@ def _hex(addresses: list[int]) -> str:
 
 
 def play(host: Host, oracle: Oracle, isa: str, steps: Iterable[Step]) -> Iterator[Step]:
-    """A whole sequence, each step as it was done; what this kernel cannot do is left out. Raises SequenceBroken."""
+    """Play a whole sequence, yielding each step once it is done. Skips steps that this kernel cannot do.
+
+    Raises SequenceBroken.
+    """
     player = Player(host, oracle, isa)
     try:
         for step in steps:

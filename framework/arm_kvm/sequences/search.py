@@ -1,4 +1,4 @@
-"""hypothesis looks for a sequence after which the host is not as the models say, and shrinks what it finds."""
+"""Has hypothesis look for a sequence after which the host differs from the models, and shrink what it finds."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _QUICK, _NIGHTLY = 25, 2000  #: sequences
 
 
 def _any(*kinds: StepKind) -> st.SearchStrategy[Step]:
-    """A step of one of these kinds, in one choice: to draw each argument by itself takes longer.
+    """Draw a step of one of these kinds in a single choice: to draw each argument by itself takes longer.
 
-    Every other range is all pages: some things show only where a guest has been.
+    Every other range covers all pages: some faults show only at pages that a guest has used.
     """
     steps = [step for kind in kinds for step in every(kind)]
     return st.sampled_from(steps + [replace(step, page=0, last=PAGES - 1) for step in steps if step.last])
 
 
 class Profile(Enum):
-    """How long to look."""
+    """How long to search."""
 
     QUICK = "quick"  #: the same few sequences in every run
-    NIGHTLY = "nightly"  #: many, others every day, and those that failed before first
+    NIGHTLY = "nightly"  #: many, different ones every day; those that failed before come first
 
     def settings(self, sequences: int | None) -> settings:
         count = sequences or (_QUICK if self is Profile.QUICK else _NIGHTLY)
@@ -55,7 +55,7 @@ class Profile(Enum):
 
 @dataclass
 class Tally:
-    """What a search has done."""
+    """What a search has covered."""
 
     sequences: int = 0
     steps: int = 0
@@ -63,7 +63,7 @@ class Tally:
 
 
 def search(make_player: Callable[[], Player], profile: Profile = Profile.QUICK, sequences: int | None = None) -> Tally:
-    """Play sequences until one fails, or all have passed. Raises SequenceBroken with the shortest that fails."""
+    """Play sequences until one fails or all have passed. Raises SequenceBroken with the shortest that fails."""
     tally, players = Tally(), _Players(make_player)
     machine = _machine(players, tally)
     if profile is Profile.NIGHTLY:
@@ -73,7 +73,7 @@ def search(make_player: Callable[[], Player], profile: Profile = Profile.QUICK, 
     except Flaky as e:
         if (first := players.first) is None:
             raise
-        if first.lost:  # nothing can repeat
+        if first.lost:  # no host is left to repeat it on
             raise first from e
         raise SequenceBroken(first.steps, [*first.complaints, Complaint("(this did not repeat)")]) from e
     finally:
@@ -82,17 +82,17 @@ def search(make_player: Callable[[], Player], profile: Profile = Profile.QUICK, 
 
 
 class _Players:
-    """One player for all sequences, until one goes wrong: what comes after begins with another."""
+    """One player for all sequences; after a sequence that failed, a new one."""
 
     def __init__(self, make: Callable[[], Player]) -> None:
         self._make = make
         self._now: Player | None = None
-        self.first: SequenceBroken | None = None  #: what was found first, before it was made shorter
+        self.first: SequenceBroken | None = None  #: the first failure, before it was shrunk
         self._lost: SequenceBroken | None = None
 
     def next(self) -> Player:
         if self._lost:
-            raise self._lost  # no host is left to make it shorter on
+            raise self._lost  # no host is left to shrink it on
         if self._now is None or self._now.broken:
             self.end()
             self._now = self._make()
@@ -101,8 +101,8 @@ class _Players:
         return self._now
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Remember what goes wrong within the block."""
+    def watched(self) -> Iterator[None]:
+        """Remember a failure within the block."""
         try:
             yield
         except SequenceBroken as e:
@@ -117,7 +117,7 @@ class _Players:
 
 
 def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
-    """The rules: every kind of step, where it makes sense. What is slow shares a rule, and is chosen less."""
+    """Make the rules: every kind of step, where it makes sense. Slow kinds share a rule, so they are chosen less."""
 
     class Sequences(RuleBasedStateMachine):
         def __init__(self) -> None:
@@ -127,7 +127,7 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
 
         def _do(self, step: Step) -> None:
             if self.player.world.allows(step):
-                with players.looking():
+                with players.watched():
                     self.player.do(step)
                 tally.steps += 1
                 tally.kinds.add(step.kind)
@@ -186,13 +186,13 @@ def _machine(players: _Players, tally: Tally) -> type[RuleBasedStateMachine]:
             self._do(self._of_either(step))
 
         def _of_either(self, step: Step) -> Step:
-            """The step, or the same of the other memslot if that is the one it makes sense for."""
+            """Return the step, or the same step of the other memslot if it makes sense only there."""
             other = replace(step, slot=sum(SLOTS) - step.slot)
             return other if self.player.world.allows(other) and not self.player.world.allows(step) else step
 
         def teardown(self) -> None:
             if not self.player.broken:
-                with players.looking():
+                with players.watched():
                     self.player.finish()
 
     return Sequences

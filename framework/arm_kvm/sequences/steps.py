@@ -1,7 +1,7 @@
 """The vocabulary: one step is one thing that a guest, the host's memory management or the VMM does.
 
-A sequence is a text file, a step a line in these words; ``#`` begins a comment. Pages are numbered within the memory
-that both memslots show the guest: memslot 1, and its alias, memslot 2. Each has two places, between which it moves.
+A sequence is a text file with one step per line; ``#`` begins a comment. Pages are numbered within the memory that
+both memslots map: memslot 1 and its alias, memslot 2. Each memslot moves between two IPAs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from arm_kvm.support.errors import ConfigError
 from arm_kvm.support.paths import plain_file
 
-PAGES = 16  #: of the memory
-SLOTS = (1, 2)  #: the memslots that show it
+PAGES = 16  #: pages of the memory
+SLOTS = (1, 2)  #: the memslots that map it
 VCPUS = 2
 
 
 class StepKind(Enum):
-    """The value is a step's text, with its arguments in braces."""
+    """The kinds of steps. The value is a step's text, with its arguments in braces."""
 
     GUEST_WRITES = "guest {vcpu} writes page {page} through memslot {slot}"
     GUEST_READS = "guest {vcpu} reads page {page} through memslot {slot}"
@@ -56,9 +56,9 @@ _PATTERNS = {kind: re.compile(_ARGUMENT.sub(r"(?P<\1>\\d+)", kind.value) + r"$")
 
 @dataclass(frozen=True)
 class Step:
-    """One step. ``last`` is the last page of a range, included; ``to`` the page whose place a page takes.
+    """One step. ``last`` is the last page of a range, inclusive; ``to`` the page that ``mremap`` moves ``page`` onto.
 
-    Raises ValueError for what is not there.
+    Raises ValueError for a page, memslot or vCPU that does not exist.
     """
 
     kind: StepKind
@@ -79,7 +79,7 @@ class Step:
 
 
 def every(kind: StepKind) -> list[Step]:
-    """All steps of this kind, the simplest first."""
+    """List all steps of this kind, the simplest first."""
     choices = {"vcpu": range(VCPUS), "slot": SLOTS, "page": range(PAGES), "last": range(PAGES), "to": range(PAGES)}
     names = [name for name in choices if f"{{{name}}}" in kind.value]
     arguments = (dict(zip(names, values, strict=True)) for values in product(*(choices[name] for name in names)))
@@ -87,7 +87,7 @@ def every(kind: StepKind) -> list[Step]:
 
 
 def parse(line: str) -> Step | None:
-    """The step that a line says; None for a comment or an empty line. Raises ValueError for anything else."""
+    """Parse a line into a step; None for a comment or an empty line. Raises ValueError for anything else."""
     words = line.partition("#")[0].strip()
     if not words:
         return None
@@ -98,13 +98,13 @@ def parse(line: str) -> Step | None:
 
 
 def load(path: Path) -> list[Step]:
-    """The steps of a file. Raises ConfigError with the line that is wrong."""
+    """Read the steps of a file. Raises ConfigError with the number of the line that is wrong."""
     try:
         lines = plain_file(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not text"
         raise ConfigError(f"cannot read the sequence {path}: {reason}") from e
-    steps = []
+    steps: list[Step] = []
     for number, line in enumerate(lines, 1):
         try:
             steps += [step] if (step := parse(line)) else []
@@ -112,5 +112,5 @@ def load(path: Path) -> list[Step]:
             words = "; ".join(kind.value for kind in StepKind)
             raise ConfigError(f"{path}:{number}: {e}", remedy=f"a line is one of: {words}") from e
     if not steps:
-        raise ConfigError(f"{path} has no step in it", remedy="give a sequence that a run has kept")
+        raise ConfigError(f"{path} has no step in it", remedy="give a sequence that a run has saved")
     return steps

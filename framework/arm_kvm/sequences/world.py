@@ -1,7 +1,7 @@
-"""What must hold after each step: the state that the models give the VM, its memory and its memslots. Pure.
+"""What must hold after each step: the state that the models predict for the VM, its memory and its memslots. Pure.
 
-The frames behind the pages are not predicted but observed: whether a store after fork copies a page depends on
-references that nobody sees. Everything else follows from the models of memslots and MMU notifiers.
+The frames behind the pages are not predicted but observed: whether a store after fork copies a page depends on page
+references that cannot be observed. Everything else follows from the models of memslots and MMU notifiers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from arm_kvm.sequences.steps import PAGES, SLOTS, Step, StepKind
 
 PAGE = KIB4.size
 SIZE = PAGES * PAGE  #: bytes of the memory
-_ACROSS = SIZE // 2  #: so many bytes before a boundary the memory begins, to lie on both sides of it
-#: Where each memslot shows the memory to the guest, at first and when it has moved: within one level 3 table, across
-#: two of them, and across two of level 2.
+_ACROSS = SIZE // 2  #: how far before a boundary the memory begins where it straddles one, bytes
+#: The IPAs of each memslot, at first and after it has moved: across two level 3 tables or within one, and across two
+#: level 2 tables.
 PLACES = dict(zip(SLOTS, ((0x8020_0000 - _ACROSS, 0xA000_0000), (0x9000_0000, 0xC000_0000 - _ACROSS)), strict=True))
-#: What a page holds when nobody has written it.
-ZERO = 0
+ZERO = 0  #: what a page holds that was never written
 
 
 class Answer(Enum):
-    """How a guest's access must end."""
+    """How a guest's access can end."""
 
     DONE = "it is carried out"
     MMIO = "an MMIO exit"
@@ -37,7 +36,7 @@ class Answer(Enum):
 
 
 class Rights(Enum):
-    """What the VMM's own mapping of a page allows."""
+    """What the VMM's own mapping of a page permits."""
 
     NONE = "none"
     READ = "read"
@@ -47,16 +46,16 @@ class Rights(Enum):
 
 @dataclass(frozen=True)
 class Look:
-    """What is seen of the host at one moment: what stage 2 maps of the memslots, and the frame of each page."""
+    """The host at one moment: what stage 2 maps of the memslots, and the frame of each page."""
 
     leaves: Leaves
-    spare_tables: int  #: table pages that nothing needs
+    spare_tables: int  #: table pages that map nothing
     frames: tuple[int, ...]  #: physical address of each page; 0: none
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """What is wrong after a step, in words, and its verdict if it has one."""
+    """Something wrong after a step: a description, and the verdict if there is one."""
 
     words: str
     verdict: Verdict | None = None
@@ -67,24 +66,24 @@ class Complaint:
 
 @dataclass
 class VmModel:
-    """One VM's world: two memslots onto the same 16 pages at ``hva``."""
+    """The model of one VM: two memslots that map the same 16 pages at ``hva``."""
 
     hva: int
     kernel: Kernel
-    ages: bool = True  #: the host can be made to age pages
-    swaps: bool = True  #: and to swap them
+    ages: bool = True  #: whether the host can be made to age pages
+    swaps: bool = True  #: whether the host can be made to swap out pages
     rights: list[Rights] = field(default_factory=lambda: [Rights.WRITE] * PAGES)
     #: What each page may hold: one value, or two after MADV_FREE.
     content: list[set[int]] = field(default_factory=lambda: [{ZERO} for _ in range(PAGES)])
-    freed: set[int] = field(default_factory=set)  #: pages given up with MADV_FREE, whatever became of them
-    child: list[Rights] | None = None  #: what a forked child may do, which is what the VMM might when it forked
-    written: int = 0  #: stores so far; each stores another value
+    freed: set[int] = field(default_factory=set)  #: pages given to MADV_FREE, whether or not they were reclaimed
+    child: list[Rights] | None = None  #: what a forked child may do: the VMM's rights at the time of the fork
+    written: int = 0  #: stores so far; each stores a different value
 
     def __post_init__(self) -> None:
         self.new_vm()
 
     def new_vm(self) -> None:
-        """A VM that has not run, with both memslots where they are at first."""
+        """Start over with a VM that has not run and has both memslots at their first IPAs."""
         self.slots = Memslots(ipa_bits=40)
         self.starts = {number: places[0] for number, places in PLACES.items()}
         for number in SLOTS:
@@ -94,15 +93,15 @@ class VmModel:
         return Memslot(number, self.starts[number], SIZE, self.hva)
 
     def _present(self, step: Step) -> Memslot | None:
-        """The step's memslot, unless it is deleted."""
+        """The step's memslot; None if it is deleted."""
         return self.slots.at(self.starts[step.slot])
 
     def ipa(self, step: Step) -> int:
-        """Where the guest has the step's page, by the step's memslot, there or deleted."""
+        """The IPA of the step's page in the step's memslot, whether or not that is deleted."""
         return self.starts[step.slot] + step.page * PAGE
 
     def wanted(self, step: Step) -> Memslot:
-        """The memslot as the step would have it; of size 0 when it is to be deleted."""
+        """The memslot as the step sets it; of size 0 if the step deletes it."""
         slot = self._present(step) or self._slot(step.slot)
         match step.kind:
             case StepKind.SLOT_DELETE:
@@ -119,20 +118,20 @@ class VmModel:
         return slot
 
     def _asked(self, step: Step) -> list[Memslot]:
-        """The memslots that KVM is asked for, to create or to change."""
+        """The memslots that the step asks KVM to create or to change."""
         if step.kind is StepKind.NEW_VM:
             return [self._slot(number) for number in SLOTS]
         return [self.wanted(step)] if step.kind in GIVES_MEMSLOT else []
 
     def set(self, slot: Memslot) -> Owed:
-        """KVM has taken this memslot; what it owes for it."""
+        """Record that KVM has accepted this memslot, and return what stage 2 owes for it."""
         self.starts[slot.slot] = slot.ipa
         return self.slots.set(slot)
 
     # -- which steps make sense ------------------------------------------------------------------------------------
 
     def can(self, kind: StepKind) -> bool:
-        """Whether this host has a way to do that: to age pages, some have none, or no other than to page them out."""
+        """Whether this host can do that. Some kernels cannot age pages, or only by paging them out."""
         return {StepKind.AGE: self.ages, StepKind.PAGE_OUT: self.swaps}.get(kind, True)
 
     def allows(self, step: Step) -> bool:
@@ -165,12 +164,12 @@ class VmModel:
                 return slot is not None and not slot.logging
             case StepKind.LOG_OFF | StepKind.DIRTY_LOG:
                 return slot is not None and slot.logging
-            case StepKind.NEW_VM:  # whose own memory might come to lie in a hole
+            case StepKind.NEW_VM:  # the memory of the new VM's payload might be mapped into a hole
                 return Rights.HOLE not in self.rights
         return True
 
     def value_for(self, step: Step) -> int:
-        """What a store of this step stores."""
+        """The value that a store of this step stores."""
         return (self.written + 1) << 8 | step.page | 0x4000_0000
 
     # -- guests ------------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ class VmModel:
         return Answer.DONE if self.rights[step.page] in needed else Answer.EFAULT
 
     def stored(self, step: Step, value: int) -> None:
-        """A store of guest or host was carried out."""
+        """Record a store by guest or host."""
         self.written += 1
         self.content[step.page] = {value}
         if step.kind is StepKind.GUEST_WRITES:
@@ -196,7 +195,7 @@ class VmModel:
         return range(step.page, step.last + 1)
 
     def host_did(self, step: Step) -> None:
-        """The host's memory operation was carried out."""
+        """Record a memory operation of the host."""
         match step.kind:
             case StepKind.DONTNEED | StepKind.REPLACE:
                 self.freed -= {*self.pages(step)}
@@ -224,7 +223,7 @@ class VmModel:
                 self.child = None
 
     def notices(self, step: Step, before: Look, after: Look) -> list[list[Notice]]:
-        """What the step owes stage 2 by way of the notifiers: one of these lists."""
+        """The notifier calls that stage 2 may owe the step: it must conform to one of these lists."""
         match step.kind:
             case StepKind.FORK:
                 return [[self._notice(Operation.FORK, 0, PAGES - 1)]]
@@ -240,14 +239,14 @@ class VmModel:
         return [[]]
 
     def _what_became(self, before: int, after: int) -> list[Operation]:
-        """Which operation a touch was, by the frames: a first page, the same page, or a copy."""
+        """Tell from the frames which operations an access may have been: a first page, the same page, or a copy."""
         if before:
             return [Operation.COW_REUSE if before == after else Operation.COW_COPY]
-        # What a child has swapped out, too, comes back and is copied at once.
+        # A page that a child shares may be copied as soon as it is swapped in.
         return [Operation.SWAP_IN, *([Operation.COW_COPY] if self.child else [])]
 
     def _aged_or_out(self, step: Step, before: Look, after: Look) -> list[Notice]:
-        """Pages grow older, or reclaim takes them. (Ageing by way of reclaim takes those given up.)"""
+        """Pages are aged, or reclaimed. Ageing by way of reclaim takes pages that MADV_FREE has given up."""
         notices = [self._notice(Operation.AGE, step.page, step.last)]
         for page in self.pages(step):
             out = before.frames[page] and not after.frames[page]
@@ -265,7 +264,10 @@ class VmModel:
     # -- the verdict ----------------------------------------------------------------------------------------------
 
     def complaints(self, step: Step, before: Look, after: Look, owed: Owed = NOTHING_OWED) -> list[Complaint]:
-        """All that is wrong with stage 2 after this step. ``owed``: by a change of a memslot, or its dirty log."""
+        """List all that is wrong with stage 2 after this step.
+
+        ``owed`` is what the change of a memslot, or reading its dirty log, requires of stage 2.
+        """
         own = self.ipa(step)
         tried = step.kind in (StepKind.GUEST_READS, StepKind.GUEST_WRITES)
         accessed = tried and self.answer(step) is Answer.DONE
@@ -277,7 +279,7 @@ class VmModel:
             out += self._accessed(step, own, now.pop(own, None))
             was.pop(own, None)
         elif tried and _young(was.get(own)) == now.get(own):
-            was.pop(own, None), now.pop(own, None)  # the access flag fault is served before the one that is refused
+            was.pop(own, None), now.pop(own, None)  # KVM has served an access flag fault before the fault it refuses
         was = _protected(was, _pages_in(owed.must_be_read_only))
         found = [notifier.violations(notices, self.slots, was, now) for notices in self.notices(step, before, after)]
         broken = min(found, key=len)
@@ -287,7 +289,7 @@ class VmModel:
         return out + self._aged(step, after)
 
     def _accessed(self, step: Step, ipa: int, leaf: tuple[int, int] | None) -> list[Complaint]:
-        """The page that a guest has just used."""
+        """Check the page that a guest has just accessed."""
         if leaf is None:
             return [Complaint(f"IPA {ipa:#x} is not mapped after the guest's access")]
         if not d.AF.of(leaf[1]):
@@ -297,21 +299,21 @@ class VmModel:
         return []
 
     def _aged(self, step: Step, after: Look) -> list[Complaint]:
-        """Ageing must reach the guest's accessed flag; with a child about, the host may leave a page out."""
+        """Check that ageing has cleared the access flags in stage 2. While a child exists, the host may skip pages."""
         if step.kind is not StepKind.AGE or self.child:
             return []
-        # The zero page is none that ages, nor does the host look at what it may not touch.
+        # The zero page does not age, and the host skips pages that the VMM may not access.
         pages = [p for p in self.pages(step) if self.rights[p] is Rights.WRITE and ZERO not in self.content[p]]
         aged = {start + page * PAGE for start in self.starts.values() for page in pages}
         young = [ipa for ipa in sorted(aged & after.leaves.keys()) if d.AF.of(after.leaves[ipa][1])]
         return [Complaint(f"IPA {ipa:#x} is still young") for ipa in young]
 
 
-#: What gives KVM a memslot.
+#: Steps that create or change a memslot.
 GIVES_MEMSLOT = (StepKind.SLOT_CREATE, StepKind.SLOT_READONLY, StepKind.SLOT_MOVE, StepKind.LOG_ON, StepKind.LOG_OFF)
-#: What a memslot's memory must be, if guests may write it (EPERM: 5.4 kvm_arch_prepare_memory_region).
+#: The rights that a memslot's pages must have unless it is read-only; else EPERM (5.4 kvm_arch_prepare_memory_region).
 _WRITABLE = {Rights.WRITE, Rights.HOLE}
-#: What fails half done where there is a hole (ENOMEM).
+#: Steps that fail with ENOMEM, half done, if the range has a hole.
 _NEED_MAPPED = (
     StepKind.DONTNEED,
     StepKind.FREE,
@@ -339,12 +341,12 @@ def _complaint(breach: notifier.Breach) -> Complaint:
 
 
 def _pages_in(ranges: Iterable[tuple[int, int]]) -> set[int]:
-    """The first IPA of every page in these ranges ``(ipa, size)``, bytes."""
+    """The IPA of every page in these ranges ``(ipa, size in bytes)``."""
     return {ipa for start, size in ranges for ipa in range(start, start + size, PAGE)}
 
 
 def _protected(leaves: Leaves, pages: set[int]) -> Leaves:
-    """The leaves without write permission where they must have lost it: as such they must be found."""
+    """Clear the write permission of those leaves that must have lost it."""
     unwritable = ~d.S2AP.put(d.Grant.WRITE)
     return {ipa: (level, desc & unwritable if ipa in pages else desc) for ipa, (level, desc) in leaves.items()}
 

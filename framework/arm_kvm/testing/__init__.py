@@ -1,1 +1,1 @@
-"""What several test cases share beyond fixtures: the scene of the notifier cases."""
+"""What test cases share beyond fixtures: the scene of the notifier cases."""

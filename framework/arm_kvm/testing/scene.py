@@ -1,16 +1,17 @@
 """The scene of nearly every notifier case: a VM, its memory, and a host that does something to some of its pages.
 
-The VM has two vCPUs, and both have written to every page of its memory before the case begins. A case meets its scene
-in one of two modes, or in both, one after the other:
+The VM has two vCPUs, and both have written to every page of its memory before the case begins. A case runs in one of
+two modes, or in both, one after the other:
 
 resting
     No guest runs while the host acts. Stage 2 must be exactly what the reference model demands and allows.
 hammering
-    Both vCPUs go on adding to a word of their own in every page while the host acts. They map at once what they lose,
-    so eight more pages behind the memory, which no guest uses meanwhile, tell whether anything else went.
+    Both vCPUs keep adding to a word of their own in every page while the host acts. They fault back in at once what is
+    unmapped, so eight bystander pages after the memory, which no guest uses meanwhile, show whether too much was
+    unmapped.
 
-What a case asks of the scene holds in its mode. :meth:`Scene.host_does` judges exactly while guests rest, and as far as
-their activity allows while they hammer. :meth:`Scene.settle` finds a lost store in both.
+:meth:`Scene.host_does` judges exactly while guests rest, and as strictly as their activity allows while they hammer.
+:meth:`Scene.settle` finds lost stores in both modes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.host import facilities
 from arm_kvm.host.facilities import Reclaim
@@ -35,22 +37,22 @@ from arm_kvm.vmm.vm import Vm
 IPA = 0x8000_0000  #: where the scene's memory is
 BYSTANDERS = 8  #: pages in a memslot of their own, at the IPAs that follow the memory
 _HOST_WORD = 2  #: the word that the host writes in each page; vCPU n adds to word n
-_GUEST_WORD = 3  #: the word that the guest writes for the host to find
-_ROUNDS, _TRIES = 4, 60  #: reclaim beside guests at work; how often more, if they used every page between its two looks
+_GUEST_WORD = 3  #: the word that the guest writes for the host to read
+_ROUNDS, _TRIES = 4, 60  #: attempts at reclaim while guests hammer, and further attempts if those unmapped no page
 _PATIENCE = 10.0  #: seconds for the guests to reach every page
 _SAMPLES = 16  #: pages that a guest reads one by one
 
 
 class Scene:
-    """A VM, its memory, and how often each vCPU has added to every page that was not lost.
+    """A VM, its memory, and the number of times that each vCPU has added to every page that was not lost.
 
-    ``vm`` is the VM, ``memory`` its memory at :data:`IPA`, ``pages`` the number of pages in it. Pages are counted from
-    0, words (of four bytes) in a page, too: word 0 and word 1 begin as 0 and are what vCPU 0 and vCPU 1 add to, word 2
-    of page ``n`` is ``n + 1``. So no two pages are alike.
+    ``vm`` is the VM, ``memory`` its memory at :data:`IPA`, ``pages`` the number of its pages. Pages, and the 32-bit
+    words in a page, are counted from 0. vCPU 0 adds to word 0 and vCPU 1 to word 1, both of which begin as 0; word 2 of
+    page ``n`` is ``n + 1``, so no two pages are alike.
     """
 
     def __init__(self, host: Host, vm: Vm, memory: Memory, witness: Witness, oracle: Oracle, hammering: bool) -> None:
-        """Add bystanders if the guests are to hammer, have every page written, and check stage 2 while all is quiet.
+        """Add bystander pages if the guests hammer, have every page written, and judge stage 2 at rest.
 
         ``memory`` is in a memslot at :data:`IPA` already.
         """
@@ -69,7 +71,7 @@ class Scene:
         self.stage2()
 
     def _number_pages(self) -> None:
-        """Write every page from the host: none must be read first, which would map the zero page."""
+        """Write every page from the host. A read before the first write would map the zero page."""
         numbers = np.arange(1, self.pages + 1, dtype="<u4")[:, None]
         self.memory.write(0, np.pad(numbers, ((0, 0), (_HOST_WORD, PAGE // 4 - _HOST_WORD - 1))).tobytes())
 
@@ -77,9 +79,9 @@ class Scene:
 
     @contextmanager
     def guests_at_work(self) -> Iterator[None]:
-        """Within the block both vCPUs add 1 to their word in every page, over and over, and at least once; in any mode.
+        """Within the block both vCPUs add 1 to their word in every page, over and over, in either mode.
 
-        When the block ends they have stopped, each after a full round.
+        Each completes at least one round, and none is cut short when the block ends.
         """
         with ExitStack() as stack:
             hammers = [
@@ -93,16 +95,16 @@ class Scene:
         self._rounds = [a + hammer.rounds for a, hammer in zip(self._rounds, hammers, strict=True)]
 
     def guests_write_every_page(self) -> None:
-        """Both vCPUs add to their word in every page at least once, and stop; in any mode."""
+        """Have both vCPUs add to their word in every page at least once, and stop; in either mode."""
         with self.guests_at_work():
             pass
 
     @contextmanager
     def guest_activity(self) -> Iterator[None]:
-        """Within the block the guests do what the mode says: they rest, or hammer without a pause.
+        """Within the block the guests rest or hammer, as the mode says, without a pause.
 
-        :meth:`host_does` and :meth:`page_out` do this for themselves. Put several of them into one block where the
-        guests must not stop in between. Blocks nest: the outermost counts.
+        :meth:`host_does` and :meth:`page_out` call this themselves. Put several of them into one block if the guests
+        must not stop in between. Blocks nest; the outermost counts.
         """
         if not self._hammering or self._at_work:
             yield
@@ -117,19 +119,19 @@ class Scene:
             if time.monotonic() > deadline:
                 raise AssertionError(f"the guests did not reach every page within {_PATIENCE:.0f} s")
 
-    def _counts(self) -> np.ndarray:
-        """How often each guest has added to its word in the first page."""
+    def _counts(self) -> NDArray[np.uint32]:
+        """Read how often each guest has added to its word in the first page."""
         return np.frombuffer(self.memory.read(0, 4 * len(self.vm.guests)), dtype="<u4")
 
     # -- the host --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def host_does(self, operation: Operation, first: int = 0, pages: int | None = None) -> Iterator[Testimony]:
-        """Within the block the host does this to ``pages`` pages from ``first``, or to all from there.
+        """Judge the operation that the block has the host carry out on ``pages`` pages (None: all) from ``first``.
 
-        Meanwhile the guests do what the mode says. Afterwards stage 2 and the kernel's notifier events are compared
-        with the reference model, exactly if the guests rest; a breach raises Violation. The testimony that is yielded
-        is complete after the block; within it, its ``also()`` names what else the host did.
+        Meanwhile the guests rest or hammer, as the mode says. Afterwards stage 2 and the kernel's notifier events are
+        compared with the reference model, exactly if the guests rest; a breach raises Violation. The testimony that is
+        yielded is complete after the block; within it, ``also()`` names further operations of the host.
         """
         size = (self.pages - first if pages is None else pages) * PAGE
         witnessed = self._witness(operation, self.memory, first * PAGE, size, exact=not self._hammering)
@@ -137,9 +139,10 @@ class Scene:
             yield seen
 
     def page_out(self, reclaim: Reclaim, operation: Operation, first: int = 0, pages: int | None = None) -> None:
-        """Have ``reclaim`` take these pages, as :meth:`host_does` says it.
+        """Have ``reclaim`` take ``pages`` pages from ``first`` (None: all), judged as by :meth:`host_does`.
 
-        From guests that hammer it takes some pages, in several attempts: they use most between its two looks at each.
+        While guests hammer, it takes only some of them, in several attempts: the guests use most pages between
+        reclaim's two checks of their accessed flags.
         """
         size = (self.pages - first if pages is None else pages) * PAGE
         facilities.drain_lru(self._host)
@@ -153,28 +156,28 @@ class Scene:
                 raise AssertionError(f"reclaim unmapped no page in {_ROUNDS + _TRIES} attempts")
 
     def _page_out_some(self, reclaim: Reclaim, offset: int, size: int) -> bool:
-        """Whether the kernel unmapped some of these bytes for ``reclaim``."""
+        """Run ``reclaim``; whether the kernel has unmapped any page in this range from stage 2."""
         start = self.memory.hva + offset
         with traced(self._host.agent, [f"kvm:{Call.UNMAP.value}"]) as seen:
             reclaim(self.memory, offset, size)
             self.stage2()
         return any(start <= hva < start + size for _, (hva, _) in calls_in(seen.events))
 
-    # -- what is found ---------------------------------------------------------------------------------------------
+    # -- the judgement -----------------------------------------------------------------------------------------------
 
     def stage2(self) -> Stage2:
-        """The VM's stage-2 tables now, read with all CPUs stopped, and judged: raises Violation."""
+        """Read the VM's stage-2 tables with all CPUs stopped, and judge them. Raises Violation."""
         return self._oracle.stage2(self.vm)
 
     def leaf(self, page: int) -> Leaf | None:
-        """The leaf that maps this page now; None if there is none. Judged as :meth:`stage2` is."""
+        """Return the leaf that maps this page now, if any. Raises Violation, as :meth:`stage2` does."""
         return self.stage2().leaf(IPA + page * PAGE)
 
     def settle(self, lost: Collection[int] = ()) -> None:
-        """End the case: no store of a guest is lost but in the pages ``lost``, which the host threw away.
+        """End the case: check that no guest's store is lost except in the pages ``lost``, which the host discarded.
 
         In those a guest's word may have any value up to its number of rounds. Then the host writes a word to every
-        page, and the guest finds it, and the other way round: both use the same frames.
+        page and the guest reads it, and the other way round, which shows that both use the same frames.
         """
         kept = np.setdiff1d(np.arange(self.pages), np.array(list(lost), dtype=int))
         for n, rounds in enumerate(self._rounds):
@@ -188,7 +191,7 @@ class Scene:
         self._exchange()
 
     def _exchange(self) -> None:
-        """Host and guest write a word each to every page, and find each other's."""
+        """Have host and guest write a word each to every page, and check that each reads the other's."""
         self._host_writes(np.arange(self.pages) ^ 0xA5A5)
         self.vm.guest.fill(IPA + 4 * _GUEST_WORD, self.pages, seed=7)
         for page in range(0, self.pages, self.pages // min(self.pages, _SAMPLES)):
@@ -197,15 +200,15 @@ class Scene:
                 raise AssertionError(f"page {page}: the host wrote {page ^ 0xA5A5:#x}, the guest reads {found:#x}")
         written = (IPA + 4 * _GUEST_WORD + PAGE * np.arange(self.pages, dtype=np.uint64)) ^ 7
         if wrong := np.flatnonzero(self._words()[:, _GUEST_WORD] != written).tolist():
-            raise AssertionError(f"the host does not find what the guest has written to pages {wrong}")
+            raise AssertionError(f"the host does not read what the guest has written to pages {wrong}")
         self.stage2()
 
-    def _words(self) -> np.ndarray:
-        """Every page's first four words as the host sees them, a row each."""
+    def _words(self) -> NDArray[np.uint32]:
+        """Read the first four words of every page from the host, a row for each page."""
         return np.frombuffer(self.memory.read(0, self.memory.size), dtype="<u4").reshape(self.pages, -1)[:, :4]
 
-    def _host_writes(self, values: np.ndarray) -> None:
-        """Store one word to every page from the host; no guest runs."""
+    def _host_writes(self, values: NDArray[np.int64]) -> None:
+        """Store one word to every page from the host, while no guest runs."""
         content = np.frombuffer(self.memory.read(0, self.memory.size), dtype="<u4").reshape(self.pages, -1).copy()
         content[:, _HOST_WORD] = values
         self.memory.write(0, content.tobytes())

@@ -1,1 +1,1 @@
-"""The VMM inside the host, as the lab holds it: its agent, memory, VMs, vCPUs, VGIC, and what it does at once."""
+"""The lab's view of the VMM in the host: its agent, memory, VMs, vCPUs and VGICs, and threads for races."""

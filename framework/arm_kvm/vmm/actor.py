@@ -1,6 +1,6 @@
-"""A second actor in the VMM: a thread that does one operation while the agent goes on answering the lab.
+"""Actors: threads of the VMM that carry out an operation while the agent goes on answering the lab.
 
-With :meth:`arm_kvm.host.host.Host.hold` it makes a race between two system calls of one VMM a deterministic test.
+With :meth:`arm_kvm.host.host.Host.hold`, an actor makes a race between two system calls of one VMM deterministic.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _SLICE = 0.25
 
 
 class Job(Generic[R]):
-    """An operation under way in an actor."""
+    """An operation that an actor carries out."""
 
     def __init__(self, agent: Agent, actor: int, name: str) -> None:
         self._agent, self._actor, self._name = agent, actor, name
         self._reply: tuple[dict[str, Any], bytes] | None = None
 
     def done(self, seconds: float = 0.0) -> bool:
-        """Whether it has ended, within so many seconds."""
+        """Return whether the operation has ended; wait up to ``seconds`` for that."""
         if self._reply is None:
             self._reply = self._agent(op.actor_wait, actor=self._actor, seconds=seconds)
         return self._reply is not None
 
     def result(self, seconds: float = 20.0) -> R:
-        """Its result. Raises HostOsError as the operation itself would; AgentTimeout after so many seconds."""
+        """Return the operation's result. Raises what the operation raises, and AgentTimeout after ``seconds``."""
         for _ in range(max(1, round(seconds / _SLICE))):
             if self.done(_SLICE) and self._reply is not None:
                 found: R = result_of(*self._reply)
@@ -39,20 +39,20 @@ class Job(Generic[R]):
 
 
 class Actor:
-    """A thread of the VMM, bound to a CPU of the host if one is given. It ends with its agent."""
+    """A thread of the VMM, bound to a CPU of the host if one is given. It lives as long as its agent."""
 
     def __init__(self, agent: Agent, cpu: int | None = None) -> None:
         self._agent = agent
         self._number = agent(op.actor_create, cpu=cpu)
 
     def begin(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Job[R]:
-        """Have it carry out an operation of the agent: ``actor.begin(op.memory_advise, hva=..., ...)``.
+        """Start an operation of the agent: ``actor.begin(op.memory_advise, hva=..., ...)``.
 
         Raises HostOsError (EBUSY) while another is under way.
         """
         return self.do(request(operation, *args, **kwargs))
 
     def do(self, wanted: Request[R]) -> Job[R]:
-        """Have it carry out this request."""
+        """Start the operation of this request. Raises HostOsError (EBUSY) while another is under way."""
         self._agent(op.actor_begin, actor=self._number, op=wanted.name, args=wanted.args, blob=wanted.blob)
         return Job(self._agent, self._number, wanted.name)

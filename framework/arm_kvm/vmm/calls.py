@@ -1,4 +1,4 @@
-"""Single calls on a VM for what KVM makes of them: a VM that is closed in parts, a vCPU that comes too late."""
+"""Calls that a regular VMM does not make: to close a VM's descriptors one by one, or to create a vCPU late."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from arm_kvm.vmm.vm import Vm
 
 
 class Part(Enum):
-    """What keeps a VM in KVM, which frees it with the last of these."""
+    """A reference to a VM. KVM frees the VM when the last one is closed."""
 
-    VM = "vm"  #: its descriptor
+    VM = "vm"  #: the VM's descriptor
     VCPU = "vcpu"  #: vCPU 0's descriptor
     RUN = "run"  #: the mapping of vCPU 0's run page
     VGIC = "vgic"  #: the VGIC's descriptor
 
 
 def close_part(vm: Vm, part: Part) -> None:
-    """Close one part of the VM. Set ``vm.alive`` to False before the last: it cannot be judged then."""
+    """Close one reference to the VM. Set ``vm.alive`` to False before the last: the VM cannot be judged afterwards."""
     vm.agent(op.vm_close, vm=vm.id, what=part.value)
 
 
 def close(vm: Vm) -> None:
-    """Close all descriptors of the VM, and leave its memory mapped."""
+    """Close all descriptors of the VM and leave its memory mapped."""
     vm.alive = False
     vm.agent(op.vm_destroy, vm=vm.id)
 
 
 def close_in_another_thread(vm: Vm) -> None:
-    """Close all descriptors of the VM in a thread of the VMM that has never used them."""
+    """Close all descriptors of the VM in a thread of the VMM that has not used them."""
     vm.alive = False
     vm.agent(op.vm_destroy_elsewhere, vm=vm.id)
 
 
 def create_vcpu(vm: Vm, index: int) -> None:
-    """KVM_CREATE_VCPU and KVM_ARM_VCPU_INIT. No guest of the lab runs on this vCPU. Raises HostOsError."""
+    """KVM_CREATE_VCPU and KVM_ARM_VCPU_INIT, for a vCPU that the lab does not run. Raises HostOsError."""
     vm.agent(op.vcpu_create, vm=vm.id, vcpu=index, features=0)

@@ -1,4 +1,4 @@
-"""The lab's end of the agent: requests with deadlines, typed errors, a log of every exchange."""
+"""The agent's client: requests with deadlines, errors as exceptions, a log of every exchange."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from arm_kvm.machine.machine import Machine
 from arm_kvm.support import interrupt
 from arm_kvm.support.errors import AgentError, AgentFault, AgentTimeout, HostOsError
 
-#: Between looks at the machine's health while an answer is awaited: a panic shows within this time.
+#: Seconds between checks of the machine while the lab waits for an answer, so that a panic is noticed early.
 _SLICE = 0.2
 _DEFAULT_DEADLINE = 20.0
 _GRACE = 1.0
@@ -30,12 +30,12 @@ _LOG_WIDTH = 300
 
 P = ParamSpec("P")
 R = TypeVar("R")
-op = object.__new__(Operations)  #: names the agent's operations in requests; on this side none is carried out
+op = object.__new__(Operations)  #: names the agent's operations in requests; none of them is called on this side
 
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """An operation of the agent with its arguments. ``R`` is what the agent answers."""
+    """An operation of the agent with its arguments. ``R`` is the type of its result."""
 
     name: str
     args: dict[str, Any]
@@ -44,22 +44,22 @@ class Request(Generic[R]):
 
 @cache
 def _signature(operation: Callable[..., Any]) -> tuple[str, tuple[str, ...]]:
-    """The operation's name on the wire, and its parameters."""
+    """Return the operation's name on the wire and the names of its parameters."""
     names = (name for name in dir(Operations) if getattr(op, name) == operation)
     return next(names), tuple(signature(operation).parameters)
 
 
 def request(operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Request[R]:
-    """A request to be made later, or with others: ``request(op.vm_destroy, vm=3)``. Type checkers see the signature."""
+    """Make a request to be sent later or in a batch: ``request(op.vm_destroy, vm=3)``. mypy checks its arguments."""
     name, parameters = _signature(operation)
     arguments: dict[str, Any] = dict(zip(parameters, args, strict=False)) | kwargs
     return Request(name, arguments, arguments.pop("blob", b""))
 
 
 class Listener:
-    """Told of what the agent is asked: ``before`` and ``after`` each request, and once an answer came.
+    """Is notified of the requests to an agent: ``before`` and ``after`` each one, and ``answered`` for each exchange.
 
-    The last two are not called when the answer is an error. This one does not listen.
+    ``after`` and ``answered`` are not called when the answer is an error. This class does nothing.
     """
 
     def before(self, request: Request[Any]) -> None: ...
@@ -70,32 +70,32 @@ class Listener:
 
 
 class Line(Protocol):
-    """The way to an agent."""
+    """A connection to an agent."""
 
-    stream: socket.socket | paramiko.Channel  #: carries bytes both ways
+    stream: socket.socket | paramiko.Channel  #: carries bytes in both directions
 
     def over(self) -> bool:
-        """Whether the agent at the other end is known to be gone."""
+        """Return whether the agent is known to have ended."""
         ...
 
-    def said(self) -> str:
-        """What it said of its end."""
+    def last_output(self) -> str:
+        """Return the output that may explain why the agent ended."""
         ...
 
     def close(self) -> None: ...
 
 
 class SshLine:
-    """The channel that an agent was started by."""
+    """The ssh channel through which an agent was started."""
 
     def __init__(self, channel: paramiko.Channel) -> None:
         self.stream: socket.socket | paramiko.Channel = channel
         self._channel = channel
 
     def over(self) -> bool:
-        return self._channel.eof_received
+        return bool(self._channel.eof_received)
 
-    def said(self) -> str:
+    def last_output(self) -> str:
         return self._channel.recv_stderr(65536).decode(errors="replace")
 
     def close(self) -> None:
@@ -104,9 +104,9 @@ class SshLine:
 
 
 class SerialLine:
-    """The board's serial port, where the agent answers that the host began with: twice as fast as ssh.
+    """The virtio serial port of the agent that started with the host: twice as fast as ssh.
 
-    What it leaves there when it is killed would confuse another, so later agents speak over ssh.
+    An agent that is killed may leave half a message in the port, so agents that are started later use ssh.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -115,19 +115,19 @@ class SerialLine:
         self._opened = False
 
     def over(self) -> bool:
-        """The port carries no end of file, but QEMU knows whether somebody in the host has it open."""
+        """Return whether the port was open in the host and is not any more: it does not report an end of file."""
         self._opened, before = self._machine.port_open, self._opened
         return before and not self._opened
 
-    def said(self) -> str:
+    def last_output(self) -> str:
         return "Last console lines:\n" + self._machine.console.tail()
 
     def close(self) -> None:
-        """The port is the machine's."""
+        """Do nothing: the machine closes its port."""
 
 
 def result_of(reply: dict[str, Any], blob: bytes) -> Any:
-    """The result that a reply carries. Raises HostOsError, AgentFault: the operation failed."""
+    """Return the result in a reply. Raises HostOsError or AgentFault when the operation failed."""
     if "errno" in reply:
         raise HostOsError(reply["call"], reply["errno"])
     if "fault" in reply:
@@ -142,10 +142,10 @@ def _bytes(blob: bytes) -> str:
 
 
 class Agent:
-    """Requests to the agent, one at a time.
+    """A connection to an agent, for one request at a time.
 
-    ``agent(op.vm_create, ipa_bits=0)`` is a request; it raises HostOsError (an errno inside the host), AgentFault,
-    AgentTimeout, or the machine's own end (HostPanic, QemuDied, ...) whichever shows first.
+    ``agent(op.vm_create, ipa_bits=0)`` makes a request. Raises HostOsError (a system call failed in the host),
+    AgentFault, AgentTimeout, or what ended the machine (HostPanic, QemuDied, ...).
     """
 
     def __init__(self, line: Line, log: Path, check: Callable[[], None], timeout: float) -> None:
@@ -156,23 +156,23 @@ class Agent:
         self._check = check
         self._buffer = bytearray()
         self._next = 0
-        self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for a report
+        self.recent: deque[str] = deque(maxlen=10)  #: the last exchanges, for reports
         self.listener = Listener()
-        self.suffix = ""  #: of the names of its VMs, when it is not the host's only VMM
+        self.suffix = ""  #: appended to the names of its VMs, when it is not the host's only VMM
         self._broken: AgentError | None = None
         self._meanwhile: Callable[[], None] | None = None
         self.hello: dict[str, Any] = self.ask(request(op.hello), timeout)
 
     def __call__(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """One request; its result."""
+        """Make a request and return its result."""
         return self.ask(request(operation, *args, **kwargs))
 
     def ask(self, wanted: Request[R], deadline: float = _DEFAULT_DEADLINE) -> R:
-        """One request, answered within ``deadline`` seconds; its result."""
+        """Make a request, to be answered within ``deadline`` seconds, and return its result."""
         return self.begin(wanted)(deadline)
 
     def begin(self, wanted: Request[R]) -> Callable[[float], R]:
-        """Make a request; call what is returned to wait for its result, so many seconds at most."""
+        """Make a request and return a function that waits for its result, with a deadline in seconds as argument."""
         self.listener.before(wanted)
         number = self.send(wanted)
 
@@ -185,7 +185,7 @@ class Agent:
         return result
 
     def batch(self, requests: Sequence[Request[Any]], deadline: float = _DEFAULT_DEADLINE) -> list[Any]:
-        """Several requests in one exchange; their results. Raises what the first that fails raises alone."""
+        """Make several requests in one exchange and return their results. Raises what the first failure raises."""
         for one in requests:
             self.listener.before(one)
         wire_form = [(one.name, one.args) for one in requests]
@@ -196,39 +196,39 @@ class Agent:
         return results
 
     def meanwhile(self, do: Callable[[], None]) -> None:
-        """Do this, once, while the next answer is on its way: the lab has a CPU to itself then."""
+        """Call ``do`` once while the next request is carried out, when the lab is otherwise idle."""
         self._meanwhile = do
 
     def send(self, wanted: Request[Any]) -> int:
-        """Send a request that no listener hears of; :meth:`receive` takes its answer. Returns the request's id."""
+        """Send a request without notifying the listener and return its id, for :meth:`receive`."""
         interrupt.check()
         self.require()
         self._next += 1
         message = {"id": self._next, "op": wanted.name, "args": wanted.args}
-        self._say(f"> {self._next} {wanted.name} {wanted.args} {_bytes(wanted.blob)}")
+        self._note(f"> {self._next} {wanted.name} {wanted.args} {_bytes(wanted.blob)}")
         self._write(memoryview(wire.encode(message, wanted.blob)))
         return self._next
 
     def _write(self, data: memoryview) -> None:
-        """Send it all, with patience for a slow host and none for a lost one."""
+        """Send all of ``data``. Raises AgentTimeout when the agent does not read it, or what ended the machine."""
         end = time.monotonic() + _DEFAULT_DEADLINE
         while len(data):
             try:
-                data = data[self._stream.send(data) :]
+                data = data[self._stream.send(data) :]  # type: ignore[arg-type]  # a Channel, too, takes any buffer
             except TimeoutError:
                 self._check()
                 if time.monotonic() > end:
-                    self._lose(AgentTimeout("the agent does not take a request"))
+                    self._lose(AgentTimeout("the agent does not read its request"))
             except (OSError, EOFError, paramiko.SSHException) as e:
                 self._check_again()
                 self._lose(AgentError(f"the agent's connection is closed: {e}"))
 
     def receive(self, number: int, deadline: float = _DEFAULT_DEADLINE) -> Any:
-        """The answer to this request, within ``deadline`` seconds; what :meth:`meanwhile` was given may raise, too."""
+        """Wait up to ``deadline`` seconds for the answer to this request. Also raises what :meth:`meanwhile` caught."""
         failure = self._do_meanwhile()
         end = time.monotonic() + deadline
         reply, blob = wire.decode(lambda size: self._read(size, end, deadline))
-        self._say(f"< {reply} {_bytes(blob)}")
+        self._note(f"< {reply} {_bytes(blob)}")
         if reply.get("id") != number:
             self._lose(AgentError(f"the agent answered request {reply.get('id')}, not {number}"))
         if failure is not None:
@@ -236,7 +236,7 @@ class Agent:
         return result_of(reply, blob)
 
     def _do_meanwhile(self) -> Exception | None:
-        """What it failed with, to be raised when the answer is read: the next request would take it for its own."""
+        """Call ``do`` and return its exception, to be raised when the answer, which must not stay unread, is read."""
         do, self._meanwhile = self._meanwhile, None
         try:
             if do:
@@ -261,21 +261,21 @@ class Agent:
                 data = b""
             if not data:
                 self._check_again()
-                self._lose(AgentError("the agent ended", evidence=self._line.said()))
+                self._lose(AgentError("the agent ended", evidence=self._line.last_output()))
             self._buffer += data
         out = bytes(self._buffer[:size])
         del self._buffer[:size]
         return out
 
     def _check_again(self) -> None:
-        """The connection is gone; if it went with the machine, that may take a moment to show."""
+        """Check the machine repeatedly: if its end closed the connection, that may take a moment to be noticed."""
         end = time.monotonic() + _GRACE
         while time.monotonic() < end:
             self._check()
             time.sleep(_GRACE / 20)
 
     def _lose(self, error: AgentError) -> NoReturn:
-        """An answer may still come, but nobody can tell to which request: the connection is over."""
+        """Raise ``error``, and accept no more requests: a late answer would be taken for that to the next one."""
         self._broken = error
         raise error
 
@@ -286,19 +286,20 @@ class Agent:
 
     @property
     def from_boot(self) -> bool:
-        """Whether it is the one that the host began with."""
+        """Whether the agent started with the host."""
         return isinstance(self._line, SerialLine)
 
     @property
     def usable(self) -> bool:
+        """Whether requests can be made: the connection is not broken."""
         return self._broken is None
 
     def require(self) -> None:
-        """Raise what broke the connection, if something did."""
+        """Raise the error that broke the connection, if it is broken."""
         if self._broken is not None:
             raise self._broken
 
-    def _say(self, line: str) -> None:
+    def _note(self, line: str) -> None:
         line = line[:_LOG_WIDTH]
         self.recent.append(line)
         if not self._log.closed:

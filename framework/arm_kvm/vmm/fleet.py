@@ -1,4 +1,4 @@
-"""Many VMs that run in turn on one CPU. The turns are taken inside the agent: no network between two guests."""
+"""Many VMs that run in turn on one CPU. The agent runs a whole round of them on one request."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from arm_kvm.support.errors import AgentTimeout
 from arm_kvm.vmm.client import op
 from arm_kvm.vmm.vm import Vm, add_memory, destroy
 
-_EACH = 0.5  #: seconds of patience a turn
+_EACH = 0.5  #: seconds of patience for each turn
 _PATIENCE = 20.0
 _SLICE = 5.0
 
 
 class Fleet:
-    """``vms`` in the order of their turns, on ``cpu`` of the host. vCPU 0 of each runs, until its orders are done."""
+    """VMs that take turns on ``cpu`` of the host, in this order: vCPU 0 of each runs until its orders are done."""
 
     def __init__(self, vms: Sequence[Vm], cpu: int = 0) -> None:
         self.vms = list(vms)
@@ -25,7 +25,7 @@ class Fleet:
         self._agent = vms[0].agent
 
     def start(self, orders: Callable[[Vm], list[Order]]) -> None:
-        """Begin a round: every VM once, with its own orders, equally many. :meth:`finish` takes the results."""
+        """Start a round, in which every VM carries out its ``orders``, as many as the others. :meth:`finish` waits."""
         boxes = [vm.guest.issue(orders(vm)) for vm in self.vms]
         self._agent(
             op.turns_start,
@@ -37,7 +37,10 @@ class Fleet:
         )
 
     def finish(self) -> list[list[OrderResult]]:
-        """The results of the round, in order of the VMs. Raises RunFailed, GuestException of the first that failed."""
+        """Wait for the round and return the results, in order of the VMs.
+
+        Raises RunFailed or GuestException for the first VM that failed, AgentTimeout.
+        """
         for _ in range(round((_PATIENCE + _EACH * len(self.vms)) / _SLICE)):
             if answer := self._agent(op.turns_wait, cpu=self.cpu, seconds=_SLICE):
                 break
@@ -59,41 +62,41 @@ class Fleet:
         return [[g.checked(r) for r in g.results(box)] for g, box in zip(guests, boxes, strict=True)]
 
     def round(self, orders: Callable[[Vm], list[Order]]) -> list[list[OrderResult]]:
-        """A round, begun and finished."""
+        """Start a round and finish it."""
         self.start(orders)
         return self.finish()
 
-    # -- what test cases say ------------------------------------------------------------------------------------
+    # -- rounds for test cases ----------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Every VM enters its guest once and comes back."""
+        """Enter every guest once and return."""
         self.round(lambda vm: [Order("nop")])
 
     def fill(self, ipa: int, count: int = 1) -> None:
-        """Every guest stores to ``count`` pages from ``ipa`` what no other does."""
+        """Let every guest store to ``count`` pages from ``ipa`` on, words that differ from those of other guests."""
         self.round(lambda vm: [Order("fill", ipa, _seed(vm), count, 0x1000, wrote=(ipa, count * 0x1000))])
 
-    def strangers(self, ipa: int, count: int = 1) -> list[Vm]:
-        """The VMs whose guests do not find there what they stored, after every guest has looked."""
+    def mismatches(self, ipa: int, count: int = 1) -> list[Vm]:
+        """Let every guest compare these pages with what :meth:`fill` stored. Returns the VMs that find other words."""
         self.start_check(ipa, count)
         return self.finish_check()
 
     def start_check(self, ipa: int, count: int = 1) -> None:
-        """Like :meth:`strangers`, without waiting; :meth:`finish_check` answers. For fleets on several CPUs."""
+        """Start :meth:`mismatches` and do not wait, so that fleets on several CPUs run at once."""
         self.start(lambda vm: [Order("check", ipa, _seed(vm), count, 0x1000)])
 
     def finish_check(self) -> list[Vm]:
-        """Wait for what :meth:`start_check` began."""
+        """Wait for the end of :meth:`start_check` and return the VMs that found other words."""
         return [vm for vm, result in zip(self.vms, self.finish(), strict=True) if result[0].value]
 
-    # -- all of them at once, in a few requests --------------------------------------------------------------------
+    # -- changes to all VMs, in a few requests -----------------------------------------------------------------------
 
     def add_memory(self, ipa: int, size: int) -> None:
-        """A new memslot at ``ipa`` for each, with memory of its own."""
+        """Give each VM a memslot of ``size`` bytes at ``ipa``, with memory of its own."""
         add_memory(self.vms, ipa, size)
 
     def destroy(self) -> None:
-        """Destroy them all."""
+        """Destroy all VMs."""
         destroy(self.vms)
 
 

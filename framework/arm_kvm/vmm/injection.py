@@ -1,7 +1,7 @@
-"""Allocation failures of single calls (fault injection, fail-nth): the n-th allocation that a call makes fails.
+"""Allocation failures (fault injection, fail-nth): make the n-th allocation of a single call fail.
 
-For hosts whose kernel has it (``can: [fail-nth]``). The kernel counts what the calling thread allocates, but not from
-high memory. Each function carries out one call, and returns what came of it.
+This needs a host whose kernel has fail-nth (``can: [fail-nth]``). The kernel counts the calling thread's allocations,
+except those from high memory. Each function carries out one call.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PAGE = 0x1000
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a call whose n-th allocation was to fail."""
+    """The outcome of a call whose n-th allocation was to fail."""
 
     injected: bool  #: whether there was an n-th allocation
-    errno: int  #: what the call answered; 0: it succeeded, perhaps with a fallback
+    errno: int  #: of the call; 0 if it succeeded, perhaps with a fallback
     result: object = None  #: of a call that succeeded
 
 
@@ -32,7 +32,7 @@ def _attempt(agent: Agent, n: int, wanted: Request[Any]) -> Attempt:
 
 
 def create_vm(agent: Agent, n: int) -> Attempt:
-    """KVM_CREATE_VM; the VM that comes of it is closed again."""
+    """KVM_CREATE_VM. If it succeeds, the VM is closed again."""
     attempt = _attempt(agent, n, request(op.vm_create))
     if attempt.errno == 0 and isinstance(attempt.result, int):
         agent(op.vm_destroy, vm=attempt.result)
@@ -40,7 +40,7 @@ def create_vm(agent: Agent, n: int) -> Attempt:
 
 
 def set_memslot(vm: Vm, slot: Memslot, n: int) -> Attempt:
-    """KVM_SET_USER_MEMORY_REGION; the memslot that comes of it is deleted again."""
+    """KVM_SET_USER_MEMORY_REGION. If it succeeds, the memslot is deleted again."""
     attempt = _attempt(vm.agent, n, vm.memslot_request(slot))
     if attempt.errno == 0:
         vm.set_memslot(replace(slot, size=0, flags=SlotFlags.NONE))
@@ -48,23 +48,24 @@ def set_memslot(vm: Vm, slot: Memslot, n: int) -> Attempt:
 
 
 def store(vm: Vm, index: int, ipa: int, n: int) -> Attempt:
-    """KVM_RUN of vCPU ``index``, whose guest stores the word ``ipa`` at ``ipa``; only KVM_RUN's allocations count.
+    """KVM_RUN of vCPU ``index``, whose guest stores the word ``ipa`` to ``ipa``. Only KVM_RUN's allocations count.
 
-    After a failure the vCPU is at the payload's entry again.
+    After a failure the vCPU is set to the payload's entry.
     """
     vcpu, guest = vm.vcpus[index], vm.guests[index]
     vcpu.write_mailbox(0, guest.issue([Order("fill", ipa, 0, 1, _PAGE, wrote=(ipa, 4))]))
     attempt = _attempt(vm.agent, n, request(op.vcpu_run, vm=vm.id, vcpu=index))
     guest.running = False
     if attempt.errno:
-        vcpu.restart()  # or it would go on where it failed
+        vcpu.restart()  # else it would repeat the store
     return attempt
 
 
 def every_failure(attempt: Callable[[int], Attempt], most: int = 200) -> list[int]:
-    """The errnos of a call whose first allocation fails, then its second, ... until it makes no more: all but the last.
+    """Repeat a call and make its first allocation fail, then its second, and so on up to its last.
 
-    Raises AssertionError for a call that makes more than ``most`` allocations, or fails without a failed allocation.
+    Returns the errnos of these calls. Raises AssertionError when the call makes more than ``most`` allocations, or
+    fails although none of its allocations did.
     """
     answers: list[int] = []
     for n in range(1, most + 1):

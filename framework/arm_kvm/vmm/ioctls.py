@@ -1,6 +1,7 @@
-"""Any ioctl on any descriptor: the structures are packed here, on the lab's side.
+"""Any ioctl on any descriptor of the VMM. The test case packs the structures.
 
-Numbers as in include/uapi/asm-generic/ioctl.h: direction, size of the structure, type (0xAE for KVM), number.
+Request numbers are composed as in include/uapi/asm-generic/ioctl.h, of direction, size of the structure, type (0xAE
+for KVM) and number.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _WRITE, _READ = 1, 2
 
 @dataclass(frozen=True)
 class Ioctl:
-    """An ioctl by its name and number. Errors of :meth:`Descriptor.ioctl` show the name."""
+    """An ioctl: its request number, and its name for errors."""
 
     name: str
     number: int
 
     @classmethod
     def none(cls, name: str, nr: int, kind: int = _KVM) -> Ioctl:
-        """``_IO(kind, nr)``."""
+        """``_IO(kind, nr)``: the argument is a number."""
         return cls(name, kind << 8 | nr)
 
     @classmethod
@@ -37,7 +38,7 @@ class Ioctl:
 
     @classmethod
     def both(cls, name: str, nr: int, size: int, kind: int = _KVM) -> Ioctl:
-        """``_IOWR``."""
+        """``_IOWR``: the kernel reads and fills a structure of ``size`` bytes."""
         return cls(name, (_READ | _WRITE) << 30 | size << 16 | kind << 8 | nr)
 
 
@@ -54,14 +55,14 @@ UFFDIO_WRITEPROTECT = Ioctl.both("UFFDIO_WRITEPROTECT", 0x06, 24, 0xAA)
 
 
 class Descriptor:
-    """An open file of the VMM: of the KVM system, a VM, a vCPU, a device, or any other."""
+    """A file descriptor of the VMM: of /dev/kvm, a VM, a vCPU, a device, or any other."""
 
     def __init__(self, agent: Agent, number: int) -> None:
         self._agent = agent
         self.number = number
 
     def ioctl(self, which: Ioctl, argument: int = 0) -> int:
-        """ioctl(2) with a number (or the HVA of a structure in the VMM's memory); its result.
+        """ioctl(2) with a number, or the HVA of a structure in the VMM's memory. Returns its result.
 
         Raises HostOsError, which names the ioctl.
         """
@@ -69,6 +70,6 @@ class Descriptor:
         return result
 
     def exchange(self, which: Ioctl, structure: bytes) -> bytes:
-        """ioctl(2) with a pointer to this structure; what the structure then holds. Raises HostOsError."""
+        """ioctl(2) with a pointer to this structure. Returns the structure's new content. Raises HostOsError."""
         _, after = self._agent(op.ioctl, fd=self.number, name=which.name, request=which.number, blob=structure)
         return after

@@ -1,4 +1,4 @@
-"""The memslots of one VM as the lab set them, and where its guests were told to store: what KVM is held against."""
+"""The memslots of one VM as the lab set them, and the stores that its guests were ordered to make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arm_kvm.model.kvm.memslots import Memslot, owed
 
 @dataclass
 class Stores:
-    """Where guests were told to store since the last dirty log: ranges of IPA, in bytes."""
+    """The IPA ranges, in bytes, that guests were ordered to store to since the dirty log was last read."""
 
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
@@ -20,12 +20,12 @@ class Stores:
         self.ranges.append((ipa, ipa + size))
 
     def forget(self, ipa: int, size: int) -> None:
-        """``[ipa, ipa + size)``, bytes, is clean."""
+        """Remove ``[ipa, ipa + size)``, which is clean now."""
         outside = [((a, min(b, ipa)), (max(a, ipa + size), b)) for a, b in self.ranges]
         self.ranges = [(a, b) for pair in outside for a, b in pair if a < b]
 
     def pages(self, ipas: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of the ranges ``[ipa, ipa + size)`` contain a byte of a store (bool array)."""
+        """Return for each range ``[ipa, ipa + size)`` whether it contains a byte of a store (bool array)."""
         hit = np.zeros(len(ipas), dtype=bool)
         for start, end in self.ranges:
             hit |= (ipas < np.uint64(end)) & (ipas + sizes > np.uint64(start))
@@ -33,9 +33,9 @@ class Stores:
 
 
 class MemslotRecord:
-    """``by_number``: the memslots that KVM has. ``stores``: kept only while one of them logs dirty pages."""
+    """A VM's memslots, ``by_number``, and its ``stores``, which are recorded while a memslot logs dirty pages."""
 
-    _FIRST_FREE = 2  #: those below hold the payload
+    _FIRST_FREE = 2  #: lower numbers are the payload's memslots
 
     def __init__(self) -> None:
         self.by_number: dict[int, Memslot] = {}
@@ -43,11 +43,11 @@ class MemslotRecord:
 
     @property
     def next_number(self) -> int:
-        """The first memslot number above all in use."""
+        """The lowest memslot number above those in use."""
         return max([self._FIRST_FREE - 1, *self.by_number]) + 1
 
     def record(self, slot: Memslot) -> None:
-        """Record a memslot that KVM has taken, or is about to: new, moved, with other flags, or (size 0) deleted."""
+        """Record a memslot that is set in KVM: new, moved, with other flags, or (size 0) deleted."""
         old = self.by_number.pop(slot.slot, None)
         if slot.size:
             self.by_number[slot.slot] = slot
@@ -56,12 +56,12 @@ class MemslotRecord:
             self.stores.forget(ipa, size)
 
     def record_store(self, ipa: int, size: int) -> None:
-        """A guest is about to be told to store there; remembered while dirty pages are logged."""
+        """Record that a guest is ordered to store there, if a memslot logs dirty pages."""
         if any(slot.logging for slot in self.by_number.values()):
             self.stores.add(ipa, size)
 
     def at(self, ipa: int) -> Memslot:
-        """The memslot that covers ``ipa``; KeyError when none does."""
+        """Return the memslot that covers ``ipa``. Raises KeyError when none does."""
         for slot in self.by_number.values():
             if slot.ipa <= ipa < slot.end:
                 return slot

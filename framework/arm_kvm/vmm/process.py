@@ -1,4 +1,4 @@
-"""A VMM process of its own: another agent, whose VMs die with it."""
+"""Further VMM processes in a host: agents that can be killed, with their VMs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PATIENCE = 10.0
 
 
 class Vmm:
-    """Another VMM on a host. Its VMs are the host's, too, and judged like any other, while it lives."""
+    """A further VMM process in a host. While it lives, its VMs are judged like the host's others."""
 
     def __init__(self, agent: Agent, first: Agent, vms: list[Vm]) -> None:
-        """``agent``: the process. ``first``: the host's first agent, which watches it. ``vms``: all of the host."""
+        """``agent`` is this VMM, ``first`` the host's first agent, ``vms`` the list of all VMs of the host."""
         self.agent = agent
         self.pid: int = agent.hello["pid"]
         agent.suffix = f" of process {self.pid}"
@@ -26,7 +26,7 @@ class Vmm:
         self._first, self._all = first, vms
 
     def create_vm(self, isa: str, **kind: Any) -> Vm:
-        """A VM of this process; as :meth:`arm_kvm.host.host.Host.create_vm`."""
+        """Create a VM in this process; ``kind`` as for :meth:`arm_kvm.host.host.Host.create_vm`."""
         (vm,) = Vm.create(self.agent, ISAS[isa], 1, **kind)
         self.vms.append(vm)
         self._all.append(vm)
@@ -34,10 +34,11 @@ class Vmm:
 
     @property
     def alive(self) -> bool:
+        """Whether the process exists."""
         return self._first(op.process_alive, pid=self.pid)
 
     def await_end(self) -> None:
-        """Wait until the process is gone. Raises AgentTimeout when it does not go."""
+        """Wait until the process has ended. Raises AgentTimeout when it does not end."""
         deadline = time.monotonic() + _PATIENCE
         while self.alive:
             if time.monotonic() > deadline:
@@ -46,7 +47,7 @@ class Vmm:
         self._forget()
 
     def kill(self) -> None:
-        """SIGKILL, whatever its threads do, and wait for the end."""
+        """Send SIGKILL and wait until the process has ended. Raises AgentTimeout when it does not end."""
         self._first(op.process_kill, pid=self.pid)
         self.await_end()
 
@@ -58,7 +59,7 @@ class Vmm:
         self.agent.close()
 
     def end(self) -> None:
-        """End it if it still lives."""
+        """Kill the process if it still exists."""
         with suppress(LabError):
             if self.alive:
                 self.kill()

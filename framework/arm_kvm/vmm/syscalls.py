@@ -1,6 +1,6 @@
-"""Numbers of system calls, for those that have no method of their own here.
+"""Numbers of system calls, for :meth:`arm_kvm.host.host.Host.system_call`.
 
-arch/arm/tools/syscall.tbl (5.4, 6.12) for 32 bits, include/uapi/asm-generic/unistd.h for 64.
+Sources: arch/arm/tools/syscall.tbl (5.4, 6.12) for 32-bit Arm, include/uapi/asm-generic/unistd.h for arm64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUMBERS = {
 
 
 def number(name: str, bits: int) -> int:
-    """The number on a host of so many bits. KeyError names those there are."""
+    """Return the system call's number on a host of 32 or 64 ``bits``. Raises KeyError, which lists the names."""
     if name not in NUMBERS:
         raise KeyError(f"no number is known of {name}(2): {', '.join(NUMBERS)}")
     return NUMBERS[name][bits == 64]

@@ -1,4 +1,4 @@
-"""A vCPU on the host, as the lab holds it; the payload on it is :class:`~arm_kvm.guest.driver.Guest`."""
+"""A vCPU in the host. The payload that runs on it is :class:`~arm_kvm.guest.driver.Guest`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from arm_kvm.vmm.ioctls import Descriptor
 from arm_kvm.vmm.memory import Memory
 from arm_kvm.vmm.memslots import MemslotRecord
 
-_MMIO_EXITS = 2000  #: of one order, at most: no payload asks for so many
+_MMIO_EXITS = 2000  #: most MMIO exits of one order; the payload never makes so many
 _WAIT_SLICE = 0.25
 _EL1_32BIT = 1 << 1
 
 
 @dataclass
 class Devices:
-    """What answers the guests' MMIO: ``values`` by IPA, 0 elsewhere. ``exits``: all, in order, but doorbells."""
+    """Device emulation: MMIO reads and writes access ``values``, by IPA, 0 at first. ``exits`` lists them in order."""
 
     values: dict[int, int] = field(default_factory=dict)
     exits: list[Mmio] = field(default_factory=list)
 
 
 class Vcpu:
-    """One vCPU. It runs in a thread of its own inside the agent, from :meth:`start` until an exit."""
+    """One vCPU. It runs inside the agent, from :meth:`start` until an exit; longer runs have a thread of their own."""
 
     def __init__(
         self, agent: Agent, vm: int, index: int, isa: Isa, mailboxes: Memory, memslots: MemslotRecord, devices: Devices
     ) -> None:
         self.index = index
         self.isa = isa
-        self.mailbox = MAILBOX + index * MAILBOX_SIZE  #: its IPA
+        self.mailbox = MAILBOX + index * MAILBOX_SIZE  #: IPA of its mailbox
         self.guest = Guest(self)
         self._agent = agent
         self._vm = vm
@@ -46,10 +46,10 @@ class Vcpu:
         self._memslots = memslots
         self._devices = devices
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- creation and reset ----------------------------------------------------------------------
 
     def creation(self) -> list[Request[Any]]:
-        """The requests that make it, ready to enter the payload."""
+        """Return the requests that create the vCPU and set it to the payload's entry."""
         return [self._create(init=True), *self._to_entry()]
 
     def _create(self, init: bool) -> Request[Any]:
@@ -57,9 +57,9 @@ class Vcpu:
         return request(op.vcpu_create, vm=self._vm, vcpu=self.index, features=features, init=init)
 
     def create(self, *, init: bool = True) -> None:
-        """KVM_CREATE_VCPU, for a VM that was made without (``make_vm(create_vcpus=False)``).
+        """KVM_CREATE_VCPU, for a VM that was created without vCPUs (``make_vm(create_vcpus=False)``).
 
-        Without ``init`` KVM_ARM_VCPU_INIT is left to :meth:`reset`: until then KVM_RUN answers ENOEXEC.
+        Without ``init``, KVM_ARM_VCPU_INIT is left to :meth:`reset`; until then KVM_RUN fails with ENOEXEC.
         """
         self._agent.batch(self.creation() if init else [self._create(init=False)])
 
@@ -77,16 +77,16 @@ class Vcpu:
         ]
 
     def restart(self) -> None:
-        """To the payload's entry: pc there, first argument the mailbox, exceptions masked. System registers stay."""
+        """Set pc to the payload's entry, r0 or x0 to the mailbox, and mask exceptions. Keeps system registers."""
         self._agent.batch(self._to_entry())
 
     def reset(self) -> None:
-        """KVM_ARM_VCPU_INIT (again), as a VMM does whose guest restarts, and to the payload's entry."""
+        """KVM_ARM_VCPU_INIT, again if need be, as for a guest's reboot, and then :meth:`restart`."""
         self._agent.batch([request(op.vcpu_init, vm=self._vm, vcpu=self.index), *self._to_entry()])
 
     @property
     def descriptor(self) -> Descriptor:
-        """Its file descriptor: for ioctls that have no method here, and mmap of its rings."""
+        """The vCPU's file descriptor, for ioctls that have no method here, and to map its dirty ring."""
         return Descriptor(self._agent, self._agent(op.vcpu_fd, vm=self._vm, vcpu=self.index))
 
     def get_register(self, reg: int) -> int:
@@ -104,11 +104,11 @@ class Vcpu:
         self._agent(op.vcpu_pin, vm=self._vm, vcpu=self.index, cpu=cpu)
 
     def kick(self) -> None:
-        """Force the running vCPU out of the guest; its exit is then ``interrupted``."""
+        """Force the running vCPU to exit, with exit ``interrupted``."""
         self._agent(op.vcpu_kick, vm=self._vm, vcpu=self.index)
 
     def start(self, *, answer: int | None = None, seconds: float = 0.0) -> Exit | None:
-        """Run; the exit if it comes within ``seconds``, else None and it runs on.
+        """Run the vCPU. Returns the exit if it comes within ``seconds``, else None: the vCPU runs on.
 
         ``answer`` completes a pending MMIO read.
         """
@@ -118,10 +118,10 @@ class Vcpu:
     def begin_orders(
         self, mailbox: bytes, seconds: float = 0.0, persistent: bool = False
     ) -> Callable[[], tuple[Exit | None, bytes]]:
-        """Run with this in the mailbox. What is returned waits for the exit, and what the mailbox then holds.
+        """Store ``mailbox`` and run the vCPU. Returns a function that waits for the exit and the mailbox's new content.
 
-        The exit is None when it does not come within ``seconds``: the vCPU runs on. ``persistent``: a run that ends
-        with EFAULT is tried again.
+        The exit is None when it does not come within ``seconds``: the vCPU runs on. ``persistent`` repeats a KVM_RUN
+        that fails with EFAULT.
         """
         answer = self._agent.begin(
             request(
@@ -142,7 +142,7 @@ class Vcpu:
         return result
 
     def wait(self, deadline: float = RUN_DEADLINE) -> Exit:
-        """The exit of the run under way. Raises AgentTimeout after ``deadline`` seconds in the guest."""
+        """Wait for the exit of the run under way and return it. Raises AgentTimeout after ``deadline`` seconds."""
         for _ in range(max(1, round(deadline / _WAIT_SLICE))):
             if raw := self._agent(op.vcpu_wait, vm=self._vm, vcpu=self.index, seconds=_WAIT_SLICE):
                 return decode_exit(raw)
@@ -151,13 +151,13 @@ class Vcpu:
         raise AgentTimeout(f"vCPU {self.index} did not exit within {deadline:.0f} s", remedy="does the guest loop?")
 
     def run(self, *, answer: int | None = None) -> Exit:
-        """Run until an exit; ``answer`` completes a pending MMIO read."""
+        """Run until an exit and return it; ``answer`` completes a pending MMIO read. Raises AgentTimeout."""
         return self.start(answer=answer, seconds=_WAIT_SLICE) or self.wait()
 
     def serve(self, exit_: Exit) -> Exit:
-        """Answer MMIO exits from the VM's ``device`` and run on, until the doorbell or an exit that is not MMIO.
+        """Serve MMIO exits from the VM's ``device`` and run on, until the doorbell or an exit that is not MMIO.
 
-        Raises AgentTimeout: the guest asks the same again and again.
+        Returns that exit. Raises AgentTimeout when there are too many MMIO exits: the guest makes no progress.
         """
         served = 0
         while isinstance(exit_, Mmio) and exit_.ipa != DOORBELL:
@@ -172,20 +172,20 @@ class Vcpu:
         return exit_
 
     def measure_mmio(self, exits: int) -> float:
-        """Seconds that one MMIO exit takes, over so many: the payload rings its doorbell, with no orders."""
+        """Measure the seconds that one MMIO exit takes, as the mean of ``exits`` doorbells without orders."""
         measured = self._agent.ask(request(op.vcpu_measure_mmio, vm=self._vm, vcpu=self.index, exits=exits), 120.0)
-        return float(measured["seconds"]) if measured else 0.0
+        return measured["seconds"] if measured else 0.0
 
     # -- for the payload's driver ------------------------------------------------------------------------
 
     def read_mailbox(self, offset: int, size: int) -> bytes:
-        """What the guest has left in its mailbox."""
+        """Load from the mailbox."""
         return self._mailboxes.read(self.index * MAILBOX_SIZE + offset, size)
 
     def write_mailbox(self, offset: int, data: bytes) -> None:
-        """Store to the mailbox while the guest runs."""
+        """Store to the mailbox, also while the guest runs."""
         self._mailboxes.write(self.index * MAILBOX_SIZE + offset, data)
 
     def record_store(self, ipa: int, size: int) -> None:
-        """The guest is about to be told to store there."""
+        """Record that the guest is ordered to store there, for the dirty-log model."""
         self._memslots.record_store(ipa, size)

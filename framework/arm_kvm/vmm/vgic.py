@@ -1,7 +1,7 @@
-"""The GICv2 that KVM gives a VM: an emulated distributor, and the CPU interface of the board itself, mapped.
+"""KVM's GICv2 for a VM: an emulated distributor, and the board's virtual CPU interface, mapped through stage 2.
 
-Sources: Documentation/virt/kvm/devices/arm-vgic.txt; virt/kvm/arm/vgic/vgic-v2.c vgic_v2_map_resources, which maps the
-CPU interface at the first KVM_RUN (kvm_phys_addr_ioremap).
+Sources: Documentation/virt/kvm/devices/arm-vgic.txt; virt/kvm/arm/vgic/vgic-v2.c, vgic_v2_map_resources(), which maps
+the CPU interface at the first KVM_RUN (kvm_phys_addr_ioremap()).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPI = 1 << 24
 
 
 class Frame(IntEnum):
-    """What is given a place in the guest: KVM_VGIC_V2_ADDR_TYPE_*. The value is the attribute."""
+    """A frame of the GICv2 with an IPA: KVM_VGIC_V2_ADDR_TYPE_*. The value is the attribute."""
 
     DISTRIBUTOR = 0  #: 4 KiB
     CPU_INTERFACE = 1  #: 8 KiB
@@ -32,43 +32,43 @@ NOTHING_PENDING = 1023
 
 
 class Vgic:
-    """A VGICv2 in a VM, made before the VM runs. Every call raises HostOsError when KVM refuses."""
+    """A VGICv2 of a VM, to be created before the VM runs. Every call raises HostOsError when KVM refuses it."""
 
     def __init__(self, agent: Agent, vm: int, gicv: int) -> None:
-        """``vm``: the VM's number. ``gicv``: physical address of the board's virtual CPU interface."""
+        """Create it. ``vm`` is the VM's number, ``gicv`` the PA of the board's virtual CPU interface (GICV)."""
         self._agent = agent
         self._vm = vm
         self._gicv = gicv
         agent(op.vgic_create, vm=vm, kind=_VGIC_V2)
-        self.windows: list[Window] = []  #: where stage 2 may map the board's registers
+        self.windows: list[Window] = []  #: where stage 2 may map registers of the board
 
     @property
     def descriptor(self) -> Descriptor:
-        """Its file descriptor, for ioctls that have no method here."""
+        """The VGIC's file descriptor, for ioctls that have no method here."""
         return Descriptor(self._agent, self._agent(op.vgic_fd, vm=self._vm))
 
     def place(self, frame: Frame, ipa: int) -> None:
-        """Choose where the guest finds it."""
+        """Set the IPA of a frame."""
         self.set_attribute(_ADDRESSES, int(frame), ipa)
         if frame is Frame.CPU_INTERFACE:
             self.windows = [Window(ipa, CPU_INTERFACE_SIZE, self._gicv)]
 
     def place_of(self, frame: Frame) -> int:
-        """Where the guest finds it; 2^64 - 1 while no place was chosen."""
+        """Return the IPA of a frame, 2^64 - 1 if it is not set."""
         return self.get_attribute(_ADDRESSES, int(frame))
 
     def set_attribute(self, group: int, attribute: int, value: int = 0) -> None:
-        """KVM_SET_DEVICE_ATTR, for what the other methods do not do."""
+        """KVM_SET_DEVICE_ATTR, for attributes that have no method here."""
         self._agent(op.vgic_set, vm=self._vm, group=group, attribute=attribute, value=value)
 
     def get_attribute(self, group: int, attribute: int, value: int = 0) -> int:
-        """KVM_GET_DEVICE_ATTR: the attribute as KVM has it; ``value`` is in the 64-bit buffer before the call."""
+        """KVM_GET_DEVICE_ATTR. ``value`` initialises the 64-bit buffer, for attributes that also read it."""
         return self._agent(op.vgic_get, vm=self._vm, group=group, attribute=attribute, value=value)
 
     def init(self) -> None:
-        """KVM_DEV_ARM_VGIC_CTRL_INIT: no vCPU can be made afterwards."""
+        """KVM_DEV_ARM_VGIC_CTRL_INIT, after which no vCPU can be created."""
         self.set_attribute(_CONTROL, _INIT)
 
     def line(self, spi: int, level: int) -> None:
-        """Set the line of a shared peripheral interrupt, 32 and up (KVM_IRQ_LINE)."""
+        """Set the level of a shared peripheral interrupt, number 32 and up (KVM_IRQ_LINE)."""
         self._agent(op.vm_irq_line, vm=self._vm, irq=_SPI | spi, level=level)

@@ -1,7 +1,7 @@
-"""Virtual machines on the host, as a test author holds them: memory, vCPUs, exits.
+"""Virtual machines in the host as test cases use them: memory, vCPUs, exits.
 
-A :class:`Vm` remembers what it was given (memslots, what guests were told to store), because that is
-what the oracle holds the kernel against. It trusts nothing it reads back.
+A :class:`Vm` records its memslots and the stores that its guests were ordered to make, because the oracle compares
+KVM's tables with them. Nothing of this record is read back from KVM.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from arm_kvm.vmm.vcpu import Devices, Vcpu
 from arm_kvm.vmm.vgic import Vgic
 
 _CODE_SLOT, _MAILBOX_SLOT = 0, 1
-_CREATION, _CREATION_EACH = 20.0, 0.5  #: seconds of patience for VMs to be made
+_CREATION, _CREATION_EACH = 20.0, 0.5  #: seconds of patience for the creation of VMs
 _PATIENCE, _BATCH = 60.0, 100
 
 
 class Vm:
-    """One VM: its memslots, its vCPUs, and ``guest``, the payload on vCPU 0 that does what it is told.
+    """One VM: its memslots, its vCPUs, and ``guest``, the payload on vCPU 0.
 
-    ``device`` is what answers MMIO: a dictionary from IPA to the value a read returns (0 elsewhere);
-    writes store into it. ``exits`` lists every MMIO exit of the guests, in order, without the doorbell.
+    ``device`` serves MMIO: it maps an IPA to the value that a read returns (0 if missing), and writes store into it.
+    ``exits`` lists every MMIO exit of the guests, in order, except doorbells.
     """
 
     def __init__(
         self, agent: Agent, isa: Isa, number: int, vcpus: int, code: Memory, mailboxes: Memory, ipa_bits: int
     ) -> None:
-        """Of a VM that was created; :meth:`create` does that."""
+        """Represent a VM that the agent has created, under this number; use :meth:`create`."""
         self.agent = agent
         self.isa = isa
         self.id = number
-        self.ipa_bits = ipa_bits  #: 0: KVM's default, 40
+        self.ipa_bits = ipa_bits  #: 0 for KVM's default, 40
         self.mailboxes = mailboxes
         self.memslots = MemslotRecord()
         self.memories: list[Memory] = [code, mailboxes]
@@ -65,10 +65,11 @@ class Vm:
         ipa_bits: int = 0,
         create_vcpus: bool = True,
     ) -> list[Vm]:
-        """``count`` VMs with the payload in them. Its code is one piece of host memory for all of them.
+        """Create ``count`` VMs with the payload in them, whose code is in memory that all of them share.
 
-        Without ``create_vcpus`` each is left to :meth:`Vcpu.create`, for what must be asked of a VM before.
-        Raises HostOsError when KVM refuses one. Those that were made before it end with the agent.
+        Without ``create_vcpus`` the vCPUs are left to :meth:`Vcpu.create`, for ioctls that must come before them.
+        Raises HostOsError when KVM refuses one; VMs that were created before it are closed with the agent. Raises
+        ConfigError when the host has no KVM.
         """
         if not agent.hello["kvm"]:
             raise ConfigError("this host has no KVM; a test that needs one says so with @pytest.mark.needs('kvm')")
@@ -90,7 +91,7 @@ class Vm:
         return vms
 
     def _furnish(self, create_vcpus: bool) -> list[Request[Any]]:
-        """The requests that give a new VM its payload and its vCPUs."""
+        """Record the payload's memslots and return the requests that set them and create the vCPUs."""
         code, mailboxes = self.memories
         slots = (
             Memslot(_CODE_SLOT, CODE, code.size, code.hva),
@@ -101,6 +102,7 @@ class Vm:
 
     @property
     def name(self) -> str:
+        """The VM's name in findings."""
         return f"VM {self.id}{self.agent.suffix}"
 
     @property
@@ -110,7 +112,7 @@ class Vm:
 
     @property
     def descriptor(self) -> Descriptor:
-        """Its file descriptor, for ioctls that have no method here."""
+        """The VM's file descriptor, for ioctls that have no method here."""
         return Descriptor(self.agent, self.agent(op.vm_fd, vm=self.id))
 
     @property
@@ -120,16 +122,16 @@ class Vm:
 
     @property
     def guest(self) -> Guest:
-        """The guest on vCPU 0."""
+        """The payload on vCPU 0."""
         return self.vcpus[0].guest
 
     @property
     def entered(self) -> bool:
-        """Whether any of its guests has run."""
+        """Whether any of its vCPUs was given an order."""
         return any(guest.entered for guest in self.guests)
 
     def create_vgic(self, gicv: int) -> Vgic:
-        """An in-kernel GICv2, before the VM runs; ``gicv`` is the PA of the board's virtual CPU interface."""
+        """Create an in-kernel GICv2, before the VM runs. ``gicv`` is the PA of the board's virtual CPU interface."""
         self.vgic = Vgic(self.agent, self.id, gicv)
         return self.vgic
 
@@ -146,9 +148,9 @@ class Vm:
         offset: int = 0,
         prot: Prot = Prot.READ_WRITE,
     ) -> Memory:
-        """Host memory that belongs to no memslot yet: anonymous, or of an open ``file`` from ``offset`` bytes on.
+        """Map memory without a memslot: anonymous, or of an open ``file`` from ``offset`` on. Sizes are in bytes.
 
-        ``huge``: from the hugetlbfs pool (2 MiB pages).
+        ``huge`` takes it from the hugetlbfs pool (2 MiB pages). It is unmapped with the VM.
         """
         hva = self.agent(
             op.memory_map,
@@ -174,9 +176,10 @@ class Vm:
         memory: Memory | None = None,
         **kind: Any,
     ) -> Memory:
-        """A new memslot at ``ipa`` of ``size`` bytes, backed by ``memory`` or by new memory of that ``kind``.
+        """Set a new memslot of ``size`` bytes at ``ipa``, backed by ``memory`` or by new memory of this ``kind``.
 
-        Raises HostOsError when KVM refuses (EEXIST overlap, EINVAL alignment, EFAULT beyond the IPA space).
+        Returns the memory. Raises HostOsError when KVM refuses the memslot (EEXIST for an overlap, EINVAL for an
+        alignment, EFAULT for an IPA beyond the IPA space).
         """
         memory = memory or self.memory(size, **kind)
         slot = self.memslots.next_number if slot is None else slot
@@ -185,7 +188,7 @@ class Vm:
 
     @property
     def windows(self) -> Sequence[Window]:
-        """Where the guest may reach devices of the board itself."""
+        """The IPA ranges at which stage 2 may map devices of the board."""
         return self.vgic.windows if self.vgic else ()
 
     @property
@@ -194,17 +197,22 @@ class Vm:
         return self.memslots.by_number
 
     @property
+    def next_slot(self) -> int:
+        """The first memslot number above all in use."""
+        return self.memslots.next_number
+
+    @property
     def stores(self) -> Stores:
-        """Where its guests were told to store since the last dirty log."""
+        """The stores that its guests were ordered to make since the dirty log was last read."""
         return self.memslots.stores
 
     def set_memslot(self, slot: Memslot) -> None:
-        """KVM_SET_USER_MEMORY_REGION: create, move, change flags, or (size 0) delete."""
+        """KVM_SET_USER_MEMORY_REGION: create or move a memslot, change its flags, or (size 0) delete it."""
         self.agent.ask(self.memslot_request(slot))
         self.memslots.record(slot)
 
     def memslot_request(self, slot: Memslot) -> Request[None]:
-        """The request that sets the memslot; it is not recorded."""
+        """Return the request that sets the memslot, without recording it."""
         return request(
             op.vm_memslot,
             vm=self.id,
@@ -221,7 +229,7 @@ class Vm:
         return self.memslot_request(slot)
 
     def slot_at(self, ipa: int) -> Memslot:
-        """The memslot that covers ``ipa``; KeyError when none does."""
+        """Return the memslot that covers ``ipa``. Raises KeyError when none does."""
         return self.memslots.at(ipa)
 
     def delete_slot(self, ipa: int) -> None:
@@ -229,7 +237,7 @@ class Vm:
         self.set_memslot(self._deleted(ipa))
 
     def record_deletion(self, ipa: int) -> Request[None]:
-        """Record that the memslot which covers ``ipa`` is deleted, and return the request that does it."""
+        """Record that the memslot which covers ``ipa`` is deleted and return the request that deletes it."""
         return self.record_memslot(self._deleted(ipa))
 
     def _deleted(self, ipa: int) -> Memslot:
@@ -237,7 +245,7 @@ class Vm:
         return Memslot(slot.slot, slot.ipa, 0, slot.hva, slot.flags)
 
     def move_slot(self, ipa: int, to: int) -> None:
-        """Move the memslot that covers ``ipa`` to begin at IPA ``to``."""
+        """Move the memslot that covers ``ipa`` so that it starts at IPA ``to``."""
         slot = self.slot_at(ipa)
         self.set_memslot(Memslot(slot.slot, to, slot.size, slot.hva, slot.flags))
 
@@ -246,7 +254,7 @@ class Vm:
         self.set_memslot(self.slot_at(ipa).with_flags(flags))
 
     def dirty_pages(self, ipa: int) -> list[int]:
-        """KVM_GET_DIRTY_LOG of the slot that covers ``ipa``: IPAs of its dirty pages; they are clean after."""
+        """KVM_GET_DIRTY_LOG of the memslot that covers ``ipa``. Returns the IPAs of the pages that were dirty."""
         slot = self.slot_at(ipa)
         raw = self.agent(op.vm_dirty_log, vm=self.id, slot=slot.slot, pages=slot.pages)
         self.stores.forget(slot.ipa, slot.size)
@@ -254,18 +262,18 @@ class Vm:
         return [slot.ipa + int(page) * PAGE for page in np.flatnonzero(bits[: slot.pages])]
 
     def frame_of(self, ipa: int) -> int:
-        """The host's frame (physical address of the byte) behind ``ipa``, per pagemap; 0 if none is present."""
+        """Return the PA of the byte at ``ipa`` according to the host's pagemap, 0 if no page is present."""
         hva = self.slot_at(ipa).hva_of(ipa)
         frame = Memory(self.agent, hva & ~(PAGE - 1), PAGE).frame()
         return frame and frame | (hva & (PAGE - 1))
 
     def destroy(self) -> None:
-        """Close the VM and give back its memory."""
+        """Close the VM and unmap its memory."""
         destroy([self])
 
 
 def destroy(vms: Sequence[Vm]) -> None:
-    """Close these VMs and give back their memory, in a few requests."""
+    """Close these VMs and unmap their memory, in a few requests."""
     alive = [vm for vm in vms if vm.alive]
     for vm in alive:
         vm.alive = False
@@ -279,7 +287,7 @@ def destroy(vms: Sequence[Vm]) -> None:
 
 
 def add_memory(vms: Sequence[Vm], ipa: int, size: int) -> None:
-    """A new memslot at ``ipa`` of ``size`` bytes for each of these VMs, with memory of its own, in two requests."""
+    """Give each of these VMs a memslot of ``size`` bytes at ``ipa``, with memory of its own, in two requests."""
     agent = vms[0].agent
     hva = agent(op.memory_map, size=len(vms) * size)
     requests = []
@@ -291,5 +299,5 @@ def add_memory(vms: Sequence[Vm], ipa: int, size: int) -> None:
 
 
 def _batches(requests: list[Request[None]]) -> Iterator[list[Request[None]]]:
-    """Pieces of a size that is answered in reasonable time."""
+    """Split the requests into batches small enough to be answered within :data:`_PATIENCE`."""
     return (requests[i : i + _BATCH] for i in range(0, len(requests), _BATCH))

@@ -39,7 +39,8 @@ def fingerprint(tree: Path, arch: str) -> str:
     check_tree(tree)
     if (tree / ".config").exists() or (tree / "include/config").exists():
         raise BuildFailed(
-            f"{tree} was built in place; an out-of-tree build needs it clean", remedy=f"make -C {tree} mrproper"
+            f"{tree} was built in place; an out-of-tree build needs it clean",
+            remedy=f"give a clean one: git -C {tree} worktree add ../clean HEAD (make mrproper removes .config)",
         )
     digest = hashlib.blake2b(digest_size=16)
     foreign = {p.name for p in (tree / "arch").iterdir() if p.is_dir()} - {arch, "arm", "x86"}

@@ -1,4 +1,4 @@
 """The architecture: table entries, regimes, walks, permissions, faults and syndromes of both stages.
 
-Held against an independent implementation, the emulated CPU (``arm-kvm conform``).
+Compared with an independent implementation, the emulated CPU (``arm-kvm conform``).
 """

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from arm_kvm.model.arch.descriptors import RESERVED_MEMATTR, MemAttrFwb, Shareability
+from arm_kvm.model.arch.descriptors import MemAttrFwb, Shareability
+from arm_kvm.model.arch.reserved import RESERVED_MEMATTR
 
 
 class Attributes(NamedTuple):
-    """``attr``: a MAIR byte (stage 1, and combined) or MemAttr[3:0] (stage 2); ``sh``: shareability.
+    """The attributes of one stage. ``attr``: a MAIR byte (stage 1) or MemAttr[3:0] (stage 2); ``sh``: shareability."""
 
-    None stands for what the architecture leaves open.
-    """
+    attr: int
+    sh: int
+
+
+class Combined(NamedTuple):
+    """The attributes of both stages combined, as a MAIR byte and shareability; None where it is not defined."""
 
     attr: int | None
     sh: int | None
 
 
-#: With stage 1 off: data is Device-nGnRnE; instructions are non-cacheable (with SCTLR.I clear).
+#: With stage 1 off: data is Device-nGnRnE, instructions are non-cacheable (with SCTLR.I clear).
 STAGE1_OFF, STAGE1_OFF_FETCH = Attributes(0x00, Shareability.OUTER), Attributes(0x44, Shareability.OUTER)
 
 _NC = 0b0100  #: normal non-cacheable, half a MAIR byte
@@ -30,30 +35,31 @@ _BACK = 0b0100  #: half a MAIR byte of cacheable memory: write-back (clear: writ
 
 
 def is_device(mair: int) -> bool:
+    """Whether a MAIR byte is a device type."""
     return not mair >> 4
 
 
 def _known(mair: int) -> bool:
-    """Whether a MAIR byte is one of the base encodings: no FEAT_MTE2, no FEAT_XS, nothing reserved."""
+    """Whether a MAIR byte is a base encoding: neither of FEAT_MTE2 or FEAT_XS nor reserved."""
     return not mair & 0b11 if is_device(mair) else bool(mair & 0xF)
 
 
-def combine(first: Attributes, second: Attributes, fwb: bool) -> Attributes:
-    """What both stages together say: the stricter of the two, unless FWB lets stage 2 decide."""
+def combine(first: Attributes, second: Attributes, fwb: bool) -> Combined:
+    """Combine the attributes of both stages: the stricter of the two, unless FWB lets stage 2 decide."""
     if second.attr in RESERVED_MEMATTR[fwb] or not _known(first.attr):
-        return Attributes(None, None)
+        return Combined(None, None)
     attr = _forced(first.attr, second.attr) if fwb else _stricter(first.attr, second.attr)
     if is_device(attr) or attr == _NORMAL_NC:
-        return Attributes(attr, Shareability.OUTER)
-    # Memory that stage 1 held outer shareable for its type alone, and stage 2 forced to write-back:
-    # an implementation may combine the field or its effect.
+        return Combined(attr, Shareability.OUTER)
+    # Device and non-cacheable memory is outer shareable in stage 1, whatever the field. Where stage 2 forces it
+    # to write-back, an implementation may combine the field or its effect.
     effective = Shareability.OUTER if is_device(first.attr) or first.attr == _NORMAL_NC else first.sh
     one, other = _wider(first.sh, second.sh), _wider(effective, second.sh)
-    return Attributes(attr, one if one == other else None)
+    return Combined(attr, one if one == other else None)
 
 
 def _wider(one: int, other: int) -> int | None:
-    """Outer, else inner, else non-shareable; None where a reserved encoding (0b01) could matter."""
+    """Outer, else inner, else non-shareable; None where the result depends on a reserved encoding (0b01)."""
     if Shareability.OUTER in (one, other):
         return Shareability.OUTER
     if Shareability.RESERVED in (one, other):
@@ -62,7 +68,7 @@ def _wider(one: int, other: int) -> int | None:
 
 
 def _stricter(mair: int, memattr: int) -> int:
-    """Device beats normal, among devices the one that allows less; cacheability by halves."""
+    """Device wins over normal, the stricter device type over the other; cacheability is combined by halves."""
     outer, inner = memattr >> 2, memattr & 0b11
     if outer == 0:
         return _stricter_device(mair, inner)
@@ -72,19 +78,19 @@ def _stricter(mair: int, memattr: int) -> int:
 
 
 def _stricter_device(mair: int, kind: int) -> int:
-    """MAIR's 0x00, 0x04, 0x08, 0x0c and MemAttr's 0 to 3 both rise from nGnRnE to GRE."""
+    """The device types from nGnRnE to GRE are 0x00, 0x04, 0x08, 0x0c in MAIR and 0 to 3 in MemAttr."""
     return min(mair, kind << 2) if is_device(mair) else kind << 2
 
 
 def _stricter_half(mair: int, memattr: int) -> int:
-    """Non-cacheable beats write-through beats write-back; hints and transience are stage 1's (stage 2 has none)."""
+    """Non-cacheable wins over write-through, and that over write-back; hints and transience are those of stage 1."""
     if mair == _NC or memattr == 0b01:
         return _NC
     return mair & ~_BACK if memattr == 0b10 else mair
 
 
 def _forced(mair: int, memattr: int) -> int:
-    """FEAT_S2FWB: stage 2 says device, non-cacheable, write-back, or that stage 1 decides."""
+    """FEAT_S2FWB: stage 2 forces device, non-cacheable or write-back, or lets stage 1 decide."""
     if memattr == MemAttrFwb.STAGE1:
         return mair
     if memattr == MemAttrFwb.NORMAL_WB:
@@ -95,5 +101,5 @@ def _forced(mair: int, memattr: int) -> int:
 
 
 def _write_back(mair: int) -> int:
-    """Write-back with stage 1's hints, or with all allocation hints where stage 1 had no cache."""
+    """Write-back with the hints of stage 1, or with all allocation hints where stage 1 is non-cacheable."""
     return 0b1111 if mair == _NC else mair | _BACK

@@ -1,24 +1,23 @@
-"""Long-format translation table descriptors: every bit of a stage-2 entry has a name here, and only here.
+"""Long-format translation table descriptors. Every bit of a stage-2 entry is named here and nowhere else.
 
 Sources: ARM DDI 0406C.d, B3.6 (Armv7 LPAE: table, block and page formats, second stage attributes);
 ARM DDI 0487, D8.3 (VMSAv8-64 descriptor formats), D8.6 (stage 2 memory attributes, FEAT_S2FWB).
 Linux's use of the software bits: arch/arm/include/asm/pgtable-3level.h and arch/arm64/include/asm/pgtable-prot.h (5.4).
 
 :class:`Field` works alike on a Python ``int`` and on a numpy ``uint64`` array. :func:`decode` and :func:`encode` are
-exact inverses on all 2**64 words: what has no meaning is kept as found.
+exact inverses on all 2**64 words: bits without a meaning are kept as found.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.model.arch.granule import KIB4, LAST_LEVEL, Granule
-
-Bits = TypeVar("Bits", int, np.ndarray)
 
 
 class Field(NamedTuple):
@@ -31,12 +30,17 @@ class Field(NamedTuple):
     def mask(self) -> int:
         return ((1 << self.width) - 1) << self.low
 
-    def of(self, desc: Bits) -> Bits:
+    @overload
+    def of(self, desc: int) -> int: ...
+    @overload
+    def of(self, desc: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def of(self, desc: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
         """The field's value."""
-        return desc >> self.low & ((1 << self.width) - 1)
+        # numpy's stubs take a Python int for a signed operand, and so give a signed result.
+        return desc >> self.low & ((1 << self.width) - 1)  # type: ignore[return-value]
 
     def put(self, value: int) -> int:
-        """A descriptor with this field set and nothing else. ValueError when it does not fit."""
+        """A descriptor with this field set and nothing else. Raises ValueError when the value does not fit."""
         if value >> self.width:
             raise ValueError(f"{value:#x} does not fit in {self.width} bits")
         return value << self.low
@@ -49,7 +53,7 @@ SH = Field(8, 2)
 AF = Field(10)
 DBM = Field(51)
 CONTIGUOUS = Field(52)
-SOFTWARE = Field(55, 4)  #: the architecture leaves these to the operating system
+SOFTWARE = Field(55, 4)  #: left to the operating system
 
 # -- stage 2, block and page ---------------------------------------------------------------------------
 MEMATTR = Field(2, 4)
@@ -70,8 +74,12 @@ AP_TABLE = Field(61, 2)
 _ADDRESS_TOP = 48
 
 
-def is_table(desc: Bits, level: int) -> Bits:
-    """Whether a valid entry of this level leads to a table (bool, or bool array)."""
+@overload
+def is_table(desc: int, level: int) -> bool: ...
+@overload
+def is_table(desc: NDArray[np.uint64], level: int) -> NDArray[np.bool_]: ...
+def is_table(desc: int | NDArray[np.uint64], level: int) -> bool | NDArray[np.bool_]:
+    """Whether an entry of this level is a valid table descriptor."""
     return (desc & 3 == 3) & (level < LAST_LEVEL)
 
 
@@ -104,8 +112,8 @@ class MemAttrFwb(IntEnum):
     DEVICE_nGRE = 0b0010
     DEVICE_GRE = 0b0011
     NORMAL_NC = 0b0101  #: normal non-cacheable, unless stage 1 says device
-    NORMAL_WB = 0b0110  #: write-back, whatever stage 1 says
-    STAGE1 = 0b0111  #: what stage 1 says
+    NORMAL_WB = 0b0110  #: write-back, overriding stage 1
+    STAGE1 = 0b0111  #: the type that stage 1 gives
 
 
 class Shareability(IntEnum):
@@ -125,9 +133,9 @@ class Grant(IntEnum):
 
 
 class Never(IntEnum):
-    """XN[1:0] with FEAT_XNX: who may never execute. Without it bit 53 is RES0: ``NOBODY`` or ``EL0_EL1``."""
+    """XN[1:0] with FEAT_XNX: the exception levels that may never execute. Without it, only NONE and EL0_EL1 exist."""
 
-    NOBODY = 0b00
+    NONE = 0b00
     EL1 = 0b01
     EL0_EL1 = 0b10
     EL0 = 0b11
@@ -135,14 +143,14 @@ class Never(IntEnum):
 
 @dataclass(frozen=True)
 class Format:
-    """What decides the meaning of a descriptor's bits, beside its level."""
+    """Everything besides the level that decides the meaning of a descriptor's bits."""
 
     granule: Granule = KIB4
     armv7: bool = False  #: addresses end at bit 39; [47:40] are RES0
     fwb: bool = False  #: HCR_EL2.FWB: MemAttr has its other encoding
     xnx: bool = False  #: FEAT_XNX: XN has two bits
-    dbm: bool = False  #: FEAT_HAFDBS: bit 51 means something
-    xs: bool = False  #: FEAT_XS: bit 11 means something
+    dbm: bool = False  #: FEAT_HAFDBS: bit 51 is DBM, not RES0
+    xs: bool = False  #: FEAT_XS: bit 11 is FnXS, not RES0
 
     @property
     def address_bits(self) -> int:
@@ -158,16 +166,20 @@ class Format:
         """MemAttr[3:0] of ordinary write-back memory."""
         return MemAttrFwb.NORMAL_WB if self.fwb else MemAttr.NORMAL_WB
 
-    def is_device(self, memattr: Bits) -> Bits:
-        """Whether MemAttr[3:0] is a device type. With FWB bit 3 is RES0 and not looked at."""
+    @overload
+    def is_device(self, memattr: int) -> bool: ...
+    @overload
+    def is_device(self, memattr: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+    def is_device(self, memattr: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
+        """Whether MemAttr[3:0] is a device type. With FWB bit 3 is RES0 and ignored."""
         return (memattr & (0b0100 if self.fwb else 0b1100)) == 0
 
 
-LPAE = Format(armv7=True)  #: Armv7's one format
+LPAE = Format(armv7=True)  #: the only format of Armv7
 
 
 class EntryKind(Enum):
-    """The five things a word in a table can be."""
+    """What a word in a table can be."""
 
     INVALID = "invalid"
     TABLE = "table"
@@ -177,7 +189,7 @@ class EntryKind(Enum):
 
 
 def kind(word: int, level: int, granule: Granule) -> EntryKind:
-    """What the two low bits say at this level (DDI 0487 D8.3.1)."""
+    """The kind of entry, from bits [1:0] and the level (DDI 0487 D8.3.1)."""
     if not VALID.of(word):
         return EntryKind.INVALID
     if TYPE.of(word):
@@ -199,14 +211,14 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Reserved:
-    """A valid entry whose type has no meaning at its level; the walk takes a translation fault."""
+    """A valid entry whose type is reserved at its level; the walk takes a translation fault."""
 
     word: int
 
 
 @dataclass(frozen=True)
 class Table:
-    """A pointer to the next level's table at physical address ``address``. ``ignored`` holds all other bits."""
+    """A table descriptor: ``address`` is the next table's physical address, ``ignored`` holds all other bits."""
 
     address: int
     ignored: int = 0
@@ -216,7 +228,7 @@ class Table:
 class LeafFields:
     """A stage-2 block or page. ``address`` in bytes; ``memattr`` None: ordinary write-back memory.
 
-    ``res0`` holds the bits that should be zero and are not: those of features that are not there among them.
+    ``res0`` holds the bits that should be zero and are not, including those of absent features.
     """
 
     address: int
@@ -224,7 +236,7 @@ class LeafFields:
     s2ap: int = Grant.READ_WRITE
     sh: int = Shareability.INNER
     af: bool = True
-    xn: int = Never.NOBODY
+    xn: int = Never.NONE
     contiguous: bool = False
     dbm: bool = False
     fnxs: bool = False
@@ -247,19 +259,18 @@ _LEAF_FIELDS = {
     "software": SOFTWARE,
     "pbha": PBHA,
 }
-_FLAGS = frozenset({"af", "contiguous", "dbm", "fnxs"})
 _TYPE_BITS = VALID.mask | TYPE.mask
 _XN_LOW = Field(XN.low)  #: XN[0]
 
 
 def _meaningful(fmt: Format) -> int:
-    """The attribute bits of a leaf that mean something in this format."""
+    """The attribute bits of a leaf that have a meaning in this format."""
     mask = sum(field.mask for field in _LEAF_FIELDS.values()) & ~(DBM.mask | FNXS.mask | _XN_LOW.mask)
     return mask | fmt.dbm * DBM.mask | fmt.xs * FNXS.mask | fmt.xnx * _XN_LOW.mask
 
 
 def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
-    """The stage-2 entry that ``word`` is at ``level``."""
+    """Decode a word of a stage-2 table at ``level``."""
     match kind(word, level, fmt.granule):
         case EntryKind.INVALID:
             return Invalid(word >> 1)
@@ -269,18 +280,30 @@ def decode(word: int, level: int, fmt: Format = Format()) -> Entry:
             field = fmt.address_field()
             return Table(word & field, word & ~field & ~_TYPE_BITS)
     address, known = fmt.address_field(level), _meaningful(fmt)
-    values = {name: f.of(word & known) for name, f in _LEAF_FIELDS.items()}
-    values |= {name: bool(values[name]) for name in _FLAGS}
-    return LeafFields(word & address, res0=word & ~address & ~known & ~_TYPE_BITS, **values)
+    attributes = word & known
+    return LeafFields(
+        word & address,
+        memattr=MEMATTR.of(attributes),
+        s2ap=S2AP.of(attributes),
+        sh=SH.of(attributes),
+        af=bool(AF.of(attributes)),
+        xn=XN.of(attributes),
+        contiguous=bool(CONTIGUOUS.of(attributes)),
+        dbm=bool(DBM.of(attributes)),
+        fnxs=bool(FNXS.of(attributes)),
+        software=SOFTWARE.of(attributes),
+        pbha=PBHA.of(attributes),
+        res0=word & ~address & ~known & ~_TYPE_BITS,
+    )
 
 
 def encode(entry: Entry, level: int, fmt: Format = Format()) -> int:
-    """The word of ``entry`` at ``level``. ValueError when no word means just that."""
+    """Encode ``entry`` for ``level``. Raises ValueError when no word decodes to it."""
     if isinstance(entry, LeafFields) and entry.memattr is None:
         entry = replace(entry, memattr=fmt.normal)
     word = _word(entry, level, fmt)
     if word >> 64 or decode(word, level, fmt) != entry:
-        raise ValueError(f"a level {level} entry cannot say {entry}")
+        raise ValueError(f"a level {level} entry cannot encode {entry}")
     return word
 
 
@@ -298,87 +321,45 @@ def _word(entry: Entry, level: int, fmt: Format) -> int:
     return word
 
 
-# -- encodings the architecture reserves -------------------------------------------------------------------
-
-
-def reserved(word: int, level: int, fmt: Format) -> list[str]:
-    """The names of all that is reserved in a valid stage-2 entry: empty for a good one."""
-    match decode(word, level, fmt):
-        case Reserved():
-            return [reserved_type(word, level, fmt.granule)]
-        case LeafFields() as leaf:
-            return [*_leaf_reservations(leaf, fmt), *_zeros(leaf.res0, level, fmt)]
-        case Table(_, ignored):
-            return _zeros(ignored & _table_zeros(fmt), LAST_LEVEL, fmt)
-    return []
-
-
-def reserved_type(word: int, level: int, granule: Granule) -> str | None:
-    """The name of a type (bits [1:0]) that has no meaning at this level, in either stage; None for a good one."""
-    if kind(word, level, granule) is not EntryKind.RESERVED:
-        return None
-    return "reserved encoding (0b01) at the last level" if level == LAST_LEVEL else f"a block at level {level}"
-
-
-def _leaf_reservations(leaf: LeafFields, fmt: Format) -> list[str]:
-    found = []
-    if leaf.sh == Shareability.RESERVED:
-        found.append("reserved shareability (0b01)")
-    if leaf.memattr in RESERVED_MEMATTR[fmt.fwb]:
-        found.append(f"reserved MemAttr {leaf.memattr:#06b}")
-    return found
-
-
-#: Bits that are RES0 for want of a feature.
-_ABSENT = {_XN_LOW: "XN[0] without FEAT_XNX", DBM: "DBM without FEAT_HAFDBS", FNXS: "FnXS without FEAT_XS"}
-
-
-def _zeros(bits: int, level: int, fmt: Format) -> list[str]:
-    """Names of RES0 bits that are set."""
-    found = [name for field, name in _ABSENT.items() if field.of(bits)]
-    bits &= ~sum(field.mask for field in _ABSENT)
-    low = bits & ((1 << fmt.granule.level_shift(level)) - fmt.granule.size)
-    if low:
-        found.append(f"block address not aligned to {1 << fmt.granule.level_shift(level):#x} bytes")
-    return [*found, f"RES0 bits {bits & ~low:#x}"] if bits & ~low else found
-
-
-def _table_zeros(fmt: Format) -> int:
-    """RES0 in a stage-2 table entry: the limits that stage 1 has in [63:59], and what is beside the address."""
-    beside = Field(40, 8).mask if fmt.armv7 else Field(48, 3).mask | (fmt.granule.size - KIB4.size)
-    return Field(59, 5).mask | beside
-
-
-#: Without FWB, normal memory with an inner field of 0b00; with FWB, 0b0100 and the RES0 bit 3.
-RESERVED_MEMATTR = {
-    False: frozenset({0b0100, 0b1000, 0b1100}),
-    True: frozenset({0b0100, *range(0b1000, 0b10000)}),
-}
-
-
 # -- what a stage-2 leaf grants ----------------------------------------------------------------------------
 
 
-def s2_readable(desc: Bits) -> Bits:
+@overload
+def s2_readable(desc: int) -> bool: ...
+@overload
+def s2_readable(desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+def s2_readable(desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
+    """Whether EL1 and EL0 may read."""
     return (desc & (Grant.READ << S2AP.low)) != 0
 
 
-def s2_writable(desc: Bits) -> Bits:
+@overload
+def s2_writable(desc: int) -> bool: ...
+@overload
+def s2_writable(desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+def s2_writable(desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
+    """Whether EL1 and EL0 may write."""
     return (desc & (Grant.WRITE << S2AP.low)) != 0
 
 
-def s2_executable(desc: Bits, *, el0: bool = False, fmt: Format = Format()) -> Bits:
-    """Whether EL1 (or EL0) may execute, read permission aside. Without FEAT_XNX bit 54 alone decides."""
+@overload
+def s2_executable(desc: int, *, el0: bool = False, fmt: Format = Format()) -> bool: ...
+@overload
+def s2_executable(desc: NDArray[np.uint64], *, el0: bool = False, fmt: Format = Format()) -> NDArray[np.bool_]: ...
+def s2_executable(
+    desc: int | NDArray[np.uint64], *, el0: bool = False, fmt: Format = Format()
+) -> bool | NDArray[np.bool_]:
+    """Whether EL1 (or EL0) may execute; read permission is not considered. Without FEAT_XNX bit 54 alone decides."""
     xn = XN.of(desc)
     if not fmt.xnx:
         return xn < Never.EL0_EL1
-    return (xn == Never.NOBODY) | (xn == (Never.EL1 if el0 else Never.EL0))
+    return (xn == Never.NONE) | (xn == (Never.EL1 if el0 else Never.EL0))
 
 
 # -- the host's own stage 1, as Linux writes it ------------------------------------------------
 #
-# A clean page is read-only to the hardware but writable to Linux, so the hardware's AP[2] says
-# less than KVM may grant. The bit that carries the mapping's permission is a software bit:
+# A clean page is read-only to the hardware but writable to Linux, so the hardware's AP[2] shows
+# less than KVM may grant. The permission of the mapping is in a software bit:
 # arch/arm/include/asm/pgtable-3level.h (5.4) L_PTE_RDONLY and L_PMD_SECT_RDONLY, bit 58;
 # arch/arm64/include/asm/pgtable-prot.h (5.4 to 6.12) PTE_WRITE, bit 51 (also DBM).
 
@@ -386,9 +367,19 @@ ARM_L_PTE_RDONLY = Field(58)
 ARM64_PTE_WRITE = Field(51)
 
 
-def linux_arm_writable(desc: Bits) -> Bits:
+@overload
+def linux_arm_writable(desc: int) -> bool: ...
+@overload
+def linux_arm_writable(desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+def linux_arm_writable(desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
+    """Whether the mapping's permission (not the hardware's) allows writes, on 32-bit Arm Linux."""
     return ARM_L_PTE_RDONLY.of(desc) == 0
 
 
-def linux_arm64_writable(desc: Bits) -> Bits:
+@overload
+def linux_arm64_writable(desc: int) -> bool: ...
+@overload
+def linux_arm64_writable(desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+def linux_arm64_writable(desc: int | NDArray[np.uint64]) -> bool | NDArray[np.bool_]:
+    """Whether the mapping's permission (not the hardware's) allows writes, on arm64 Linux."""
     return ARM64_PTE_WRITE.of(desc) != 0

@@ -1,4 +1,4 @@
-"""Accesses, and the faults a translation can end in.
+"""Accesses, and the faults that a translation can end in.
 
 Sources: ARM DDI 0406C.d, B3.12 (faults), B3.13.3 (long-descriptor fault status); ARM DDI 0487, D8.15 (MMU faults),
 ESR_EL2 (DFSC, IFSC).
@@ -18,7 +18,7 @@ class Direction(Enum):
 
 @dataclass(frozen=True)
 class Access:
-    """What is asked of a translation; ``el0``: with the rights of EL0 (PL0), whoever executes it."""
+    """The access to translate; ``el0``: with the rights of EL0 (PL0), even if it is executed at EL1."""
 
     direction: Direction
     el0: bool = False
@@ -35,7 +35,7 @@ class Access:
         return f"{'EL0' if self.el0 else 'EL1'} {self.direction.value}"
 
 
-#: How a stage-1 walk reads its tables through stage 2.
+#: The access by which a stage-1 walk reads its tables through stage 2.
 TABLE_READ = Access(Direction.READ)
 
 
@@ -51,10 +51,10 @@ class FaultType(Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """How a translation ended. ``ipa`` is what stage 2 was given, in bytes; None for a fault of stage 1 itself.
+    """The fault that ended a translation. ``ipa`` is the input address of stage 2; None for a fault of stage 1 itself.
 
-    ``s1ptw``: a stage-2 fault on the read of a stage-1 table entry, of level ``walk_level``. ``protected``: HCR.PTW
-    makes it a fault, because the table is in device memory.
+    ``s1ptw``: a stage-2 fault on reading a stage-1 table entry of level ``walk_level``. ``protected``: a fault because
+    of HCR.PTW, as the table is in device memory.
     """
 
     type: FaultType
@@ -67,11 +67,11 @@ class Fault:
 
     @property
     def status(self) -> int:
-        """DFSC, IFSC, or STATUS of a long-descriptor FSR: six bits."""
+        """DFSC, IFSC, or STATUS of a long-descriptor FSR (six bits)."""
         return self.type.value + self.level
 
     def on_table_walk(self, ipa: int, level: int) -> Fault:
-        """This stage-2 fault, as the stage-1 walk that read its entry of ``level`` at ``ipa`` reports it."""
+        """This stage-2 fault as reported for a stage-1 walk that read its entry of ``level`` at ``ipa``."""
         return replace(self, s1ptw=True, ipa=ipa, walk_level=level)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ LAST_LEVEL = 3
 class Granule:
     """Page and table size ``1 << shift`` bytes; ``top_block`` is the first level that can hold a block.
 
-    ``top_block`` is that of 48-bit output addresses (no FEAT_LPA, no FEAT_LPA2).
+    ``top_block`` holds for 48-bit output addresses (no FEAT_LPA, no FEAT_LPA2).
     """
 
     shift: int

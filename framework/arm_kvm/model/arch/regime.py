@@ -1,9 +1,9 @@
-"""From the control registers to the shape of a translation: start level, root, sizes.
+"""The regime that the control registers describe: start level, root, sizes.
 
 Sources: ARM DDI 0406C.d B4.1.159 (VTCR), B4.1.160 (VTTBR), B4.1.153 (TTBCR), B3.6.6 (concatenation);
 ARM DDI 0487, registers VTCR_EL2, VTTBR_EL2, TCR_EL1, D8.2 (start levels), pseudocode AArch64.S2InvalidSL,
-AArch64.S2InconsistentSL, AArch64.S2MinTxSZ; KVM's choice: Linux 5.4 arch/arm/include/asm/kvm_arm.h and
-arch/arm64/include/asm/kvm_arm.h. Not modelled, and refused: 52-bit addresses (64 KiB with FEAT_LPA, FEAT_LPA2),
+AArch64.S2InconsistentSL, AArch64.S2MinTxSZ; KVM's values: Linux 5.4 arch/arm/include/asm/kvm_arm.h and
+arch/arm64/include/asm/kvm_arm.h. Not modelled and refused: 52-bit addresses (64 KiB with FEAT_LPA, FEAT_LPA2),
 128-bit descriptors, permission indirection.
 """
 
@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, TypedDict, Unpack, overload
 
-from arm_kvm.model.arch.descriptors import LPAE, Bits, Format, linux_arm64_writable, linux_arm_writable
+import numpy as np
+from numpy.typing import NDArray
+
+from arm_kvm.model.arch.descriptors import LPAE, Format, linux_arm64_writable, linux_arm_writable
 from arm_kvm.model.arch.granule import KIB4, KIB16, KIB64, LAST_LEVEL, Granule
 
-#: HCR.VM: stage 2 is on, so a guest runs (Linux clears it, or on VHE replaces HCR, on the way out).
+#: HCR.VM: stage 2 is on, so a guest runs (on exit Linux clears the bit, or with VHE replaces HCR).
 HCR_VM = 1 << 0
-#: HCR.PTW: a stage-1 walk that touches stage-2 device memory takes a permission fault.
+#: HCR.PTW: a stage-1 walk that reads a table in stage-2 device memory takes a permission fault.
 HCR_PTW = 1 << 2
 #: HCR_EL2.E2H: the host's own stage 1 is then described by the _EL2 registers.
 HCR_E2H = 1 << 34
@@ -31,15 +35,15 @@ SCTLR_WXN = 1 << 19
 SCTLR_UWXN = 1 << 20  #: Armv7 only
 
 MAX_CONCATENATED = 16
-#: Physical sizes in bits, as ID_AA64MMFR0_EL1.PARange, VTCR_EL2.PS and TCR_EL1.IPS number them.
+#: Physical sizes in bits, by the encoding of ID_AA64MMFR0_EL1.PARange, VTCR_EL2.PS and TCR_EL1.IPS.
 PHYSICAL_SIZES = (32, 36, 40, 42, 44, 48, 52)
 _WIDEST = 48  #: of an output address, without FEAT_LPA
 
 
 class ImpossibleRegime(ValueError):
-    """The register values describe no translation the architecture allows; the message says why.
+    """The register values describe no regime that the architecture allows; the message says why.
 
-    ``level0``: VMSAv8-64 defines what they do nonetheless: every address takes a level 0 translation fault.
+    ``level0``: VMSAv8-64 defines the result: every address takes a level 0 translation fault.
     """
 
     def __init__(self, why: str, level0: bool = False) -> None:
@@ -49,7 +53,7 @@ class ImpossibleRegime(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """What an implementation has, as far as translation depends on it. The default has all but FEAT_XS."""
+    """The features of an implementation on which translation depends. The default has all but FEAT_XS."""
 
     pa_bits: int = 48
     granules: tuple[Granule, ...] = (KIB4, KIB16, KIB64)  #: of stage 2
@@ -60,11 +64,11 @@ class Features:
     xnx: bool = True
     xs: bool = False
     haf: bool = True  #: FEAT_HAFDBS: hardware sets the access flag
-    hafdbs: bool = True  #: ... and the dirty state
+    hafdbs: bool = True  #: FEAT_HAFDBS: hardware also manages the dirty state
 
     @classmethod
     def from_id_registers(cls, mmfr0: int, mmfr1: int, mmfr2: int) -> Features:
-        """From ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1 and ID_AA64MMFR2_EL1."""
+        """Decode ID_AA64MMFR0_EL1, ID_AA64MMFR1_EL1 and ID_AA64MMFR2_EL1."""
 
         def nibble(register: int, low: int) -> int:
             return register >> low & 0xF
@@ -91,9 +95,9 @@ class Features:
 class Regime:
     """One stage of translation.
 
-    ``root`` is the physical address of the first table, in bytes (for stage 1 under a stage 2: the IPA);
-    ``entries`` how many descriptors it has (more than one table's when tables are concatenated, fewer when
-    the input space is small); ``input_bits`` and ``output_bits`` the widths of input and output addresses.
+    ``root`` is the physical address of the first table (the IPA, for stage 1 under a stage 2), ``entries`` the number
+    of its descriptors (more than one table's if tables are concatenated, fewer if the input space is small);
+    ``input_bits`` and ``output_bits`` are the widths of input and output addresses.
     """
 
     stage: int
@@ -124,21 +128,21 @@ class Regime:
 
     @property
     def first_fault_level(self) -> int:
-        """The level reported when no table was read: 0, in Armv7 1."""
+        """The level that is reported if no table was read: 0, in Armv7 1."""
         return 1 if self.armv7 else 0
 
     @property
     def root_size(self) -> int:
-        """Bytes of the root, to which it is aligned; VMSAv8-64 aligns to 64 at least."""
+        """Bytes of the root, and its alignment; at least 64 in VMSAv8-64."""
         return self.entries * 8 if self.armv7 else max(64, self.entries * 8)
 
     @property
     def root_pages(self) -> int:
-        """Tables that the root consists of; more than one means concatenated tables."""
+        """Pages of the root; more than one if tables are concatenated."""
         return max(1, self.entries // self.granule.entries)
 
     def index(self, ia: int, level: int) -> int:
-        """Which entry of its table an input address selects at ``level``."""
+        """Index of the entry that an input address selects in its table at ``level``."""
         entries = self.entries if level == self.start_level else self.granule.entries
         return ia >> self.granule.level_shift(level) & (entries - 1)
 
@@ -150,9 +154,26 @@ class Regime:
         )
 
 
+class _Stage2Fields(TypedDict, total=False):
+    """Fields of a Regime that only stage 2 has."""
+
+    vmid: int
+    vmid_bits: int
+    hardware_af: bool
+    hardware_dirty: bool
+    protect_walks: bool
+
+
 def _shape(
-    stage: int, root: int, start_level: int, input_bits: int, output_bits: int, fmt: Format, **more: int
+    stage: int,
+    root: int,
+    start_level: int,
+    input_bits: int,
+    output_bits: int,
+    fmt: Format,
+    **more: Unpack[_Stage2Fields],
 ) -> Regime:
+    """Compute the root's entries. Raises ImpossibleRegime."""
     granule = fmt.granule
     index_bits = input_bits - granule.level_shift(start_level)
     if index_bits < 1:
@@ -172,7 +193,7 @@ def _shape(
 
 
 def _root(ttbr: int) -> int:
-    """BADDR of a TTBR: bits [47:1], without CnP (bit 0) and without VMID or ASID."""
+    """BADDR of a TTBR: bits [47:1], without CnP (bit 0), VMID and ASID."""
     return ttbr & 0x0000_FFFF_FFFF_FFFE
 
 
@@ -187,7 +208,7 @@ def _root_armv7(ttbr: int) -> int:
 
 
 def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Features(pa_bits=40)) -> Regime:
-    """Stage 2 of Armv7 with LPAE: 40-bit output, 8-bit VMID, T0SZ a signed four-bit number.
+    """Stage 2 of Armv7 with LPAE: 40-bit output addresses, 8-bit VMID; T0SZ is a signed four-bit number.
 
     Raises ImpossibleRegime.
     """
@@ -216,11 +237,11 @@ def stage2_armv7(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Featu
 TG0 = {0: KIB4, 1: KIB64, 2: KIB16}
 #: Start level by SL0 (DDI 0487, VTCR_EL2.SL0); with 4 KiB, 0b11 needs FEAT_TTST.
 _SL0 = {KIB4: (2, 1, 0, 3), KIB16: (3, 2, 1), KIB64: (3, 2, 1)}
-#: The least physical size, in bits, with which stage 2 may start at a level (AArch64.S2InvalidSL).
+#: The smallest physical size, in bits, for which stage 2 may start at a level (AArch64.S2InvalidSL).
 _LEAST_PA = {(KIB4, 0): 44, (KIB16, 1): 42, (KIB64, 1): 44}
 
 
-#: Bits that would change the meaning of everything else.
+#: Bits that change the meaning of other fields.
 _VTCR_UNKNOWN = {32: "DS", 33: "SL2", 36: "S2PIE", 38: "D128"}
 _TCR_UNKNOWN = {7: "EPD0", 59: "DS"}
 
@@ -264,7 +285,9 @@ def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Featu
         raise ImpossibleRegime(f"VTCR_EL2 {vtcr:#x}: SL0 {sl0} is reserved", level0=True)
     level = _SL0[granule][sl0]
     if features.pa_bits < _LEAST_PA.get((granule, level), 0):
-        raise ImpossibleRegime(f"level {level} is no start for {features.pa_bits}-bit physical addresses", level0=True)
+        raise ImpossibleRegime(
+            f"stage 2 does not start at level {level} with {features.pa_bits}-bit physical addresses", level0=True
+        )
     if input_bits > max(features.pa_bits, 0 if hcr & HCR_RW else 40):
         raise ImpossibleRegime(f"{input_bits}-bit IPAs are wider than the {features.pa_bits}-bit physical space")
     vmid_bits = 16 if features.vmid16 and vtcr >> 19 & 1 else 8
@@ -290,13 +313,13 @@ def stage2_armv8(vttbr: int, vtcr: int, hcr: int = 0, features: Features = Featu
 
 
 def _stage1_start(input_bits: int, granule: Granule) -> int:
-    """Stage 1 starts where one table is enough: no choice, no concatenation."""
+    """The start level of stage 1: the one at which a single table is enough."""
     levels = -(-(input_bits - granule.shift) // granule.stride)
     return LAST_LEVEL + 1 - levels
 
 
 def stage1_armv7(ttbr0: int, ttbcr: int) -> Regime:
-    """Stage 1 PL1&0, long descriptors. Raises ImpossibleRegime when TTBCR.EAE is clear."""
+    """Stage 1 of PL1&0 with long descriptors. Raises ImpossibleRegime, also if TTBCR.EAE is clear."""
     if not ttbcr >> 31 & 1:
         raise ImpossibleRegime(f"TTBCR {ttbcr:#x}: EAE is clear, these are short descriptors")
     input_bits = 32 - (ttbcr & 7)
@@ -304,7 +327,7 @@ def stage1_armv7(ttbr0: int, ttbcr: int) -> Regime:
 
 
 def stage1_armv8(ttbr0: int, tcr: int, features: Features = Features()) -> Regime:
-    """Stage 1 EL1&0 (or EL2&0), lower range. Raises ImpossibleRegime."""
+    """Stage 1 of EL1&0 (or EL2&0), lower range. Raises ImpossibleRegime."""
     _refuse_unknown("TCR_EL1", tcr, _TCR_UNKNOWN)
     granule = _granule(tcr, features.stage1_granules, features.pa_bits)
     input_bits = _input_bits(tcr, granule, features)
@@ -313,12 +336,20 @@ def stage1_armv8(ttbr0: int, tcr: int, features: Features = Features()) -> Regim
     return _shape(1, _root(ttbr0), level, input_bits, output_bits, Format(granule))
 
 
+class LinuxWritable(Protocol):
+    """Whether a leaf of the host's own stage 1 is writable to Linux (not the hardware's permission)."""
+
+    @overload
+    def __call__(self, desc: int) -> bool: ...
+    @overload
+    def __call__(self, desc: NDArray[np.uint64]) -> NDArray[np.bool_]: ...
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """How one architecture names and shapes the two regimes the oracle reads.
+    """An architecture's registers and regimes.
 
-    The register names are those of QEMU's gdbstub (``identity``: what Features are made from); ``linux_writable``
-    reads the permission of the host's mapping from a leaf of the host's own stage 1.
+    The register names are those of QEMU's gdbstub; ``identity`` names the registers that Features are decoded from.
     """
 
     name: str
@@ -327,11 +358,11 @@ class Architecture:
     hcr: str
     stage2: Callable[[int, int, int, Features], Regime]
     stage1: Callable[[int, int], Regime]
-    linux_writable: Callable[[Bits], Bits]
+    linux_writable: LinuxWritable
     identity: tuple[str, ...] = ()
 
     def features(self, *identity: int) -> Features:
-        """What the CPU has, from the values of its ``identity`` registers."""
+        """The CPU's features, from the values of its ``identity`` registers."""
         return Features.from_id_registers(*identity) if identity else Features(pa_bits=40)
 
 

@@ -1,4 +1,4 @@
-"""What the registers must hold after a translation: PAR, ESR (HSR), FAR (HDFAR, HIFAR), HPFAR.
+"""The registers after a translation: PAR, ESR (HSR), FAR (HDFAR, HIFAR), HPFAR.
 
 Sources: ARM DDI 0406C.d, B3.13.6 (HSR), B4.1.112 (PAR), B4.1.67 (HPFAR); ARM DDI 0487, registers PAR_EL1, ESR_EL2,
 HPFAR_EL2, FAR_EL2, and Arm's v9.4 pseudocode EncodePAR, FaultSyndrome, IPAValid, LSInstructionSyndrome.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from arm_kvm.model.arch.faults import Access, Fault, FaultType
 from arm_kvm.model.arch.walk import Translation
 
-EC_FETCH_SAME, EC_DATA_SAME = 0x21, 0x25  #: taken from a lower level: one less
+EC_FETCH_SAME, EC_DATA_SAME = 0x21, 0x25  #: from a lower exception level: one less
 
 _IL = 1 << 25
 _ISV = 1 << 24
@@ -22,7 +22,7 @@ _PAGE = 0xFFF
 
 @dataclass(frozen=True)
 class Instruction:
-    """A load or store of one general register without writeback, as ISS describes it to the hypervisor."""
+    """A load or store of one general register without writeback, as ISS describes it."""
 
     size: int  #: log2 of the bytes
     register: int
@@ -42,8 +42,8 @@ class Instruction:
 class Abort:
     """An exception taken for a fault: to EL2 (Hyp mode) or EL1.
 
-    ``esr``: ESR_EL2 (HSR) or ESR_EL1 (Armv7: DFSR, or IFSR of a fetch), of which the bits of ``esr_known`` hold;
-    ``far``: FAR (HDFAR or DFAR, of a fetch HIFAR or IFAR); ``hpfar``: None where its value is UNKNOWN, and in an
+    ``esr``: ESR_EL2 (HSR) or ESR_EL1 (Armv7: DFSR, or IFSR of a fetch), valid in the bits of ``esr_known``;
+    ``far``: FAR (HDFAR or DFAR, of a fetch HIFAR or IFAR); ``hpfar``: None where its value is UNKNOWN, and for an
     exception to EL1.
     """
 
@@ -61,7 +61,7 @@ _PAR_RES1 = 1 << 11
 
 @dataclass(frozen=True)
 class Par:
-    """PAR_EL1 (64-bit PAR): ``value`` holds in the bits of ``known``.
+    """PAR_EL1 (64-bit PAR): ``value`` is valid in the bits of ``known``.
 
     The others are UNKNOWN or implementation defined.
     """
@@ -76,7 +76,7 @@ class Par:
 def par(outcome: Translation | Fault) -> Par:
     """PAR after AT S12E1x, S12E0x (ATS12NSOxx) from Non-secure EL2.
 
-    ValueError for an external abort on the walk, which is taken as an exception: see :func:`walk_abort`.
+    Raises ValueError for an external abort on the walk, which is taken as an exception: see :func:`walk_abort`.
     """
     if isinstance(outcome, Fault):
         if outcome.type is FaultType.EXTERNAL_ON_WALK:
@@ -94,7 +94,7 @@ def par(outcome: Translation | Fault) -> Par:
 
 
 def walk_abort(fault: Fault, va: int, *, armv7: bool) -> Abort:
-    """The data abort an AT instruction of EL2 takes when its walk meets an external abort: CM and WnR are set."""
+    """The data abort of an AT instruction at EL2 for an external abort on its walk: CM and WnR are set."""
     iss = fault.status | 1 << 8 | _WNR | (_S1PTW if fault.s1ptw else 0)
     return Abort(2, _esr(EC_DATA_SAME, iss, armv7, short=False), va, esr_known=_known(iss, armv7))
 
@@ -103,29 +103,30 @@ def walk_abort(fault: Fault, va: int, *, armv7: bool) -> Abort:
 
 
 def hpfar(fault: Fault) -> int | None:
-    """HPFAR: IPA[47:12] from bit 4 up. UNKNOWN after a permission fault that is not on a stage-1 walk."""
+    """HPFAR of a stage-2 fault: IPA[47:12] from bit 4 up. None (UNKNOWN) for a permission fault of the access."""
     if fault.type is FaultType.EXTERNAL_ON_WALK or (fault.type is FaultType.PERMISSION and not fault.s1ptw):
         return None
+    assert fault.ipa is not None, "every stage-2 fault of a walk has the IPA"
     return fault.ipa >> 12 << 4
 
 
 def _esr(ec: int, iss: int, armv7: bool, short: bool) -> int:
-    """IL is 1 where ISS does not describe an instruction; there Armv7's HSR has it UNK/SBZP, given here as 0."""
+    """Compose ESR. IL is 1 if ISS does not describe an instruction; in Armv7's HSR it is then UNK/SBZP, here 0."""
     il = not short if iss & _ISV else not armv7
     return ec << 26 | il * _IL | iss
 
 
 def _known(iss: int, armv7: bool) -> int:
-    """The bits of ESR that hold: all but an IL that is UNK."""
+    """The valid bits of ESR: all but an IL that is UNK."""
     return (1 << 64) - 1 & ~(_IL if armv7 and not iss & _ISV else 0)
 
 
 def abort(
     fault: Fault, access: Access, va: int, *, at_el0: bool, armv7: bool, instruction: Instruction | None = None
 ) -> Abort:
-    """The abort that a guest's access takes. ``at_el0``: executed at EL0 (an unprivileged access of EL1 is not).
+    """The abort for a guest's access. ``at_el0``: executed at EL0 (not so an unprivileged access from EL1).
 
-    ``instruction`` None: one whose syndrome is not valid (two registers, writeback, a fetch).
+    ``instruction`` None: one without a valid syndrome (two registers, writeback, a fetch).
     """
     if fault.stage == 1 and armv7:
         return Abort(1, _fsr_armv7(fault, access), va)

@@ -1,13 +1,13 @@
-"""The walk, written to be read: one address, one access, one table entry at a time.
+"""The walk, written for readability: one address, one access, one table entry at a time.
 
-:mod:`arm_kvm.model.arch.sweep` does the same for many addresses at once, and a property test holds the two together.
+:mod:`arm_kvm.model.arch.sweep` does the same for many addresses at once; a property test compares the two.
 
 Sources: ARM DDI 0406C.d, B3.6.6 (long-descriptor walks), B3.7 (permissions), B4.1.65 (HCR.PTW);
 ARM DDI 0487, D8.2 (walks), D8.4 (permissions), pseudocode AArch64.S1Translate, AArch64.S2Translate, AArch64.S2Walk,
 AArch64.S2CheckPermission.
 
-What the architecture leaves to the implementation is taken as its commonest form: the contiguous bit and nT are hints
-and never fault; a fetch from device memory goes ahead. HCR.{DC, TGE, CD, ID} are taken as 0 and HCR.VM as 1.
+Where the architecture leaves a choice, the model makes the most common one: the contiguous bit and nT are hints and
+never fault; a fetch from device memory is permitted. HCR.{DC, TGE, CD, ID} are taken as 0 and HCR.VM as 1.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Protocol
 
 from arm_kvm.model.arch import attributes
 from arm_kvm.model.arch import descriptors as d
-from arm_kvm.model.arch.attributes import Attributes
+from arm_kvm.model.arch.attributes import Attributes, Combined
 from arm_kvm.model.arch.faults import TABLE_READ, Access, Fault, FaultType
 from arm_kvm.model.arch.regime import Regime
 from arm_kvm.model.arch.stage1 import Stage1Regime
 
 
 class Words(Protocol):
-    """Physical memory, as a scalar walk needs it."""
+    """Physical memory for the scalar walk."""
 
     def load(self, pa: int) -> int | None:
         """The 64-bit word at a physical address; None where there is no memory."""
@@ -33,7 +33,7 @@ class Words(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One table entry as a walk read it. ``at``: its physical address, or its IPA in stage 1 under stage 2."""
+    """One table entry as read by a walk. ``at``: its physical address; its IPA for an entry of stage 1."""
 
     stage: int
     level: int
@@ -47,7 +47,7 @@ Read = Callable[[int, int], int | Fault]
 
 @dataclass(frozen=True)
 class Found:
-    """The leaf that maps an address. ``oa``: the very byte's output address; ``inherited``: the OR of the tables."""
+    """The leaf that maps an address. ``oa``: the byte's output address; ``inherited``: the OR of the table entries."""
 
     desc: int
     level: int
@@ -56,9 +56,10 @@ class Found:
 
 
 def descend(regime: Regime, ia: int, read: Read, trace: Trace | None = None) -> Found | Fault:
-    """Follow the tables to the leaf for ``ia``, or to the fault that ends the walk; permissions are not checked.
+    """Follow the tables to the leaf for ``ia``, or to the fault that ends the walk. Permissions are not checked.
 
-    ``read(address, level)`` returns the entry at an address, or the fault that reading it takes.
+    ``read(address, level)`` returns the entry at an address, or the fault on reading it. Entries read are appended to
+    ``trace``.
     """
     if ia >> regime.input_bits:
         return Fault(FaultType.TRANSLATION, regime.first_fault_level, regime.stage)
@@ -89,7 +90,7 @@ def descend(regime: Regime, ia: int, read: Read, trace: Trace | None = None) -> 
 
 
 def stage2(regime: Regime, memory: Words, ipa: int, access: Access, trace: Trace | None = None) -> Found | Fault:
-    """Translate an IPA, or say which fault of stage 2 the access takes."""
+    """Translate an IPA, or return the stage-2 fault that the access takes."""
 
     def read(pa: int, level: int) -> int | Fault:
         word = memory.load(pa)
@@ -108,7 +109,7 @@ def stage2(regime: Regime, memory: Words, ipa: int, access: Access, trace: Trace
 def s2_allows(regime: Regime, desc: int, access: Access) -> bool:
     """Whether a stage-2 leaf grants this access (HAP, S2AP, XN; with VTCR_EL2.HD a DBM leaf also a write)."""
     if access.fetch:
-        # Armv7 wants a fetched page readable too (DDI 0406C.d B3.7.2); VMSAv8-64 asks for XN alone.
+        # Armv7 also requires read permission (DDI 0406C.d B3.7.2); in VMSAv8-64 XN alone decides.
         may = d.s2_executable(desc, el0=access.el0, fmt=regime.format)
         return may & d.s2_readable(desc) if regime.armv7 else may
     if access.write:
@@ -121,19 +122,19 @@ def s2_allows(regime: Regime, desc: int, access: Access) -> bool:
 
 @dataclass(frozen=True)
 class Translation:
-    """Where a virtual address leads: IPA, physical address, the attributes of each stage and of both combined."""
+    """The translation of a VA: IPA, physical address, the attributes of each stage and of both combined."""
 
     ipa: int
     pa: int
     first: Attributes
     second: Attributes
-    combined: Attributes
+    combined: Combined
 
 
 def stage1(
     control: Stage1Regime, below: Regime, memory: Words, va: int, access: Access, trace: Trace | None = None
 ) -> Found | Fault:
-    """Translate a VA to an IPA; every table entry is itself read through stage 2 (``below``)."""
+    """Translate a VA to an IPA; every table entry is read through stage 2 (``below``)."""
 
     def read(ipa: int, level: int) -> int | Fault:
         table = stage2(below, memory, ipa, TABLE_READ, trace)
@@ -156,14 +157,14 @@ def stage1(
 
 @dataclass(frozen=True)
 class El10:
-    """The EL1&0 regime of a guest: its stage 1 (None: off), the hypervisor's stage 2, and the physical size in bits."""
+    """A guest's EL1&0 regime: its stage 1 (None: off), the hypervisor's stage 2, the width of physical addresses."""
 
     stage1: Stage1Regime | None
     stage2: Regime
     pa_bits: int
 
     def translate(self, memory: Words, va: int, access: Access, trace: Trace | None = None) -> Translation | Fault:
-        """VA to physical address, or the first fault met on the way. ValueError for a VA of the upper range (TTBR1)."""
+        """Translate a VA, or return the first fault. Raises ValueError for a VA of the upper range (TTBR1)."""
         if va >> 55 & 1:
             raise ValueError(f"VA {va:#x} is in the upper range, which is not modelled")
         upper = self._ipa(memory, va, access, trace)

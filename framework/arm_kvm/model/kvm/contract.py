@@ -1,7 +1,6 @@
 """Safety, page by page: what a stage-2 leaf may be, given memslot, dirty log and the host's own mapping.
 
-All arrays have one element a page of 4 KiB that stage 2 maps; masks are bool arrays of that length. Descriptors are
-uint64 and of stage 2, addresses uint64 in bytes.
+All arrays have one element per 4 KiB page that stage 2 maps. Descriptors are those of stage 2, addresses in bytes.
 
 Sources: Documentation/virt/kvm/api.txt (5.4) / api.rst, KVM_SET_USER_MEMORY_REGION and KVM_GET_DIRTY_LOG;
 Documentation/vm/mmu_notifier.rst (5.4); Linux 5.4 virt/kvm/arm/mmu.c (user_mem_abort, kvm_phys_addr_ioremap),
@@ -17,6 +16,7 @@ from enum import Enum
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.model.arch import descriptors as d
 from arm_kvm.model.arch.descriptors import Format
@@ -27,7 +27,7 @@ _OFFSET = np.uint64(KIB4.size - 1)
 
 
 class Limit(Enum):
-    """Why a page may not be writable. The value says it in a report."""
+    """Why a page may not be writable. The value is for reports."""
 
     READONLY = "the memslot is read-only"
     CLEAN = "clean in the dirty log"
@@ -36,56 +36,57 @@ class Limit(Enum):
 
 @dataclass(frozen=True)
 class MappedPages:
-    """The pages that one VM's stage 2 maps, and all that decides what their leaves may be, read at one moment.
+    """The pages that one VM's stage 2 maps, and everything that decides what their leaves may be, read at one moment.
 
-    Each mask below is of the pages that break one rule.
+    Each mask that a property returns selects the pages that break one rule.
     """
 
-    ipa: np.ndarray
-    pa: np.ndarray  #: as stage 2 gives it
-    desc: np.ndarray  #: of the leaf
-    slot: np.ndarray  #: int64: index of the memslot in ``slots``, -1 outside all (:func:`memslots.covering`)
-    host_pa: np.ndarray  #: by the host's own stage 1 for the page's HVA
-    host_mapped: np.ndarray  #: bool: the host has a page there
-    host_writable: np.ndarray  #: bool: and its mapping lets it be written (Linux's permission, not the hardware's)
-    written: np.ndarray  #: bool: a guest was told to write it since its memslot began to log, or the log was read
-    is_ram: np.ndarray  #: bool: ``pa`` is RAM
+    ipa: NDArray[np.uint64]
+    pa: NDArray[np.uint64]  #: the output address of stage 2
+    desc: NDArray[np.uint64]  #: the stage-2 leaf
+    slot: NDArray[np.int64]  #: index of the memslot in ``slots``, -1 outside all (:func:`memslots.covering`)
+    host_pa: NDArray[np.uint64]  #: the page's HVA, translated by the host's own stage 1
+    host_mapped: NDArray[np.bool_]  #: the host maps a page there
+    host_writable: NDArray[np.bool_]  #: and the mapping is writable (Linux's permission, not the hardware's)
+    written: NDArray[np.bool_]  #: a guest may have written it since its memslot began to log, or the log was last read
+    is_ram: NDArray[np.bool_]  #: ``pa`` is RAM
     slots: Sequence[Memslot]
     windows: Sequence[Window]
     format: Format
 
     @cached_property
-    def shown(self) -> np.ndarray:
-        """Pages of the board's devices where a window shows them: there a memslot does not count."""
+    def shown(self) -> NDArray[np.bool_]:
+        """Pages of the board's devices that are mapped by a window. Memslots do not apply to them."""
         found = np.zeros(len(self.ipa), dtype=bool)
         for window in self.windows:
-            offset = self.ipa - np.uint64(window.ipa)  # wraps for what lies before
+            offset = self.ipa - np.uint64(window.ipa)  # wraps around for IPAs below the window
             found |= (offset < np.uint64(window.size)) & (self.pa == np.uint64(window.pa) + offset)
         return found
 
     @cached_property
-    def _of_slots(self) -> np.ndarray:
+    def _of_slots(self) -> NDArray[np.bool_]:
         return (self.slot >= 0) & ~self.shown
 
     @property
-    def outside(self) -> np.ndarray:
-        """In no memslot: nothing may be mapped."""
+    def outside(self) -> NDArray[np.bool_]:
+        """Pages in no memslot, where nothing may be mapped."""
         return (self.slot < 0) & ~self.shown
 
     @property
-    def wrong_frame(self) -> np.ndarray:
-        """Not the frame that the host has for that address, or the host has none."""
-        return self._of_slots & (self.host_pa & ~_OFFSET != self.pa)
+    def wrong_frame(self) -> NDArray[np.bool_]:
+        """Pages whose frame is not the one that the host maps at the HVA, or where the host maps none."""
+        other: NDArray[np.bool_] = self.host_pa & ~_OFFSET != self.pa
+        return self._of_slots & other
 
-    def writable_despite(self, limit: Limit) -> np.ndarray:
-        """Writable, and may not be for this reason. (Where the host has no page at all, the frame is wrong.)"""
+    def writable_despite(self, limit: Limit) -> NDArray[np.bool_]:
+        """Pages that are writable although this limit forbids it. (Without a page of the host, it is a wrong frame.)"""
         return self._writable & self._limited(limit)
 
     @cached_property
-    def _writable(self) -> np.ndarray:
+    def _writable(self) -> NDArray[np.bool_]:
         return self._of_slots & self.host_mapped & d.s2_writable(self.desc)
 
-    def _limited(self, limit: Limit) -> np.ndarray:
+    def _limited(self, limit: Limit) -> NDArray[np.bool_]:
         match limit:
             case Limit.READONLY:
                 return self._in_slots_that(lambda slot: slot.readonly)
@@ -93,22 +94,25 @@ class MappedPages:
                 return self._in_slots_that(lambda slot: slot.logging) & ~self.written
         return ~self.host_writable
 
-    def _in_slots_that(self, condition: Callable[[Memslot], bool]) -> np.ndarray:
-        return np.array([condition(slot) for slot in self.slots] or [False])[self.slot]
+    def _in_slots_that(self, condition: Callable[[Memslot], bool]) -> NDArray[np.bool_]:
+        by_slot: NDArray[np.bool_] = np.array([condition(slot) for slot in self.slots] or [False], dtype=np.bool_)
+        return by_slot[self.slot]
 
     @property
-    def executable_device(self) -> np.ndarray:
-        """Not RAM, and EL1 or EL0 may execute it."""
+    def executable_device(self) -> NDArray[np.bool_]:
+        """Pages that are not RAM, and that EL1 or EL0 may execute."""
         executable = d.s2_executable(self.desc, fmt=self.format) | d.s2_executable(self.desc, el0=True, fmt=self.format)
         return (self._of_slots & self.host_mapped | self.shown) & ~self.is_ram & executable
 
     @property
-    def ram_of_other_type(self) -> np.ndarray:
-        """RAM that is not normal write-back, inner shareable memory (PAGE_S2)."""
-        normal = (d.MEMATTR.of(self.desc) == self.format.normal) & (d.SH.of(self.desc) == d.Shareability.INNER)
+    def ram_of_other_type(self) -> NDArray[np.bool_]:
+        """Pages of RAM that are not mapped as normal write-back, inner shareable memory (PAGE_S2)."""
+        normal: NDArray[np.bool_] = (d.MEMATTR.of(self.desc) == self.format.normal) & (
+            d.SH.of(self.desc) == d.Shareability.INNER
+        )
         return self.is_ram & ~normal
 
     @property
-    def device_of_other_type(self) -> np.ndarray:
-        """Not RAM, and not of a device type (PAGE_S2_DEVICE)."""
+    def device_of_other_type(self) -> NDArray[np.bool_]:
+        """Pages that are not RAM, and not mapped with a device type (PAGE_S2_DEVICE)."""
         return ~self.is_ram & ~self.format.is_device(d.MEMATTR.of(self.desc))

@@ -1,4 +1,4 @@
-"""Memslots: which guest-physical ranges a VM has, what each allows, and what a change of them owes to stage 2.
+"""Memslots: the guest-physical ranges of a VM, what each allows, and what a change requires of stage 2.
 
 Sources: Documentation/virt/kvm/api.txt (5.4) / api.rst, KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG; Linux 5.4
 virt/kvm/kvm_main.c (__kvm_set_memory_region, kvm_get_dirty_log_protect), virt/kvm/arm/mmu.c
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntFlag
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arm_kvm.model.arch.granule import KIB4
 
@@ -30,7 +31,7 @@ class SlotFlags(IntFlag):
 
 @dataclass(frozen=True)
 class Memslot:
-    """One memslot: guest-physical ``[ipa, ipa + size)`` backed by host-virtual ``[hva, hva + size)``, bytes."""
+    """One memslot: guest-physical ``[ipa, ipa + size)``, backed by host-virtual ``[hva, hva + size)``; in bytes."""
 
     slot: int
     ipa: int
@@ -58,13 +59,13 @@ class Memslot:
         return self.ipa < other.end and other.ipa < self.end
 
     def hva_of(self, ipa: int) -> int:
-        """The host-virtual address behind an IPA, bytes. Raises ValueError for one outside the slot."""
+        """The HVA of an IPA. Raises ValueError for an IPA outside the slot."""
         if not self.ipa <= ipa < self.end:
             raise ValueError(f"IPA {ipa:#x} is not in {self}")
         return self.hva + (ipa - self.ipa)
 
     def ipas_of(self, hva: int, size: int) -> tuple[int, int] | None:
-        """The part of ``[hva, hva + size)`` that this slot shows the guest, as ``(ipa, size)``."""
+        """The part of ``[hva, hva + size)`` that this slot maps, as ``(ipa, size)``; None if there is none."""
         low, high = max(hva, self.hva), min(hva + size, self.hva + self.size)
         return (self.ipa + low - self.hva, high - low) if low < high else None
 
@@ -78,15 +79,15 @@ class Memslot:
 
 @dataclass(frozen=True)
 class Window:
-    """Guest-physical ``[ipa, ipa + size)`` through which the guest reaches a device of the board at ``pa``, bytes."""
+    """Guest-physical ``[ipa, ipa + size)`` that KVM maps to a device of the board at ``pa``; in bytes."""
 
     ipa: int
     size: int
     pa: int
 
 
-def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
-    """For each IPA (uint64 array) the index of the slot in ``slots`` that covers it, or -1 (int64 array, as long)."""
+def covering(slots: Iterable[Memslot], ipas: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each IPA the index in ``slots`` of the slot that covers it, or -1."""
     index = np.full(len(ipas), -1, dtype=np.int64)
     for i, slot in enumerate(slots):
         index[(ipas >= np.uint64(slot.ipa)) & (ipas < np.uint64(slot.end))] = i
@@ -95,7 +96,7 @@ def covering(slots: Iterable[Memslot], ipas: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Owed:
-    """What a change obliges stage 2 to before the ioctl returns: IPA ranges ``(ipa, size)`` in bytes."""
+    """What must be true of stage 2 when the ioctl returns, as IPA ranges ``(ipa, size)`` in bytes."""
 
     must_go: tuple[tuple[int, int], ...] = ()
     must_be_read_only: tuple[tuple[int, int], ...] = ()
@@ -105,9 +106,9 @@ NOTHING_OWED = Owed()
 
 
 def owed(old: Memslot | None, new: Memslot) -> Owed:
-    """What KVM owes once it has taken ``new`` (size 0: deletes) for a slot that was ``old`` (None: there was none).
+    """What KVM owes once it has accepted ``new`` (size 0: delete) in place of ``old`` (None: a new slot).
 
-    A slot that goes or moves takes its leaves with it; one that begins to log, or logs at a new place, is clean.
+    The leaves of a slot that is deleted or moved must go; a slot that begins to log, or is moved and logs, is clean.
     Sources: Linux 5.4 virt/kvm/kvm_main.c __kvm_set_memory_region (KVM_MR_DELETE, KVM_MR_MOVE), virt/kvm/arm/mmu.c
     kvm_arch_commit_memory_region (KVM_MEM_LOG_DIRTY_PAGES: kvm_mmu_wp_memory_region).
     """
@@ -124,19 +125,22 @@ class Refused(Exception):
         self.errno = number
 
 
+_Pages = set[int]  #: page numbers within a slot (in the class below, ``set`` is the method)
+
+
 @dataclass
 class Memslots:
     """All memslots of a VM, and their dirty logs. Not modelled: the VMAs behind them (EPERM, PFNMAP).
 
     ``ipa_bits``, ``hva_bits``: widths of guest-physical and of the process's addresses; slot numbers are below
-    ``limit`` (KVM_USER_MEM_SLOTS: 512 on arm64 up to 5.10, 32 on 32-bit hosts, later 32,767 and fewer).
+    ``limit`` (KVM_USER_MEM_SLOTS: 512 on arm64 up to 5.10, 32 on 32-bit hosts, at most 32,767 later).
     """
 
     ipa_bits: int
     limit: int = 512
     hva_bits: int = 48
     _slots: dict[int, Memslot] = field(default_factory=dict)
-    _dirty: dict[int, set[int]] = field(default_factory=dict)  # by slot: page numbers within it
+    _dirty: dict[int, _Pages] = field(default_factory=dict)  # by slot
 
     def __iter__(self) -> Iterator[Memslot]:
         return iter(sorted(self._slots.values(), key=lambda slot: slot.slot))
@@ -148,9 +152,9 @@ class Memslots:
     # -- KVM_SET_USER_MEMORY_REGION -----------------------------------------------------------------------
 
     def set(self, wanted: Memslot) -> Owed:
-        """Create, delete (size 0), move or re-flag a slot; what is then owed.
+        """Create, delete (size 0), move or re-flag a slot, and return what KVM then owes.
 
-        Raises Refused: EINVAL, EEXIST (it overlaps another), EFAULT (it ends beyond the IPA space).
+        Raises Refused: EINVAL, EEXIST (it overlaps another slot), EFAULT (it ends beyond the IPA space).
         """
         self._check_values(wanted)
         old = self._slots.get(wanted.slot)
@@ -177,10 +181,10 @@ class Memslots:
         if wanted.end >= 1 << 64:
             raise Refused(errno.EINVAL, "the range wraps around")
         if wanted.hva + wanted.size > 1 << self.hva_bits:
-            raise Refused(errno.EINVAL, f"HVA {wanted.hva:#x} is not the process's")
+            raise Refused(errno.EINVAL, f"HVA {wanted.hva:#x} is not an address of the process")
 
     def _check_place(self, old: Memslot | None, wanted: Memslot) -> None:
-        """A slot that is there keeps its size, HVA and READONLY; a new place must be free, and in the IPA space."""
+        """An existing slot keeps size, HVA and READONLY; a new IPA range must be free and within the IPA space."""
         if old is not None and (old.hva, old.size, old.readonly) != (wanted.hva, wanted.size, wanted.readonly):
             raise Refused(errno.EINVAL, "size, HVA and READONLY of a slot do not change")
         if old is not None and old.ipa == wanted.ipa:
@@ -194,9 +198,9 @@ class Memslots:
     # -- the dirty log ----------------------------------------------------------------------------------------
 
     def written(self, ipa: int, size: int = 1) -> None:
-        """The guest wrote ``[ipa, ipa + size)``. Raises KeyError.
+        """Log a write of ``[ipa, ipa + size)`` by the guest. Raises KeyError if the range is not in memslots.
 
-        A write to a READONLY slot is an MMIO exit and leaves no trace here; writes by the host are its own business.
+        A write to a READONLY slot is an MMIO exit and is not logged. Nor are writes by the host.
         """
         for page in range(ipa // _PAGE, -(-(ipa + size) // _PAGE)):
             slot = self.at(page * _PAGE)
@@ -206,17 +210,17 @@ class Memslots:
                 self._dirty[slot.slot].add(page - slot.ipa // _PAGE)
 
     def take_dirty_log(self, slot: int) -> tuple[list[int], Owed]:
-        """KVM_GET_DIRTY_LOG: the pages written, numbered within the slot, in order; they are clean again.
+        """KVM_GET_DIRTY_LOG: return the written pages by number within the slot, sorted, and mark them as clean.
 
-        Raises Refused: EINVAL no such number, ENOENT no log. Source: Linux 5.4 virt/kvm/kvm_main.c
-        kvm_get_dirty_log_protect (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 off, as it is unless a VMM asks).
+        Raises Refused: EINVAL (no such slot number), ENOENT (no log). Source: Linux 5.4 virt/kvm/kvm_main.c
+        kvm_get_dirty_log_protect (without KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, which a VMM has to enable).
         """
         log, first = self._log(slot), self._slots[slot].ipa
         pages = sorted(log)
         log.clear()
         return pages, Owed(must_be_read_only=tuple((first + page * _PAGE, _PAGE) for page in pages))
 
-    def _log(self, slot: int) -> set[int]:
+    def _log(self, slot: int) -> _Pages:
         if not 0 <= slot < self.limit:
             raise Refused(errno.EINVAL, f"there is no slot {slot}")
         if slot not in self._dirty:

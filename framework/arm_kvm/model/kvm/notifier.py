@@ -1,9 +1,9 @@
-"""What the host's memory management owes to stage 2, operation by operation.
+"""What each operation of the host's memory management requires of stage 2.
 
-Guest memory is ordinary process memory. Whenever the host changes a mapping, its MMU notifiers tell KVM first
-(invalidate_range_start), and from then on stage 2 may hold, in the range told, no more than the duty below allows. KVM
-on Arm unmaps on every notification whatever its kind (no version from 5.4 to 6.12 looks at ``range->event``), so it
-does more than it must; what more it may do is bounded too: see :meth:`Notice.may_go`.
+Guest memory is ordinary process memory. Before the host changes a mapping, its MMU notifiers call KVM
+(invalidate_range_start), and from then on stage 2 may map no more of the notified range than the duty below allows. KVM
+on Arm unmaps the range on every notification (no version from 5.4 to 6.12 looks at ``range->event``), which is more
+than required; how much more it may unmap is bounded, too: see :meth:`Notice.may_go`.
 
 Sources, read in Linux 5.4, 6.1 and 6.12: mm/madvise.c, mm/memory.c (zap_page_range, wp_page_copy, copy_page_range),
 mm/mprotect.c, mm/mremap.c, mm/ksm.c, mm/huge_memory.c, mm/khugepaged.c, mm/migrate.c, mm/rmap.c, mm/shmem.c;
@@ -25,13 +25,13 @@ _PAGE = KIB4.size
 _HUGE = 1 << KIB4.level_shift(2)
 
 Kernel = tuple[int, int]
-CHANGE_PTE_GONE: Kernel = (6, 10)  #: the first without that notifier
+CHANGE_PTE_GONE: Kernel = (6, 10)  #: the first kernel without that notifier
 Span = tuple[int, int]  #: ``[start, end)``, bytes
 Leaves = dict[int, tuple[int, int]]  #: IPA -> (level, descriptor), of every valid block and page
 
 
 class Duty(Enum):
-    """The least that stage 2 must do in the range of an operation."""
+    """The minimum that stage 2 must do in the range of an operation."""
 
     GO = "must go"  #: no leaf of the old frame remains
     READ_ONLY = "must go or become read-only"
@@ -39,17 +39,17 @@ class Duty(Enum):
 
 
 class Told(Enum):
-    """Which range the notifiers name."""
+    """The range for which the notifiers are called."""
 
     RANGE = "the range"
     HUGE = "the aligned 2 MiB around it"
     VMA = "the whole VMA"
-    AGED = "the range, to clear its access flags"  #: by clear_young, clear_flush_young
-    NOTHING = "nobody"
+    AGED = "the range, to clear its access flags"  #: clear_young, clear_flush_young
+    NOTHING = "none"
 
 
 class Call(Enum):
-    """What KVM is called for. The value is the trace event that tells of it (trace system ``kvm``)."""
+    """A call of KVM by the notifiers. The value is its trace event (trace system ``kvm``)."""
 
     UNMAP = "kvm_unmap_hva_range"  #: invalidate_range_start
     SET = "kvm_set_spte_hva"  #: change_pte
@@ -58,22 +58,22 @@ class Call(Enum):
 
 
 class Operation(Enum):
-    """What the host does to guest memory."""
+    """An operation of the host on guest memory."""
 
     DONTNEED = "madvise(MADV_DONTNEED)"
     FREE = "madvise(MADV_FREE), the call"
-    FREE_RECLAIMED = "reclaim of a page given up with MADV_FREE"
-    RECLAIM_GIVEN_UP = "the same of a page that was written since, which is kept"
-    MUNMAP = "munmap, the memslot still there"
-    MREMAP = "mremap, the range it leaves"
+    FREE_RECLAIMED = "reclaim of a page after MADV_FREE"
+    RECLAIM_GIVEN_UP = "the same for a page that was written since, and is kept"
+    MUNMAP = "munmap, without deleting the memslot"
+    MREMAP = "mremap, in the old range"
     MPROTECT_READ = "mprotect(PROT_READ)"
     MPROTECT_NONE = "mprotect(PROT_NONE)"
     MPROTECT_WIDER = "mprotect back to read and write"
     FORK = "fork, private memory, in the parent"
     FORK_SHARED = "fork, shared memory"
     COW_COPY = "a write by parent or guest after fork, copied"
-    COW_COPY_HUGE = "the same to a shared huge page, copied whole (up to 5.7)"
-    COW_REUSE = "a write after fork, or to a merged page, by the sole owner: the page is kept"
+    COW_COPY_HUGE = "the same for a shared huge page, copied as a whole (up to 5.7)"
+    COW_REUSE = "a write after fork, or to a merged page, by its only owner: the page is kept"
     ZERO_WRITE = "the first write over the zero page"
     CHILD_WRITE = "a write by the child"
     KSM_PROTECT = "KSM, write protection of a candidate"
@@ -85,11 +85,11 @@ class Operation(Enum):
     THP_COLLAPSE = "khugepaged, collapse"
     MIGRATE = "migration, compaction"
     SWAP_OUT = "swap out"
-    FILE_OUT = "reclaim of a page of a file"
-    WRITE_BACK = "write-back of a dirty page of a file"
+    FILE_OUT = "reclaim of a file's page"
+    WRITE_BACK = "write-back of a file's dirty page"
     SWAP_IN = "swap in, or the first touch by the host"
     PUNCH_HOLE = "fallocate(FALLOC_FL_PUNCH_HOLE)"
-    TRUNCATE = "ftruncate, smaller"
+    TRUNCATE = "ftruncate to a smaller size"
     POISON = "memory failure"
     UFFD_PROTECT = "userfaultfd, write protection"
     AGE = "page_referenced, idle page tracking"
@@ -97,21 +97,21 @@ class Operation(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: the duty, who is told, and whether change_pte follows."""
+    """One line of the table: the duty, the notified range, and whether change_pte follows."""
 
     duty: Duty
     told: Told
-    change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only where a level 3 table is left
+    change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only if a level 3 table is left
 
 
 _O, _GO, _RO, _STAY = Operation, Duty.GO, Duty.READ_ONLY, Duty.STAY
 
 RULES: dict[Operation, Rule] = {
     _O.DONTNEED: Rule(_GO, Told.RANGE),
-    # The frame stays, but is marked clean: a write through a leaf that was left writable would be lost.
+    # The frame stays, but is marked clean: a write through a leaf that is still writable would be lost.
     _O.FREE: Rule(_RO, Told.RANGE),
     _O.FREE_RECLAIMED: Rule(_GO, Told.RANGE),
-    # The mapping is taken, found dirty and put back (mm/rmap.c try_to_unmap_one).
+    # The mapping is removed, found dirty and restored (mm/rmap.c try_to_unmap_one).
     _O.RECLAIM_GIVEN_UP: Rule(_STAY, Told.RANGE),
     _O.MUNMAP: Rule(_GO, Told.RANGE),
     _O.MREMAP: Rule(_GO, Told.RANGE),
@@ -142,7 +142,7 @@ RULES: dict[Operation, Rule] = {
     _O.TRUNCATE: Rule(_GO, Told.RANGE),
     _O.POISON: Rule(_GO, Told.RANGE),
     _O.UFFD_PROTECT: Rule(_RO, Told.RANGE),
-    # Ageing clears the access flag and nothing else, in every version.
+    # Ageing clears nothing but the access flag, in every version.
     _O.AGE: Rule(_STAY, Told.AGED),
 }
 
@@ -167,7 +167,7 @@ class Notice:
 
     @property
     def owed(self) -> Span:
-        """The HVA range in which the duty holds: whole pages. A hole or a truncation spares pages it only touches."""
+        """The HVA range of the duty, in whole pages. A hole or a truncation does not affect pages it covers partly."""
         if self.rule.told is Told.VMA:
             return self.vma
         if self.rule.told is Told.HUGE:
@@ -179,10 +179,10 @@ class Notice:
 
     @property
     def may_go(self) -> Span | None:
-        """The HVA range that may be gone afterwards; None when nobody is told of a change, so that nothing may.
+        """The HVA range that may be unmapped afterwards; None if no change is notified, so that nothing may be.
 
-        Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge tells of the aligned 2 MiB there. Blocks
-        that reach into the range go as a whole (:func:`violations` allows for them).
+        Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge notifies the aligned 2 MiB there. Blocks
+        that reach into the range are unmapped as a whole (:func:`violations` allows for them).
         """
         if self.rule.told in (Told.AGED, Told.NOTHING):
             return None
@@ -191,17 +191,17 @@ class Notice:
 
     @property
     def call(self) -> Call | None:
-        """The call that must have come for every page in :attr:`owed` that stage 2 mapped; None: none may come."""
+        """The call that is required for every page in :attr:`owed` that stage 2 mapped; None: none is allowed."""
         return {Told.AGED: Call.AGE, Told.NOTHING: None}.get(self.rule.told, Call.UNMAP)
 
     @property
     def _end(self) -> int:
-        """A truncation reaches to the end of the mapping."""
+        """The end of the operation: of a truncation, the end of the VMA."""
         return self.vma[1] if self.operation is Operation.TRUNCATE else self.end
 
     @property
     def maps_read_only(self) -> bool:
-        """Whether KVM itself maps the new frame, read-only, where a level 3 table is left (change_pte; up to 6.9)."""
+        """Whether KVM maps the new frame read-only if a level 3 table is left (change_pte, up to 6.9)."""
         return self.rule.change_pte and self.kernel < CHANGE_PTE_GONE
 
 
@@ -213,20 +213,20 @@ def _around(start: int, end: int, size: int) -> Span:
 
 
 def document() -> str:
-    """The rules as a page in Markdown: a heading, what the table says, and the table."""
-    text = """# What the host's memory management owes to stage 2
+    """The rules as a page in Markdown: a heading, an explanation and the table."""
+    text = """# What the host's memory management requires of stage 2
 
-Made by `arm-kvm obligations` from the reference model (`arm_kvm.model.kvm.notifier`), which names the kernel's sources.
-From the moment the MMU notifiers have told KVM of a range, stage 2 may hold no more there than this. KVM on Arm unmaps
-whatever it is told of; the aligned 2 MiB around the range, and blocks that reach into it, may go, too.
+Generated by `arm-kvm obligations` from the reference model (`arm_kvm.model.kvm.notifier`), which cites the kernel's
+sources. From the moment that the MMU notifiers have notified KVM of a range, stage 2 may map no more of it than this.
+KVM on Arm unmaps every notified range; the aligned 2 MiB around the range, and blocks that reach into it, may go, too.
 
 """
     return text + "\n".join(table()) + "\n"
 
 
 def table() -> list[str]:
-    """The rules as a table in Markdown, a line an operation."""
-    head = ["| what the host does | stage 2 | who is told | up to 6.9 change_pte then maps |", "|---|---|---|---|"]
+    """The rules as a table in Markdown, one line per operation."""
+    head = ["| what the host does | stage 2 | range notified | up to 6.9 change_pte then maps |", "|---|---|---|---|"]
     words = {True: "the new frame, read-only", False: ""}
     return head + [
         f"| {operation.value} | {rule.duty.value} | {rule.told.value} | {words[rule.change_pte]} |"
@@ -234,17 +234,17 @@ def table() -> list[str]:
     ]
 
 
-# -- holding a kernel to it --------------------------------------------------------------------------------------
+# -- checking a kernel against the rules ------------------------------------------------------------------------------
 
 
 class BreachKind(Enum):
-    """How stage 2 failed its duty."""
+    """What is wrong with a page of stage 2."""
 
     STALE = "the old frame is still mapped"
     WRITABLE = "still writable"
-    ALTERED = "changed, and nothing was said about it"
-    APPEARED = "mapped, and no guest had asked"
-    LOST = "gone, and outside what may go"
+    ALTERED = "changed without a notification"
+    APPEARED = "mapped without a guest's access"
+    LOST = "unmapped, and outside what may go"
     NOT_MAPPED = "the new frame is not mapped, though a level 3 table was left"
     NOT_TOLD = "the notifier's trace event is missing"
     TOLD = "the notifier was called without a cause"
@@ -259,7 +259,7 @@ class Breach:
 
 
 def violations(notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, after: Leaves) -> list[Breach]:
-    """Compare stage 2 before some operations with stage 2 right after them, page by page; no guest ran in between."""
+    """Compare stage 2 before and after some operations, page by page. No guest may have run in between."""
     slots = list(slots)
     old, new = _pages(before), _pages(after)
     owed = [(notice, _Spans(_ipas(slots, notice.owed))) for notice in notices]
@@ -267,7 +267,7 @@ def violations(notices: Sequence[Notice], slots: Iterable[Memslot], before: Leav
     in_told = _Spans(told)
     may_go = _Spans(
         told + [leaf for leaf in map(_extent, before.items()) if in_told.meets(*leaf)]
-    )  # a block goes whole
+    )  # blocks go as a whole
     to_map = {ipa for n in notices if n.maps_read_only for ipa in _pages_in(_ipas(slots, n.owed))}
     tables = {ipa & -_HUGE for ipa, (level, _) in after.items() if level == LAST_LEVEL and ipa in old.keys() - to_map}
     out = []
@@ -299,13 +299,14 @@ def _breach(owing: list[Notice], old: int, new: int, may_go: bool) -> BreachKind
 def unasked(
     slots: Iterable[Memslot], before: Leaves, after: Leaves, calls: Iterable[tuple[Call, Span]]
 ) -> list[Breach]:
-    """Leaves that are gone though no call that takes entries away, as the kernel traced them, named any of their bytes.
+    """Find leaves that are gone although no traced call that unmaps (UNMAP, SET) covers any of their bytes.
 
-    An operation may announce more than it does, so :func:`violations` lets a whole VMA go; what was announced is known.
+    An operation may notify more than it changes, so :func:`violations` lets a whole VMA go. This check uses the ranges
+    that were in fact notified.
     """
     slots = list(slots)
-    takes = [span for call, span in calls if call in (Call.UNMAP, Call.SET)]
-    named = _Spans([part for span in takes for part in _ipas(slots, span)])
+    unmapping = [span for call, span in calls if call in (Call.UNMAP, Call.SET)]
+    named = _Spans([part for span in unmapping for part in _ipas(slots, span)])
     new = _pages(after)
     gone = [leaf[0] for leaf in before.items() if leaf[0] not in new and not named.meets(*_extent(leaf))]
     return [Breach(BreachKind.LOST, ipa) for ipa in sorted(gone)]
@@ -314,16 +315,18 @@ def unasked(
 def unheard(
     notices: Sequence[Notice], slots: Iterable[Memslot], before: Leaves, calls: Iterable[tuple[Call, Span]]
 ) -> list[Breach]:
-    """Hold the calls that the kernel traced, as HVA ranges, against those that the operations owe.
+    """Compare the calls that the kernel traced, as HVA ranges, with those that the operations require.
 
-    A page that stage 2 mapped must have been named where its operation tells of it. Where an operation tells nobody, no
-    page may be named that no other operation tells of; where none does, no page of these slots.
+    A page that stage 2 mapped must be in a call if its operation notifies. Where an operation does not notify, no page
+    may be in a call unless another operation notifies it; if no operation notifies, no page of these slots may.
     """
     slots, calls = list(slots), list(calls)
     named = {call: [s for c, span in calls if c is call for s in _ipas(slots, span)] for call in Call}
     out = []
-    for notice in (n for n in notices if n.call):
-        owed, heard = _Spans(_ipas(slots, notice.owed)), _Spans(named[notice.call])
+    for notice, call in [(n, n.call) for n in notices]:
+        if call is None:
+            continue
+        owed, heard = _Spans(_ipas(slots, notice.owed)), _Spans(named[call])
         missing = [ipa for ipa in _pages(before) if owed.meets(ipa, ipa + _PAGE) and not heard.meets(ipa, ipa + _PAGE)]
         out += [Breach(BreachKind.NOT_TOLD, ipa) for ipa in missing]
     taken = named[Call.UNMAP] + named[Call.SET]
@@ -336,7 +339,7 @@ def unheard(
 
 
 def _changed_rights(old: int, new: int, may_go: bool) -> BreachKind | None:
-    """A page may lose its access flag at any time, and where it may go also its write permission; nothing else."""
+    """A page may lose its access flag at any time, and its write permission if it may go; nothing else may change."""
     may_lose = d.AF.mask | (d.S2AP.put(d.Grant.WRITE) if may_go else 0)
     return BreachKind.ALTERED if (old ^ new) & ~may_lose or new & ~old else None
 
@@ -346,7 +349,7 @@ def _same_frame(old: int, new: int) -> bool:
 
 
 def _pages(leaves: Leaves) -> dict[int, int]:
-    """Every leaf as the level 3 entries it stands for, by IPA."""
+    """Every leaf as the level 3 entries that it is equivalent to, by IPA."""
     out = {}
     for ipa, (level, desc) in leaves.items():
         for offset in range(0, 1 << KIB4.level_shift(level), _PAGE):
@@ -364,13 +367,13 @@ def _extent(item: tuple[int, tuple[int, int]]) -> Span:
 
 
 def _ipas(slots: list[Memslot], span: Span) -> list[Span]:
-    """Where the guest sees an HVA range: every alias counts."""
+    """The IPA ranges of an HVA range, in every slot that maps it."""
     found = (slot.ipas_of(span[0], span[1] - span[0]) for slot in slots)
     return [(part[0], part[0] + part[1]) for part in found if part]
 
 
 class _Spans:
-    """A set of addresses, asked many times."""
+    """A set of addresses, for repeated look-ups."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self._merged: list[Span] = []
@@ -382,6 +385,6 @@ class _Spans:
         self._starts = [start for start, _ in self._merged]
 
     def meets(self, start: int, end: int) -> bool:
-        """Whether any of ``[start, end)`` is in it."""
+        """Whether any address of ``[start, end)`` is in the set."""
         last = bisect_left(self._starts, end) - 1
         return last >= 0 and self._merged[last][1] > start
