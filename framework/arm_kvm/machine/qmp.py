@@ -38,8 +38,8 @@ class Qmp:
             logger.setLevel(logging.DEBUG)
             logger.propagate = False
             logger.addFilter(self._divert)  # not addHandler: pytest adds its own to loggers that do not propagate
-        # The protocol takes its thread's event loop. One of its own lets a machine be started in one thread while
-        # another is ended in another.
+        # The protocol uses its thread's event loop. With a loop for each connection, one thread can start a machine
+        # while another ends one.
         self._loop = asyncio.new_event_loop()
         self._turn, self._closed = threading.RLock(), False
         asyncio.set_event_loop(self._loop)
@@ -74,6 +74,7 @@ class Qmp:
             self._protocol.clear_events()
 
     def close(self) -> None:
+        """Close the connection and the log."""
         with self._turn:
             # QEMU is usually gone by now, and a connection that Ctrl-C interrupted may not close cleanly.
             self._loop.set_exception_handler(lambda loop, context: None)
@@ -84,6 +85,6 @@ class Qmp:
         self._handler.close()
 
     def _divert(self, record: logging.LogRecord) -> bool:
-        """Write the record to the file, and keep it from every handler."""
+        """Write the record to the log file, and keep it from all handlers."""
         self._handler.handle(record)
         return False

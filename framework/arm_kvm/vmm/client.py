@@ -92,7 +92,8 @@ class SshLine:
     """The ssh channel through which an agent was started."""
 
     def __init__(self, channel: paramiko.Channel) -> None:
-        self.stream = self._channel = channel
+        self.stream: socket.socket | paramiko.Channel = channel
+        self._channel = channel
 
     def over(self) -> bool:
         return bool(self._channel.eof_received)
@@ -112,7 +113,7 @@ class SerialLine:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self.stream = machine.port
+        self.stream: socket.socket | paramiko.Channel = machine.port
         self._machine = machine
         self._opened = False
 
