@@ -248,7 +248,12 @@ class Operations:
         return libc.raw_syscall(name, number, *arguments)
 
     def signals_block(self, signals: list[int]) -> None:
-        """Block these signals in the agent's main thread and in the threads that it starts from now on."""
+        """Block these signals in the agent's main thread and in the threads that it starts from now on.
+
+        Threads started before take them, without effect: no signal ends the agent any more.
+        """
+        for number in signals:
+            signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def signals_take(self, signals: list[int]) -> list[list[int]]:

@@ -262,7 +262,7 @@ class Host:
     def take_signals(self, *numbers: int) -> list[Signal]:
         """Dequeue the pending signals of these numbers of the VMM's main thread, with their siginfo.
 
-        The first call blocks them there; SIGBUS is always blocked.
+        The first call blocks them there and in actors made afterwards; SIGBUS is always blocked.
         """
         self.agent(op.signals_block, signals=[*numbers])
         return [Signal(*siginfo) for siginfo in self.agent(op.signals_take, signals=[*numbers])]

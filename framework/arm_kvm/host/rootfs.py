@@ -66,7 +66,7 @@ class Rootfs:
         return entry.folder / "bytecode.cpio" if entry else None
 
     def keep_bytecode(self, files: list[tuple[str, int]], blob: bytes) -> None:
-        """Cache what :meth:`arm_kvm.agent.__main__.Agent.bytecode` has compiled, for later boots.
+        """Cache what :meth:`arm_kvm.agent.operations.Operations.bytecode` has compiled, for later boots.
 
         ``files`` are (path, size) of the parts of ``blob``. Compiling takes one to two seconds on an emulated CPU, and
         this machine's Python may be of another version.

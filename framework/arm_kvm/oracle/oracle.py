@@ -56,7 +56,7 @@ class Oracle:
         """Return the VM's tables, after they were judged. Raises Violation with the diff."""
         stage2, findings = self.examine(vm)[0]
         if findings:
-            raise Violation(f"stage 2 of VM {vm.id}: {stage2.regime}", findings, self._context())
+            raise Violation(f"{vm.name}: {stage2.regime}", findings, self._context())
         return stage2
 
     def vmid(self, vm: Vm) -> int:

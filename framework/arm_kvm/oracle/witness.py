@@ -91,7 +91,7 @@ class Witness:
         notices += [notice for more in seen.done[1:] for notice in self._notices(*more)]
         findings = [f for vm in vms for f in self._compare(vm, notices, seen, later, exact)]
         if findings:
-            raise Violation(f"{operation.value}: the notifiers did not do what they owe", findings)
+            raise Violation(f"{operation.value}: KVM mishandled the MMU notifier", findings)
 
     def _look_again(self, vms: list[Vm]) -> dict[int, Stage2]:
         time.sleep(_BETWEEN_LOOKS)
@@ -101,7 +101,7 @@ class Witness:
         """Read stage 2 of each VM and judge safety. Raises Violation."""
         looks = self._oracle.examine(*vms) if vms else []
         if findings := [f for _, found in looks for f in found]:
-            raise Violation("stage 2 breaks the contract", findings)
+            raise Violation("stage 2 is wrong", findings)
         return {vm.id: stage2 for vm, (stage2, _) in zip(vms, looks, strict=True)}
 
     def _notices(self, operation: Operation, memory: Memory, offset: int, size: int) -> list[Notice]:
@@ -135,8 +135,21 @@ def leaves_of(stage2: Stage2) -> Leaves:
     return {ipa: (level, desc) for ipa, level, desc in rows}
 
 
+#: What the model demands where a page is not so.
+_EXPECTED = {
+    notifier.BreachKind.STALE: "the old frame unmapped",
+    notifier.BreachKind.WRITABLE: "no write permission",
+    notifier.BreachKind.ALTERED: "the entry as it was",
+    notifier.BreachKind.APPEARED: "nothing mapped: no guest has asked for it",
+    notifier.BreachKind.LOST: "the entry as it was",
+    notifier.BreachKind.NOT_MAPPED: "the new frame mapped: a level 3 table is left",
+    notifier.BreachKind.NOT_TOLD: "a notifier event for this page",
+    notifier.BreachKind.TOLD: "no notifier event",
+}
+
+
 def _findings(broken: Iterable[notifier.Breach], before: Stage2, after: Stage2) -> Iterator[Finding]:
     for violation in broken:
         was, now = before.leaf(violation.ipa), after.leaf(violation.ipa)
-        expected = f"not this: {violation.kind.value} (before: {was or 'nothing mapped'})"
+        expected = f"{_EXPECTED[violation.kind]} (before: {was or 'nothing mapped'})"
         yield Finding(Verdict.of(violation.kind), expected, str(now or "nothing mapped"), violation.ipa, _PAGE)

@@ -14,7 +14,7 @@ from arm_kvm.pytest_plugin.session import HostSession
 from arm_kvm.pytest_plugin.stash import BLAMED, FAILED, SESSION
 from arm_kvm.support.errors import LabError
 
-_AFTER = "after the test, the kernel's state breaks the contract"
+_AFTER = "after the test, stage 2 or the kernel log is wrong"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -172,9 +172,11 @@ class Vcpu:
         return exit_
 
     def measure_mmio(self, exits: int) -> float:
-        """Measure the seconds that one MMIO exit takes, as the mean of ``exits`` doorbells without orders."""
+        """Measure the seconds that one MMIO exit takes, as the mean of ``exits`` doorbells. Raises AgentTimeout."""
         measured = self._agent.ask(request(op.vcpu_measure_mmio, vm=self._vm, vcpu=self.index, exits=exits), 120.0)
-        return measured["seconds"] if measured else 0.0
+        if measured is None:
+            raise AgentTimeout(f"{exits} MMIO exits took longer than a minute", remedy="measure fewer")
+        return measured["seconds"]
 
     # -- for the payload's driver ------------------------------------------------------------------------
 
