@@ -1,4 +1,4 @@
-"""Conformance: the model agrees with the emulated CPU; a wrong model, or a forgotten departure, does not."""
+"""Conformance: the model agrees with the emulated CPU; a wrong model, or one without a departure, does not."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def test_a_seed_is_a_run(boards):
 
 
 def with_stage2(monkeypatch, change):
-    """Every world's stage 2 as ``change`` makes it."""
+    """Apply ``change`` to every world's stage 2."""
     honest = TableWorld.el10
     monkeypatch.setattr(
         TableWorld, "el10", lambda world: (lambda e: replace(e, stage2=change(e.stage2)))(honest(world))
@@ -80,7 +80,7 @@ def with_stage2(monkeypatch, change):
 
 
 def other(function):
-    """A fault of the model: a function of one of its modules replaced."""
+    """Replace a function of a module of the model."""
 
     def apply(monkeypatch):
         module, name, wrong = function
@@ -178,7 +178,7 @@ def test_a_fault_in_the_model_is_found(boards, monkeypatch, mistake):
 
 
 def test_a_difference_is_small_and_reads_like_a_walk(boards, monkeypatch):
-    """The smallest of three: hypothesis's shrinker is greedy, and now and then stops early."""
+    """The smallest of three, as hypothesis's shrinker is greedy and sometimes stops early."""
     monkeypatch.setattr(d, "s2_executable", lambda desc, **how: True)
     found = []
     for start in (6, 7, 8):
@@ -216,13 +216,13 @@ SEEN_ON = {
 
 @pytest.mark.parametrize("departure", departures.ALL, ids=lambda departure: departure.name)
 def test_each_departure_is_there_or_mended_as_it_says(boards, monkeypatch, departure):
-    """Where it is said to be, the silicon differs from the manual without its rule; where mended, with it."""
+    """In releases said to have it, the silicon differs from the model without its rule; in others, with it."""
     lab = boards(SEEN_ON[departure.name])
-    if departure is departures.IPA_32_BITS and not departure.shown_by(lab.silicon):  # its rule is silence
+    if departure is departures.IPA_32_BITS and not departure.shown_by(lab.silicon):  # its rule only skips probes
         assert conform(lab, QUICK, start=8).mended[departure.name]
         return
     if departure is departures.AT_MARKS_DIRTY and departures.AT_IGNORES_DBM.shown_by(lab.silicon):
-        # Where it could mark, AT faults instead; that nothing is marked is checked in every world.
+        # AT faults where it could set the dirty state; that it does not is checked in every world.
         assert conform(lab, 10 * QUICK, start=8).departed[departures.AT_IGNORES_DBM.name]
         return
     honest = Departure.shown_by
@@ -244,7 +244,7 @@ def test_a_departure_names_its_releases():
 
 
 def lost_world(lab):
-    """A guest whose vectors are where its stage 1 maps nothing: its first fault never ends."""
+    """A guest whose stage 1 does not map its vectors, so that its first fault never ends."""
     words = {0x4200_0000: 0x4200_1003, 0x4200_1000: 0x4200_2003, 0x4200_2080: d.encode(d.LeafFields(0x4200_3000), 3)}
     control = Registers(
         0x8000_2001,
@@ -261,7 +261,7 @@ def lost_world(lab):
     return TableWorld(lab.silicon, control, words, 0, 0x1_0000, (Probe.at(0, 0x5000), run))
 
 
-def test_a_guest_that_never_comes_back_is_said_so_and_the_lab_goes_on(boards):
+def test_a_guest_that_never_returns_is_reported_and_the_lab_goes_on(boards):
     lab = boards("arm64")
     world = lost_world(lab)
     with pytest.raises(ProgramSilent, match="1 of 2 probes answered"):
@@ -272,7 +272,7 @@ def test_a_guest_that_never_comes_back_is_said_so_and_the_lab_goes_on(boards):
     assert conform(lab, 500, start=9).cases >= 500
 
 
-def test_qemu_gone_is_a_difference_with_its_world(boards):
+def test_the_end_of_qemu_is_a_difference_with_its_world(boards):
     lab = boards("arm64")
     lab.machine.process.kill()
     with pytest.raises(Difference, match="QEMU ended") as caught:
@@ -281,7 +281,7 @@ def test_qemu_gone_is_a_difference_with_its_world(boards):
     assert conform(lab, 500, start=10).cases >= 500
 
 
-def test_a_difference_that_does_not_repeat_is_said_so(boards, monkeypatch):
+def test_a_difference_that_does_not_repeat_is_reported_as_such(boards, monkeypatch):
     lab, honest, lies = boards("arm64"), syndrome.par, iter([1])
     monkeypatch.setattr(
         syndrome, "par", lambda outcome: replace(honest(outcome), value=5) if next(lies, 0) else honest(outcome)
@@ -306,7 +306,7 @@ def test_a_board_without_el2_is_refused_with_the_reason(tmp_path, monkeypatch):
     assert "virtualization=on" in caught.value.remedy
 
 
-def test_what_the_lab_does_not_know_is_not_asked(boards):
+def test_unknown_memory_is_not_probed(boards):
     lab = boards("arm64")
     world = lost_world(lab)
     with pytest.raises(case.Unknowable, match="PA 0x9000000"):
@@ -342,7 +342,7 @@ def test_a_difference_has_an_exit_code_and_a_way_to_repeat_it(monkeypatch, capsy
 
 
 def test_what_hardware_may_write_into_a_table():
-    """AF set by a real access must be there; nothing else may change."""
+    """AF must be set after an access by a guest; nothing else may change."""
     updates, leaf = HardwareUpdates(), d.encode(d.LeafFields(0, af=False), 3)
     updates.note(walk.Step(2, 3, 8, leaf), d.AF.mask, required=False)
     assert updates.explains(8, leaf, leaf) and updates.explains(8, leaf, leaf | d.AF.mask)
@@ -352,7 +352,7 @@ def test_what_hardware_may_write_into_a_table():
 
 
 def test_both_stages_can_be_off_the_map(boards):
-    """An impossible regime: every address takes a level 0 fault, with stage 1 or without."""
+    """In an impossible regime every address takes a level 0 fault, with stage 1 or without."""
     lab = boards("arm64")
     bad = Registers(0x8000_2001, 0x8002_3518, 0x4200_0000, 0x30D5_0800)  # SL0 0 with a 40-bit space
     world = TableWorld(lab.silicon, bad, probes=tuple(Probe.at(op, va) for va in (0, 1 << 45) for op in range(4)))

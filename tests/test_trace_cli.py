@@ -1,4 +1,4 @@
-"""``arm-kvm trace`` as a user meets it: the verdict, its exit code, and the picture."""
+"""``arm-kvm trace`` for its users: the verdict, the exit code, and the picture."""
 
 from xml.etree import ElementTree
 
@@ -10,7 +10,7 @@ host=a15 kernel=5.4.302 cpus=2 vmid-bits=8 allocator=consecutive
 0.000000 - created root=0x81000000 vm=1
 0.000010 - created root=0x82000000 vm=2
 """
-#: Two VMs; VM 1 has the last number, VM 2 the first of the next generation, and VM 1 follows.
+#: Two VMs: VM 1 has the last VMID, VM 2 the first of the next generation, and VM 1 the second.
 GOOD = (
     HEAD
     + """0.001000 0 vttbr 0x00ff000081000000
@@ -29,7 +29,7 @@ GOOD = (
 0.007000 - destroyed root=0x82000000
 """
 )
-#: VM 2 is entered under the number that VM 1 has.
+#: VM 2 is entered under VM 1's VMID.
 BAD = (
     HEAD
     + """0.001000 0 vttbr 0x0007000081000000
@@ -147,7 +147,7 @@ def test_a_picture_has_rollovers_invalidations_and_ends_of_vms(drawn):
     assert of_class(svg, "violation", moments) == []
 
 
-def test_what_is_wrong_is_marked_and_spelled_out(drawn):
+def test_violations_are_marked_and_described(drawn):
     svg = drawn(BAD)
     assert "vmid-shared, VM 2, 3.200 ms" in of_class(svg, "violation", ".//*[@id='moments']")
     assert any(
@@ -156,7 +156,7 @@ def test_what_is_wrong_is_marked_and_spelled_out(drawn):
 
 
 def test_a_run_ends_where_the_next_vttbr_is_written(drawn):
-    """The world switch turned back at its last step, and the recording stopped inside a guest."""
+    """The first entry was aborted at its last step, and the recording stopped inside a guest."""
     turned_back = f"{HEAD}0.001 0 vttbr 0x0007000081000000\n0.002 0 enter vcpu=0x1\n0.003 0 vttbr 0x0\n"
     svg = drawn(f"{turned_back}0.004 0 vttbr 0x0007000081000000\n0.005 0 enter vcpu=0x1\n0.006 - mark\n")
     assert [title.rpartition(", ")[2] for title in of_class(svg, "run")] == ["2.000-3.000 ms", "5.000-6.000 ms"]
@@ -173,12 +173,12 @@ def test_a_trace_without_guests_is_drawn_too(drawn, text):
     assert of_class(drawn(text), "run") == []
 
 
-def test_facts_may_hold_anything(drawn):
+def test_facts_may_contain_any_characters(drawn):
     svg = drawn(HEAD.replace("a15", "<&\"'>"))
     assert any("<&\"'>" in (element.text or "") for element in svg.iterfind(".//{*}text"))
 
 
-def test_ten_thousand_events_are_a_picture_of_bearable_size(arm_kvm, trace, tmp_path):
+def test_the_picture_of_ten_thousand_events_has_a_reasonable_size(arm_kvm, trace, tmp_path):
     lines = []
     for n in range(3333):
         us = 100 * n
@@ -192,7 +192,7 @@ def test_ten_thousand_events_are_a_picture_of_bearable_size(arm_kvm, trace, tmp_
 
 
 @pytest.mark.parametrize("where", ["none/a.svg", "."])
-def test_what_cannot_be_written_gets_one_message(arm_kvm, trace, tmp_path, where):
+def test_an_unwritable_picture_gets_one_message(arm_kvm, trace, tmp_path, where):
     done = arm_kvm("trace", "draw", trace(GOOD), "-o", tmp_path / where)
     said = one_message(done, SetupError)
     assert said.startswith(f"arm-kvm: cannot write the picture {tmp_path / where}: ") and done.stdout == ""

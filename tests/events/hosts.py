@@ -1,7 +1,6 @@
-"""Hosts that keep the rules: the model's own allocators run random VMs on random CPUs, and a trace is written.
+"""Hosts that keep the rules: the model's own allocators run random VMs on random CPUs and write a trace.
 
-What a trace does not say is in here on purpose: which vCPUs are scheduled out, and that a number is taken some time
-before the guest is entered with it.
+They also do what a trace does not show: they schedule vCPUs out, and allocate a VMID some time before the entry.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from arm_kvm.events.trace import VMID_SHIFT, Created, Destroyed, Enter, Event, E
 from arm_kvm.model.kvm.vmid import Bitmap, Consecutive
 from hypothesis import strategies as st
 
-BITS = 3  # seven numbers: histories of a few dozen steps roll over several times
+BITS = 3  # seven VMIDs: histories of a few dozen steps roll over several times
 SLOTS = 12  # stage-2 roots; a destroyed VM's root is the next VM's
 ROOT, VCPU = 0x48400000, 0x96B188000000
 FLUSH = {"consecutive": "tlbiallnsnhis", "bitmap": "alle1is"}
@@ -26,10 +25,10 @@ def root_in(slot: int) -> int:
 
 
 class Host:
-    """The world switch of KVM, as far as VMIDs go. Each VM has one vCPU for every CPU, which stays there."""
+    """The world switch of KVM, as far as it concerns VMIDs. Each VM has one vCPU per CPU, bound to that CPU."""
 
     def __init__(self, name: str, cpus: int = 2, before: int = 0) -> None:
-        """``before``: VMs that ran, each once, before the recording began, and that hold their numbers still."""
+        """``before``: number of VMs that ran once before the recording began, and still hold their VMIDs."""
         self._name, self._cpus = name, cpus
         self._allocator = make(name, cpus)
         for vm in range(before):
@@ -39,7 +38,7 @@ class Host:
         self._next_vm = SLOTS
         self._loaded: dict[int, int] = {}  # CPU -> slot of the VM whose vCPU is loaded
         self._inside: set[int] = set()
-        self._taken: dict[int, int] = {}  # CPU -> the number with which it is about to enter
+        self._taken: dict[int, int] = {}  # CPU -> the VMID with which it is about to enter
         self.events: list[Event] = []
         for slot in range(SLOTS):
             self._say(Created, -1, root_in(slot), slot)
@@ -61,12 +60,12 @@ class Host:
     # -- steps ----------------------------------------------------------------------------------------
 
     def run(self, slot: int, cpu: int) -> None:
-        """The VM is entered, and stays in the guest until something else happens on its CPU."""
+        """Enter the VM, which runs until something else happens on its CPU."""
         self.delay(slot, cpu)
         self._enter(cpu)
 
     def delay(self, slot: int, cpu: int) -> None:
-        """The VM has taken its number; the CPU enters with it when it is its turn again."""
+        """Allocate the VM's VMID; the CPU enters with it at its next step."""
         self._leave(cpu)
         if self._loaded.get(cpu, slot) != slot:
             self.out(slot, cpu)
@@ -74,13 +73,13 @@ class Host:
         self._take(cpu)
 
     def out(self, _slot: int, cpu: int) -> None:
-        """The vCPU on this CPU is scheduled out, of which the trace says nothing."""
+        """Schedule out the vCPU on this CPU, which the trace does not show."""
         self._leave(cpu)
         self._allocator.leave(cpu)
         self._loaded.pop(cpu, None)
 
     def destroy(self, slot: int, _cpu: int) -> None:
-        """The VM is destroyed, and another one gets its root."""
+        """Destroy the VM, and create another one with its root."""
         for cpu in [cpu for cpu, loaded in self._loaded.items() if loaded == slot]:
             self.out(slot, cpu)
         self._allocator.forget(self._vm[slot])
@@ -100,7 +99,7 @@ class Host:
 
     def _enter(self, cpu: int) -> None:
         if self._name == "consecutive":
-            self._take(cpu)  # need_new_vmid_gen() is asked again, with interrupts off
+            self._take(cpu)  # need_new_vmid_gen() is called again, with interrupts off
         slot = self._loaded[cpu]
         self._say(Vttbr, cpu, self._taken.pop(cpu) << VMID_SHIFT | root_in(slot))
         self._say(Enter, cpu, VCPU + self._vm[slot] * 64 + cpu)
@@ -112,7 +111,7 @@ class Host:
         self._say(Vttbr, cpu, 0)
 
     def _leave(self, cpu: int) -> None:
-        """The CPU does what it has begun, and is back from the guest."""
+        """Complete an entry that has begun, and exit from the guest."""
         if cpu in self._taken:
             self._enter(cpu)
         if cpu in self._inside:
@@ -120,7 +119,7 @@ class Host:
 
 
 def steps(*names: str, slots: int = SLOTS, size: int = 60) -> st.SearchStrategy[list[tuple[str, int, int]]]:
-    """Histories of these steps, running a VM the most likely."""
+    """Histories of these steps, most likely running a VM."""
     return st.lists(
         st.tuples(st.sampled_from(("run", "run", *names)), st.integers(0, slots - 1), st.integers(0, 3)), max_size=size
     )

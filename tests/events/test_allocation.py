@@ -40,7 +40,7 @@ def story(allocator: str, text: str, cpus: int = 2) -> Trace:
 
 
 def found(allocator: str, text: str, cpus: int = 2) -> list[TraceRule]:
-    """What equality with the model alone finds."""
+    """The violations that the comparison with the model finds by itself."""
     trace = story(allocator, text, cpus)
     return [v.rule for v in violations(trace, [Allocation(begin_of(trace), trace.cpus)])]
 
@@ -56,14 +56,14 @@ def test_the_facts_say_which_allocator():
 
 BOTH_ALLOW = {
     "in order": "A0:1 B1:2 C0:3",
-    "whoever has a number keeps it": "A0:1 B1:2 A1:1 B0:2 A0:1",
+    "a VM keeps its VMID": "A0:1 B1:2 A1:1 B0:2 A0:1",
     "the recording begins late": "A0:77 B0:78 A1:77",
     "255 is followed by a new generation": "A0:254 B0:255 full C0:1 D0:2",
     "a destroyed VM's root is used again": "A0:1 -A A0:2 B0:3 -A A1:4",
     "a destroyed VM that never ran": "-A A0:1 -B B0:2",
     "one that ran before the first number was seen is destroyed": "A0:0 -A A0:1",
     "the full invalidation of a rollover that was not seen": "full A0:1 B0:2",
-    "no number is no business of the allocator's": "A0:1 B0:0 C0:2",
+    "VMID 0 is not the allocator's": "A0:1 B0:0 C0:2",
 }
 
 
@@ -90,7 +90,7 @@ def test_both_refuse(allocator, text, kind):
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-def test_after_a_wrong_number_the_model_begins_anew(allocator):
+def test_after_a_wrong_vmid_the_model_begins_anew(allocator):
     """One fault is reported once, and does not hide the next."""
     assert found(allocator, "A0:5 B0:4 C0:5 D0:6 E0:2") == [TraceRule.WRONG_VMID, TraceRule.WRONG_VMID]
 
@@ -101,7 +101,7 @@ CONSECUTIVE_ALLOWS = {
     "a number taken by the other CPU, entered next": "A0:1 C0:3 B1:2 D0:4",
     "the same, much later": "A0:1 C0:3 D0:4 E0:5 A0:1 C0:3 F0:6 B1:2 G1:7",
     "two after another": "A0:1 C0:3 B1:2 E0:5 D1:4",
-    "whoever begins the generation enters second": "A0:255 full C1:2 B0:1 D0:3",
+    "the CPU that begins the generation enters second": "A0:255 full C1:2 B0:1 D0:3",
     "the last number is late": "A0:253 C0:255 B1:254 full D0:1",
     "all guests get new numbers, running or not": "A0:254 B1:255 full C0:1 A0:2 B1:3",
     "taken before the rollover, taken again after it": "A0:254 full C0:1 B1:2",
@@ -128,7 +128,7 @@ LATE = {
 
 
 @pytest.mark.parametrize(("allocator", "text", "cpus"), LATE.values(), ids=LATE)
-def test_late_entries_are_followed(allocator, text, cpus):
+def test_entries_with_skipped_vmids_are_followed(allocator, text, cpus):
     assert found(allocator, text, cpus) == []
 
 
@@ -144,7 +144,7 @@ CONSECUTIVE_REFUSES = {
 @pytest.mark.parametrize("case", CONSECUTIVE_REFUSES.values(), ids=CONSECUTIVE_REFUSES)
 def test_consecutive_refuses(case):
     text, kind, *cpus = case
-    # on one CPU there is nobody who could have taken the number between
+    # with a single CPU no other one can have taken the VMID between
     assert found("consecutive", text, *cpus) == [kind]
 
 
@@ -157,7 +157,7 @@ BITMAP_ALLOWS = {
     "scheduled out it does not": "A1:1 B0:255 full C0:1 A1:2 D0:3",
     "an old number that is free comes back": "A1:99 B0:255 full C0:1 A1:99 D0:2",
     "the other CPU was faster": "A0:255 full B0:1 D0:3 C1:2",
-    "whoever begins the generation enters second": "A0:255 full C1:2 B0:1 D0:3",
+    "the CPU that begins the generation enters second": "A0:255 full C1:2 B0:1 D0:3",
 }
 
 
@@ -170,7 +170,7 @@ BITMAP_REFUSES = {
     "down, before a rollover": "A0:8 B0:3",
     "skipped after a rollover": "A0:255 full B0:1 C0:4",
     "an old number that is another's": "A1:1 B0:255 full C0:1 A1:1",
-    "a number that is reserved for nobody": "A0:255 full B0:1 C0:2 D0:2",
+    "a number that is not reserved": "A0:255 full B0:1 C0:2 D0:2",
 }
 
 
@@ -186,13 +186,13 @@ TWO_ASK = " ".join(
 
 
 @pytest.mark.parametrize("then", ["A0:40 X1:2", "X1:40 A0:2", "A0:2 X1:40", "A0:2 Q0:3 X1:40"])
-def test_who_asks_first_gets_the_old_number(then):
-    """Also when the other is seen first: the number is taken before the guest is entered."""
+def test_the_first_to_enter_gets_the_old_vmid(then):
+    """Even if the other is seen first, as the VMID is allocated before the entry."""
     assert found("bitmap", f"{TWO_ASK} {then}") == []
 
 
 @pytest.mark.parametrize("then", ["A0:2 Q1:40", "A0:4", "A0:2 X1:4"])
-def test_nobody_else_gets_it(then):
+def test_no_other_vm_gets_it(then):
     assert found("bitmap", f"{TWO_ASK} {then}") == [TraceRule.WRONG_VMID]
 
 
@@ -230,7 +230,7 @@ def enters(trace: Trace) -> list[tuple[int, int, int, dict[int, int]]]:
 
 
 def with_vmid(trace: Trace, index: int, vmid: int) -> Trace:
-    """The same trace, but for the number in the VTTBR at ``index``."""
+    """The same trace, except for the VMID in the VTTBR at ``index``."""
     event = trace.events[index]
     other = replace(event, value=vmid << VMID_SHIFT | root_of(event.value))
     return Trace(trace.facts, [*trace.events[:index], other, *trace.events[index + 1 :]])
@@ -276,7 +276,7 @@ def test_the_hosts_number_is_noticed(name, cpus, history, data):
 
 
 def flushes_that_matter(trace: Trace) -> list[int]:
-    """Full invalidations after which, and before the next one, a number stands for another VM than before."""
+    """Full invalidations after which, and before the next one, a VMID belongs to another VM than before."""
     out, flush, owner, old = [], None, {}, {}
     for index, event in enumerate(trace.events):
         if isinstance(event, Invalidate) and full(event.op):
@@ -293,7 +293,7 @@ def flushes_that_matter(trace: Trace) -> list[int]:
 @mutations
 @given(history=steps("destroy", size=80), data=st.data())
 def test_a_rollover_without_its_invalidation_is_noticed(name, cpus, history, data):
-    """Seven numbers and twelve VMs: sooner or later one has another's number."""
+    """With seven VMIDs and twelve VMs, sooner or later one has another's VMID."""
     trace = Host(name, cpus).play([*((("run", n % 12, n)) for n in range(16)), *history])
     index = data.draw(st.sampled_from(flushes_that_matter(trace)))
     assert kinds(Trace(trace.facts, trace.events[:index] + trace.events[index + 1 :]))
@@ -302,10 +302,10 @@ def test_a_rollover_without_its_invalidation_is_noticed(name, cpus, history, dat
 @pytest.mark.parametrize(("name", "cpus"), [host for host in HOSTS if host[1] > 1 and host[0] == "consecutive"])
 @given(before=before, history=steps("out", "destroy", "delay"))
 def test_nothing_is_found_where_cpus_are_late(name, cpus, before, history):
-    """Numbers are taken some time before the guest is entered with them. (Of the bitmap, see the module's limit.)"""
+    """VMIDs are allocated some time before the entry. (For the bitmap, see the limit in the module.)"""
     assert violations(Host(name, cpus, before).play([("run", 0, 0), *history])) == []
 
 
 def test_with_vms_from_before_nothing_is_judged():
-    """Their numbers are any, and would begin the model in the wrong place."""
+    """They may have any VMID, so the model cannot know where to begin."""
     assert begin_of(Trace({"allocator": "consecutive", "earlier-vms": "yes"})) is None

@@ -45,7 +45,7 @@ def kind_of(name: str) -> TraceRule:
 
 
 def keeper_of(name: str) -> type:
-    """Where the model is asked (the facts name an allocator), it is the only one to know of these in these traces."""
+    """In traces whose facts name an allocator, only the comparison with the model finds these."""
     kind = kind_of(name)
     if kind in (TraceRule.OLD_GENERATION, TraceRule.ROLLOVER_NOT_INVALIDATED):
         return Allocation if "allocator" in load(name, "bad").facts else automata.Owners
@@ -92,7 +92,7 @@ def test_every_trace_says_what_happens(path):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_nobody_but_its_automaton_finds_it(name):
+def test_only_its_automaton_finds_it(name):
     """Each automaton is needed: without it nothing is found, with it alone the same."""
     trace, keeper = load(name, "bad"), keeper_of(name)
     alone = [rule for rule in automata_for(trace) if type(rule) is keeper]
@@ -106,7 +106,7 @@ def test_every_automaton_has_a_bad_trace():
     assert {type(rule) for rule in automata_for(trace)} == set(map(keeper_of, BAD))
 
 
-def test_without_an_allocator_nothing_is_held_against_the_model():
+def test_without_an_allocator_nothing_is_compared_with_the_model():
     assert not any(isinstance(rule, Allocation) for rule in automata_for(Trace()))
 
 
@@ -139,7 +139,7 @@ def test_the_report_of_many_violations_stays_short():
     assert broken.violations == found and str(broken).endswith(f"... and {len(found) - 4} more")
 
 
-# -- reasons that the names do not give ------------------------------------------------------------------
+# -- reasons ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_reason_is_the_right_one(name, words):
     assert words in found.why
 
 
-def test_a_table_that_turns_into_another_table_was_not_taken_from_the_guest():
-    """Software bits of a table may change in place, and what is below it stays: nothing is owed."""
+def test_a_table_that_becomes_another_table_is_not_lost():
+    """Software bits of a table may change in place, and the entries below it remain: no invalidation is due."""
     change = "old=0x4833b003 new=0x8000004833b003"
     world = "0 0 vttbr 0x10000484ce000", "0 0 enter vcpu=0x1", "0 0 exit"
     text = [*world, f"0 - entry root=0x484ce000 ipa=0x0 level=2 {change}", "0 - mark a", "0 - mark b"]
@@ -199,8 +199,8 @@ def test_a_guest_is_inside_until_it_exits():
     assert world_after(*enter, Exit(0, 0)).inside == {}
 
 
-def test_an_entry_that_turns_back_has_no_exit():
-    """An interrupt was pending at the world switch's last step; the next thing is the host's VTTBR."""
+def test_an_aborted_entry_has_no_exit():
+    """An interrupt was pending at the last step of the world switch; next the host's VTTBR is loaded."""
     assert world_after(Vttbr(0, 0, under(1)), Enter(0, 0, 0xA), Vttbr(0, 0, 0)).inside == {}
 
 
@@ -252,7 +252,7 @@ TG_4K = 1 << 46
 
 @pytest.mark.parametrize("op", sorted(op for op, what in OPERATIONS.items() if what.reach is Reach.STAGE2_IPA))
 def test_one_ipa_is_in_pages(op):
-    """IPA[47:12] in bits [35:0]; NS (bit 63) and the reserved bits say nothing."""
+    """IPA[47:12] in bits [35:0]; NS (bit 63) and the reserved bits are ignored."""
     assert span(op, 0x8000) == span(op, 1 << 63 | 0x8000) == Span(0x8000000, 0x8001000)
     assert span(op, 0xFFFFFFFFF) == Span((1 << 48) - 0x1000, 1 << 48)
 
@@ -304,7 +304,7 @@ def test_a_hint_is_about_leaves_of_its_level():
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_the_suffix_says_on_which_cpus(op):
+def test_the_suffix_determines_the_cpus(op):
     """IS and OS are broadcast; of Armv7's names those that end in IS."""
     assert OPERATIONS[op].broadcast == op.endswith(("is", "os"))
 

@@ -1,4 +1,4 @@
-"""Traces as text: what is written is what is read, and what makes no sense is refused by file and line."""
+"""Traces as text: reading returns what was written, and invalid text is refused by file and line."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_example_of_the_modules_docstring_is_a_trace():
     assert [" ".join(line.split()) for line in example.splitlines() if line.strip()] == list(trace.lines())
 
 
-def test_comments_and_empty_lines_say_nothing():
+def test_comments_and_empty_lines_are_ignored():
     trace = Trace.parse(["# what this is", MAGIC, "", FACTS, "0.1 0 exit # back", "# the end"])
     assert trace.events == [Exit(100_000_000, 0)]
 
@@ -106,7 +106,7 @@ def test_a_trace_may_end_after_its_first_line():
 
 
 def test_a_saved_trace_that_was_cut_is_not_whole(tmp_path):
-    """At the end of a line, where each line makes sense."""
+    """It was cut at the end of a line, so that each line is valid."""
     path = tmp_path / "one.trace"
     Trace({"cpus": "2"}, [Exit(1, 0), Exit(2, 1)]).save(path)
     assert Trace.load(path).facts == {"cpus": "2"}
@@ -159,7 +159,7 @@ def test_nonsense_is_refused_by_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "arm-kvm-trace 2\n", f"{FACTS}\n{MAGIC}\n"])
-def test_what_does_not_begin_like_a_trace_is_none(tmp_path, text):
+def test_a_trace_begins_with_its_magic_line(tmp_path, text):
     path = tmp_path / "odd.trace"
     path.write_text(text, encoding="ascii")
     with pytest.raises(TraceError, match=f"odd.trace is no trace: its first line is not {MAGIC!r}"):

@@ -1,4 +1,4 @@
-"""Memory attributes: the tables of the manual (DDI 0487 D8.6), line by line, and what must hold of all of them."""
+"""Memory attributes: the tables of the manual (DDI 0487 D8.6), line by line, and properties of all of them."""
 
 import pytest
 from arm_kvm.model.arch.attributes import STAGE1_OFF, Attributes, combine, is_device
@@ -77,13 +77,13 @@ def test_shareability(first, second, combined):
     assert combine(Attributes(0xFF, first), Attributes(0xF, second), fwb=False).sh == combined
 
 
-def test_forced_write_back_of_device_memory_leaves_the_shareability_open():
+def test_forced_write_back_of_device_memory_has_undefined_shareability():
     assert combine(Attributes(0x00, NON), Attributes(0b0110, NON), fwb=True) == (0xFF, None)
     assert combine(Attributes(0x00, NON), Attributes(0b0110, OUTER), fwb=True) == (0xFF, OUTER)
 
 
 @pytest.mark.parametrize("mair", [0x03, 0x40, 0xA0, 0xF0])
-def test_bytes_of_mair_beyond_the_base_encodings_are_left_open(mair):
+def test_bytes_of_mair_beyond_the_base_encodings_are_undefined(mair):
     assert combine(Attributes(mair, NON), Attributes(0b1111, NON), fwb=False) == (None, None)
 
 

@@ -1,4 +1,4 @@
-"""Changes of an entry: which need a break, and what each takes away."""
+"""Changes of an entry: which need break-before-make, and what the guest loses by each."""
 
 import pytest
 from arm_kvm.model.arch import descriptors as d

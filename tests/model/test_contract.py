@@ -1,4 +1,4 @@
-"""What a leaf may be: each rule broken by the page that breaks it, and by no other."""
+"""What a leaf may be: for each rule the pages that break it, and only those."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def leaf(pa=PA, **kind):
 
 
 def page(ipa=IPA, pa=PA, flags=SlotFlags.NONE, windows=(), desc=None, **more):
-    """One page at ``ipa``, as the host has it but for ``more``; one memslot of four pages at IPA."""
+    """One page at ``ipa``, mapped as by the host except for ``more``; one memslot of four pages at IPA."""
     slots = [Memslot(2, IPA, 4 * PAGE, HVA, flags)]
     found = {"host_pa": PA, "host_mapped": True, "host_writable": True, "written": False, "is_ram": pa == PA} | more
     one = {name: np.array([value]) for name, value in found.items()}
@@ -36,12 +36,12 @@ def broken(pages):
     return [name for name in plain if getattr(pages, name)[0]] + [x for x in Limit if pages.writable_despite(x)[0]]
 
 
-def test_a_page_as_the_host_has_it_breaks_nothing():
+def test_a_page_as_the_host_maps_it_breaks_nothing():
     assert broken(page()) == []
 
 
 def test_the_frame_is_the_hosts():
-    assert broken(page(host_pa=PA + 0x123)) == []  # the very byte's
+    assert broken(page(host_pa=PA + 0x123)) == []  # that of the byte
     assert broken(page(host_pa=PA + PAGE)) == broken(page(host_pa=0, host_mapped=False)) == ["wrong_frame"]
     assert broken(page(IPA + 4 * PAGE)) == broken(page(IPA - PAGE)) == ["outside"]
 
@@ -71,7 +71,7 @@ def test_a_device_is_of_a_device_type_and_not_executable():
     assert broken(page(pa=DEVICE, host_pa=DEVICE)) == ["executable_device", "device_of_other_type"]
 
 
-def test_a_window_shows_its_device_whatever_the_memslot_says():
+def test_a_window_maps_its_device_regardless_of_the_memslot():
     window, shown = Window(IPA - PAGE, 2 * PAGE, DEVICE), leaf(DEVICE, **DEVICE_LEAF)
     for ipa in (IPA - PAGE, IPA):
         pa = DEVICE + ipa - window.ipa

@@ -1,4 +1,4 @@
-"""Descriptors: every word round trips, every field is where the manual puts it, what is reserved has a name."""
+"""Descriptors: every word round trips, every field is where the manual puts it, reserved encodings have names."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_an_entry_is_encoded_to_what_decodes_to_it_or_refused(entry, level, fmt)
 
 
 @pytest.mark.parametrize(("fmt", "memattr"), [(Format(), 0b1111), (Format(fwb=True), 0b0110)])
-def test_a_leaf_is_ordinary_memory_unless_it_says_otherwise(fmt, memattr):
+def test_a_leaf_is_ordinary_memory_by_default(fmt, memattr):
     assert d.decode(d.encode(d.LeafFields(0x1000), 3, fmt), 3, fmt).memattr == memattr
 
 
@@ -141,7 +141,7 @@ def test_a_word_is_one_of_five_kinds(word, level, granule):
         (d.Reserved(3), 3),
     ],
 )
-def test_what_no_entry_can_say_is_refused(entry, level):
+def test_what_no_entry_can_encode_is_refused(entry, level):
     with pytest.raises(ValueError, match="cannot encode|does not fit"):
         d.encode(entry, level, d.LPAE)
 
@@ -184,7 +184,7 @@ def test_execute_never_in_two_bits(xn, el1, el0):
 
 @pytest.mark.parametrize("xn", range(4))
 def test_execute_never_in_one_bit(xn):
-    """Bit 53 says nothing without FEAT_XNX."""
+    """Bit 53 has no meaning without FEAT_XNX."""
     desc = d.encode(d.LeafFields(0, xn=xn), 3, FULL)
     assert d.s2_executable(desc) == d.s2_executable(desc, el0=True) == (xn < 2)
 

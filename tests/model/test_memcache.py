@@ -1,4 +1,4 @@
-"""The page-table memory cache, filled before the lock: what a shortage of memory leaves in it, and answers."""
+"""The page-table memory cache, filled before the lock is taken: contents and result after a shortage of memory."""
 
 import pytest
 from arm_kvm.model.kvm.memcache import CAPACITY, MemoryCache, TopUp
@@ -16,17 +16,17 @@ def test_enough_is_enough():
 
 @pytest.mark.parametrize("stock", range(4))
 def test_exhaustion(stock):
-    """With fewer than the least, ENOMEM, and what was got stays; with the least, a fault can go on."""
+    """With fewer pages than the minimum, ENOMEM, and they stay; with the minimum, the fault proceeds."""
     cache = MemoryCache((5, 9))
     assert cache.top_up(2, available=stock) == (REFUSED if stock < 2 else SHORT)
     assert cache.pages == stock
 
 
-def test_the_first_kernels_gave_up_with_enough_in_hand():
-    """mmu_topup_memory_cache() answers ENOMEM at the first page that cannot be had."""
+def test_old_kernels_fail_with_the_minimum_in_the_cache():
+    """mmu_topup_memory_cache() returns ENOMEM at the first page that cannot be allocated."""
     cache = MemoryCache((5, 8))
     assert cache.top_up(2, available=3) == REFUSED
-    assert cache.top_up(2, available=0) == FINE  # the next run finds what was got
+    assert cache.top_up(2, available=0) == FINE  # the next run finds what was allocated
 
 
 def test_more_than_fits_is_a_mistake():

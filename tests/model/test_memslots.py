@@ -1,4 +1,4 @@
-"""Memslots: placement, overlap, move, flags, limits and the dirty log, as the ioctl answers."""
+"""Memslots: placement, overlap, move, flags, limits and the dirty log, as in the ioctls."""
 
 import errno
 
@@ -31,14 +31,14 @@ def test_memslot_covers_its_range_only():
         both[0].hva_of(PAGE)
 
 
-def test_a_slot_shows_a_part_of_host_memory():
+def test_a_slot_maps_a_part_of_host_memory():
     one = slot(page=8, pages=4)
     assert one.ipas_of(0x7000_1000, 0x1_0000) == (9 * PAGE, 3 * PAGE)
     assert one.ipas_of(0x6FFF_F000, 0x1000) is None and one.pages == 4
     assert "hva 0x70000000" in str(one) and "READONLY" in str(one.with_flags(RO))
 
 
-def test_a_life_of_a_slot(slots):
+def test_the_life_of_a_slot(slots):
     assert slots.set(slot()) == slots.set(slot()) == Owed()
     assert slots.set(slot(page=8)) == Owed(must_go=((0, 4 * PAGE),))
     assert slots.at(0) is None and slots.at(9 * PAGE).slot == 0

@@ -1,4 +1,4 @@
-"""Notifiers: each operation's duty, its range, and every breach of it recognised by name."""
+"""Notifiers: each operation's duty and range, and the name of every breach."""
 
 import re
 
@@ -12,8 +12,8 @@ from arm_kvm.model.kvm.notifier import (
     Call,
     Duty,
     Notice,
+    Notified,
     Operation,
-    Told,
     document,
     table,
     unasked,
@@ -44,13 +44,13 @@ def breaches(operation, before, after, **more):
 
 
 GO, RO, STAY = Duty.GO, Duty.READ_ONLY, Duty.STAY
-RANGE, HUGE_PAGE, WHOLE_VMA, NOBODY = Told.RANGE, Told.HUGE, Told.VMA, Told.NOTHING
+RANGE, HUGE_PAGE, WHOLE_VMA, NOBODY = Notified.RANGE, Notified.HUGE, Notified.VMA, Notified.NONE
 #: Written down once more, from the calls in mm/ (5.4, 6.1, 6.12), so that a slip in RULES is seen.
 EXPECTED = {
     Operation.DONTNEED: (GO, RANGE),
     Operation.FREE: (RO, RANGE),
     Operation.FREE_RECLAIMED: (GO, RANGE),
-    Operation.RECLAIM_GIVEN_UP: (STAY, Told.RANGE),
+    Operation.RECLAIM_GIVEN_UP: (STAY, Notified.RANGE),
     Operation.MUNMAP: (GO, RANGE),
     Operation.MREMAP: (GO, RANGE),
     Operation.MPROTECT_READ: (RO, RANGE),
@@ -79,13 +79,13 @@ EXPECTED = {
     Operation.POISON: (GO, RANGE),
     Operation.UFFD_PROTECT: (RO, RANGE),
     Operation.WRITE_BACK: (RO, RANGE),
-    Operation.AGE: (STAY, Told.AGED),
+    Operation.AGE: (STAY, Notified.AGED),
 }
 
 
 @pytest.mark.parametrize("operation", Operation)
 def test_every_operation_has_its_rule(operation):
-    assert (RULES[operation].duty, RULES[operation].told) == EXPECTED[operation]
+    assert (RULES[operation].duty, RULES[operation].notified) == EXPECTED[operation]
 
 
 def test_change_pte_follows_where_a_page_is_replaced_in_place():
@@ -112,19 +112,19 @@ def test_a_leaf_that_stays_writable_is_caught(operation):
     assert breaches(operation, leaf(5, s2ap=d.Grant.READ), leaf(5, s2ap=d.Grant.READ)) == []
 
 
-@pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].told is Told.NOTHING])
-def test_a_leaf_lost_without_a_word_is_caught(operation):
+@pytest.mark.parametrize("operation", [o for o in Operation if RULES[o].notified is Notified.NONE])
+def test_a_leaf_lost_without_a_notification_is_caught(operation):
     assert breaches(operation, leaf(5), {}) == [BreachKind.LOST]
     assert breaches(operation, leaf(5), leaf(5)) == []
 
 
-def test_neighbours_within_the_huge_page_may_go_others_not():
+def test_only_neighbours_within_the_huge_page_may_go():
     before = leaf(5) | leaf(6) | leaf(600)
     assert breaches(Operation.DONTNEED, before, {}) == [BreachKind.LOST]
     assert breaches(Operation.DONTNEED, before, leaf(600)) == []
 
 
-def test_a_block_goes_whole_or_is_split_around_the_range():
+def test_a_block_goes_as_a_whole_or_is_split_around_the_range():
     block = leaf(0, level=2)
     pages = {ipa: word for n in range(512) for ipa, word in leaf(n).items()}
     assert breaches(Operation.DONTNEED, block, {}) == []
@@ -135,14 +135,14 @@ def test_a_block_goes_whole_or_is_split_around_the_range():
     assert BreachKind.STALE in breaches(Operation.DONTNEED, leaf(5), block)
 
 
-def test_a_giant_block_reaches_beyond_what_was_said():
+def test_a_giant_block_reaches_beyond_the_notified_range():
     vma = (0x4000_0000, 0x8000_0000)
     slot = Memslot(0, 0x4000_0000, 1 << 30, 0x4000_0000)
     said = Notice(Operation.DONTNEED, 0x4000_5000, 0x4000_6000, vma)
     assert violations([said], [slot], {0x4000_0000: (1, d.encode(d.LeafFields(0x4000_0000), 1))}, {}) == []
 
 
-def test_a_leaf_nobody_spoke_of_must_not_change():
+def test_a_leaf_outside_the_notified_range_must_not_change():
     assert breaches(Operation.DONTNEED, leaf(600), {IPA + 600 * PAGE: leaf(7)[IPA + 7 * PAGE]}) == [BreachKind.ALTERED]
     assert breaches(Operation.DONTNEED, leaf(600), leaf(600, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
     assert breaches(Operation.FORK_SHARED, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
@@ -157,7 +157,7 @@ def test_nothing_appears_without_a_guest():
     assert breaches(Operation.KSM_MERGE, {}, leaf(5, s2ap=d.Grant.READ)) == []
 
 
-def test_ageing_takes_the_access_flag_alone():
+def test_ageing_clears_nothing_but_the_access_flag():
     assert breaches(Operation.AGE, leaf(5), leaf(5, af=False)) == []
     assert breaches(Operation.AGE, leaf(5), {}) == [BreachKind.LOST]
     assert breaches(Operation.AGE, leaf(5), leaf(5, s2ap=d.Grant.READ)) == [BreachKind.ALTERED]
@@ -181,12 +181,12 @@ def test_change_pte_must_map_where_a_table_is_left():
     assert breaches(Operation.COW_COPY, leaf(6), leaf(6)) == [BreachKind.NOT_MAPPED]  # also where nothing was mapped
     assert breaches(Operation.COW_COPY, before, {}) == []
     assert breaches(Operation.COW_COPY, leaf(5) | leaf(600), leaf(600)) == []  # another table
-    assert breaches(Operation.COW_COPY, leaf(5), leaf(6)) == [BreachKind.APPEARED]  # a new table is no old one
+    assert breaches(Operation.COW_COPY, leaf(5), leaf(6)) == [BreachKind.APPEARED]  # the table is new
     assert breaches(Operation.COW_COPY, leaf(5) | leaf(512, level=2), leaf(512, level=2)) == []
 
 
-def test_several_operations_between_two_looks():
-    """What one of them takes may be gone, what one of them demands must be done."""
+def test_several_operations_between_two_readings():
+    """A page may be gone if one of them allows it, and must be gone if one of them demands it."""
     said = [notice(Operation.MPROTECT_READ), notice(Operation.DONTNEED, HVA + 600 * PAGE, HVA + 601 * PAGE)]
     both = leaf(5) | leaf(600)
     found = violations(said, [SLOT], both, both)
@@ -217,15 +217,15 @@ def test_calls_may_come_in_pieces_and_overlap():
     assert [v.ipa for v in unheard([said], [SLOT], whole, pieces[:2])] == [IPA + 3 * PAGE]
 
 
-def test_where_nobody_is_to_be_told_nobody_may_be():
+def test_no_call_is_allowed_where_none_is_required():
     for call in (Call.UNMAP, Call.SET):
         assert heard(Operation.COW_REUSE, leaf(5), (call, PAGE_5)) == [(BreachKind.TOLD, IPA + 5 * PAGE)]
     elsewhere = (VMA[1], VMA[1] + PAGE)
     assert heard(Operation.COW_REUSE, leaf(5), (Call.TEST, PAGE_5), (Call.UNMAP, elsewhere)) == []
 
 
-def test_what_one_operation_tells_of_is_not_held_against_the_other():
-    """A fork tells of private memory, and of no shared memory beside it."""
+def test_a_call_for_one_operation_is_no_breach_of_another():
+    """A fork notifies private memory, but not shared memory next to it."""
     page_6 = (HVA + 6 * PAGE, HVA + 7 * PAGE)
     said = [notice(Operation.MPROTECT_READ, *PAGE_5), notice(Operation.FORK_SHARED, *page_6)]
     both = [(Call.UNMAP, PAGE_5), (Call.UNMAP, page_6)]
@@ -251,7 +251,7 @@ def test_the_document_is_the_table_under_a_heading():
 @pytest.mark.parametrize("operation", Operation)
 def test_the_table_has_a_line_for_every_operation(operation):
     (line,) = [line for line in table() if line.startswith(f"| {operation.value} |")]
-    assert RULES[operation].duty.value in line and RULES[operation].told.value in line
+    assert RULES[operation].duty.value in line and RULES[operation].notified.value in line
     assert ("read-only" in line.split("|")[4]) == RULES[operation].change_pte
 
 
@@ -302,16 +302,16 @@ def test_the_duty_lies_within_what_may_go(operation, offset, size):
 
 
 @given(st.sampled_from(Operation), st.sets(st.integers(0, 4 * 512 - 1), max_size=30))
-def test_a_kernel_that_drops_all_it_may_is_always_right(operation, pages):
-    """What KVM on Arm does: unmap whatever it is told of."""
+def test_a_kernel_that_unmaps_all_it_may_breaks_nothing(operation, pages):
+    """KVM on Arm does so: it unmaps every notified range."""
     before = {ipa: word for n in pages for ipa, word in leaf(n).items()}
     may_go = notice(operation).may_go or (0, 0)
     after = {ipa: word for ipa, word in before.items() if not may_go[0] <= ipa - IPA + HVA < may_go[1]}
     assert violations([notice(operation)], [SLOT], before, after) == []
 
 
-def test_what_goes_must_have_been_named():
-    """The table with the page's neighbours, freed too early."""
+def test_a_leaf_that_goes_must_be_in_a_call():
+    """E.g. the table with the page's neighbours was freed too early."""
     before = leaf(4) | leaf(5) | leaf(6)
     calls = [(Call.UNMAP, PAGE_5), (Call.AGE, (HVA, HVA + 8 * PAGE))]
     assert unasked([SLOT], before, leaf(4) | leaf(6), calls) == unasked([SLOT], before, before, []) == []
@@ -319,7 +319,7 @@ def test_what_goes_must_have_been_named():
     assert [(v.kind, v.ipa) for v in found] == [(BreachKind.LOST, IPA + 4 * PAGE), (BreachKind.LOST, IPA + 6 * PAGE)]
 
 
-def test_a_block_goes_whole_when_any_of_it_is_named():
+def test_a_block_goes_as_a_whole_if_any_of_it_is_in_a_call():
     block = leaf(512, level=2)
     inside = (HVA + 700 * PAGE, HVA + 701 * PAGE)
     assert unasked([SLOT], block, {}, [(Call.SET, inside)]) == []

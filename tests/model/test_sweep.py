@@ -1,4 +1,4 @@
-"""Sweeps: every leaf and nothing else, every address where the leaves say, malformed entries named and not followed."""
+"""Sweeps: every leaf and nothing else, every address as the leaves map it, malformed entries named and not followed."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_malformed_entries_are_named_and_kept_where_a_walk_goes_through_them(why
     assert why in m.why and (m.pa, m.ia, m.level, m.desc) == (at, 1 << 31, level, desc)
 
 
-def test_a_root_that_is_nowhere():
+def test_a_root_without_memory():
     found = sweep.sweep(a15(0x1_0000_0000), Pages())
     assert [m.why for m in found.malformed] == ["a root table that no RAM backs"] and len(found.leaves) == 0
 
@@ -104,7 +104,7 @@ def test_a_block_above_the_first_level_of_blocks_is_malformed(tg0, sl0, bits, le
 
 
 def test_stage_1_entries_are_judged_by_their_type_alone():
-    """SH and MemAttr of stage 2 are other fields in stage 1."""
+    """The bits of SH and MemAttr are other fields in stage 1."""
     memory = Pages()
     table = Table(memory, regime.stage1_armv7(memory.page(), 1 << 31))
     table.put(0, 3, d.encode(d.LeafFields(BASE, memattr=0b0100, sh=1), 3))

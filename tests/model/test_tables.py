@@ -1,4 +1,4 @@
-"""How many table pages leaves need: as many as a table built of them has, whatever its shape."""
+"""How many table pages a set of leaves needs: as many as a tree that is built from them has."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""VMIDs: both allocators against what must always hold, and against the histories that the kernel's source gives."""
+"""VMIDs: properties of both allocators, and histories that follow from the kernel's source."""
 
 import pytest
 from arm_kvm.model.kvm.vmid import Bitmap, Consecutive, Invalidation, VcpuLoads
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 ALL = (Invalidation.ALL_VMS_ALL_CPUS,)
 CPUS = 3
-BITS = 3  # seven numbers, so that histories of a few dozen steps roll over many times
+BITS = 3  # seven VMIDs, so that histories of a few dozen steps roll over many times
 
 #: Histories: which VM enters on which CPU; -1: the vCPU on that CPU is scheduled out.
 histories = st.lists(st.tuples(st.integers(-1, 12), st.integers(0, CPUS - 1)), max_size=80)
@@ -21,7 +21,7 @@ def make(request):
 
 
 def steps(make, history):
-    """Play a history: each entry with its VM, the generation before it, and who is on the CPUs after it."""
+    """Play a history: each entry with its VM, the generation before it, and the VMs on the CPUs after it."""
     allocator, running = make(), {}
     for vm, cpu in history:
         if vm < 0:
@@ -52,14 +52,14 @@ def test_a_vm_keeps_its_vmid_within_a_generation(make, history):
 
 
 @given(history=histories)
-def test_a_new_generation_is_invalidated_by_whoever_begins_it_and_nobody_else(make, history):
+def test_only_the_entry_that_begins_a_generation_invalidates(make, history):
     for _, entry, before, _ in steps(make, history):
         assert entry.invalidations == (ALL if entry.generation > before else ())
 
 
 @given(history=histories)
 def test_vms_on_cpus_at_one_time_never_share_a_vmid(make, history):
-    """Over rollovers too: what is on a CPU keeps its number, or has been forced out."""
+    """Nor do they over rollovers: a VM on a CPU keeps its VMID, or was forced out."""
     for _, _, _, running in steps(make, history):
         vmids = dict(running.values())
         assert len(set(vmids.values())) == len(vmids)
@@ -93,7 +93,7 @@ def test_sixteen_bits_hold_65535_vms():
     assert allocator.enter("one more", 0).generation == 3
 
 
-def test_a_destroyed_vms_number_is_not_given_back(make):
+def test_a_destroyed_vms_vmid_is_not_free_in_its_generation(make):
     allocator = make()
     one = allocator.enter("one", 0)
     allocator.leave(0)
@@ -107,7 +107,7 @@ def test_the_bitmap_begins_without_an_invalidation():
 
 
 def test_the_bitmap_rolls_over_around_what_runs():
-    """VM 7 runs on CPU 1 while the numbers run out on CPU 0: it keeps 8, and the search passes it by."""
+    """VM 7 runs on CPU 1 while the VMIDs run out on CPU 0: it keeps 8, which the search skips."""
     allocator = Bitmap(8, 2)
     for vm in range(255):
         allocator.enter(vm, 0)
@@ -136,7 +136,7 @@ def test_an_old_number_comes_back_when_it_is_free():
 
 
 def test_a_reservation_outlives_a_second_rollover():
-    """A CPU that stays in its guest has no active VMID after the first rollover; its reservation is what counts."""
+    """A CPU that stays in its guest has no active VMID after the first rollover, only a reserved one."""
     allocator = Bitmap(8, 2)
     long_run = allocator.enter("long", 1)
     vm = 0
@@ -165,7 +165,7 @@ def test_local_invalidation_when_vcpus_of_a_vm_take_turns_on_a_cpu():
     assert loads.load("vm", 0, 1) == local and loads.load("vm", 0, 1) == ()
 
 
-def test_who_was_last_is_known_until_it_is_invalidated():
+def test_the_last_vcpu_is_known_until_it_is_invalidated():
     loads = VcpuLoads()
     for vm, cpu in (("vm", 0), ("vm", 1), ("other", 0), ("other", 1)):
         loads.load(vm, 7, cpu)
@@ -181,19 +181,19 @@ def test_who_was_last_is_known_until_it_is_invalidated():
     assert loads.last("vm", 1) is None
 
 
-def test_the_consecutive_allocator_does_not_care_who_leaves():
+def test_the_consecutive_allocator_ignores_exits():
     allocator = Consecutive()
     one = allocator.enter("one", 0)
     allocator.leave(0)
     assert allocator.enter("one", 1).vmid == one.vmid
 
 
-# -- questions to an allocator, for those who watch a host and cannot see all of it ------------------------
+# -- predictions, for observers of a host that do not see all of it --------------------------------------
 
 
 @given(history=histories, vm=st.integers(0, 12), cpu=st.integers(0, CPUS - 1))
-def test_what_is_foretold_comes_true(make, history, vm, cpu):
-    """rolls_over() and peek() say what enter() will do, and change nothing: enter() is asked the same afterwards."""
+def test_predictions_come_true(make, history, vm, cpu):
+    """rolls_over() and peek() predict enter(), and change nothing."""
     allocator = make()
     for other, where in history:
         _ = allocator.leave(where) if other < 0 else allocator.enter(other, where)
@@ -206,7 +206,7 @@ def test_what_is_foretold_comes_true(make, history, vm, cpu):
 
 @pytest.mark.parametrize("make_late", [lambda first: Consecutive(8, first), lambda first: Bitmap(8, 2, first)])
 def test_an_allocator_in_use_goes_on_where_it_was(make_late):
-    """Its next number is ``first``, and no generation begins before the numbers are used up."""
+    """Its next VMID is ``first``, and no generation begins before the VMIDs are used up."""
     allocator = make_late(254)
     assert (allocator.peek("one"), allocator.rolls_over("one")) == (254, False)
     assert [allocator.enter(vm, 0).vmid for vm in ("one", "two", "one")] == [254, 255, 254]
@@ -218,7 +218,7 @@ def test_the_consecutive_allocator_begins_with_a_rollover_when_booted():
     assert Consecutive().rolls_over("one") and not Bitmap(8, 2).rolls_over("one")
 
 
-def test_skipped_numbers_are_taken():
+def test_skipped_vmids_are_taken():
     allocator = Bitmap(8, 2)
     assert allocator.enter("one", 0).vmid == 1
     allocator.skip(9)
@@ -227,7 +227,7 @@ def test_skipped_numbers_are_taken():
     assert allocator.enter("four", 0).vmid == 11
 
 
-def test_all_may_be_skipped_but_the_numbers_of_those_who_have_one():
+def test_skipping_all_leaves_vms_their_vmids():
     allocator = Bitmap(8, 2)
     allocator.enter("one", 0)
     allocator.skip(allocator.size)
@@ -241,7 +241,7 @@ def test_what_was_skipped_is_free_in_the_next_generation():
     assert [allocator.enter(vm, 0).vmid for vm in range(3)] == [1, 2, 3]
 
 
-def test_an_old_number_that_is_free_is_foretold():
+def test_an_old_vmid_that_is_free_is_predicted():
     allocator = Bitmap(8, 1)
     for vm in range(256):
         allocator.enter(vm, 0)
@@ -249,7 +249,7 @@ def test_an_old_number_that_is_free_is_foretold():
     assert allocator.peek(0) == 2  # VM 255 has 1 now
 
 
-def test_a_reserved_number_is_foretold():
+def test_a_reserved_vmid_is_predicted():
     allocator = Bitmap(8, 2)
     allocator.enter("long", 1)
     for vm in range(255):
@@ -257,8 +257,8 @@ def test_a_reserved_number_is_foretold():
     assert (allocator.generation, allocator.peek("long"), allocator.rolls_over("long")) == (2, 1, False)
 
 
-def test_a_number_gets_its_vm(make):
-    """Seen to be taken first, seen by whom later."""
+def test_a_vmid_gets_its_vm(make):
+    """The VMID is seen to be taken before its VM is known."""
     allocator = make()
     taken = allocator.enter("somebody", 0)
     allocator.forget("somebody")
@@ -270,8 +270,8 @@ def test_a_number_gets_its_vm(make):
     assert allocator.enter("somebody", 0).vmid == taken.vmid + 1
 
 
-def test_the_bitmap_knows_who_had_a_number():
-    """Two VMs may ask for the same old number; whoever is first gets it."""
+def test_the_bitmap_knows_the_former_vms_of_a_vmid():
+    """Two VMs may try to get the same old VMID; the first to enter gets it."""
     allocator = Bitmap(bits=3, cpus=1)
     for vm in range(7):
         allocator.enter(vm, 0)

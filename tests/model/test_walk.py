@@ -1,4 +1,4 @@
-"""The walk: each fault where it belongs, stage 1 under stage 2, and the two walkers in agreement on random tables."""
+"""The walk: every fault, stage 1 under stage 2, and the agreement of both walkers on random tables."""
 
 from dataclasses import replace
 
@@ -278,7 +278,7 @@ def regimes(draw, root):
 
 @st.composite
 def noisy_tables(draw):
-    """Six random paths: tables, leaves with random attributes, noise; high address bits, tables that are nowhere."""
+    """Six random paths: tables, leaves with random attributes, noise; high address bits, tables without memory."""
     memory = Pages(2048)
     root = memory.page(256)
     r = draw(regimes(root))
@@ -315,7 +315,7 @@ def noise(draw, memory, r, level):
 @settings(max_examples=400, deadline=None)
 @given(noisy_tables())
 def test_the_two_walkers_agree(made):
-    """On random words: every address, the very fault and its level."""
+    """On random words: addresses, faults and levels."""
     memory, r, ias = made
     found = sweep.resolve(r, memory, np.array(ias, dtype=np.uint64))
     for i, ia in enumerate(ias):
@@ -338,7 +338,7 @@ def reader(memory, r):
 @settings(max_examples=200, deadline=None)
 @given(noisy_tables())
 def test_a_sweep_finds_what_the_scalar_walk_finds(made):
-    """Every leaf walks to itself, at both ends; every address that walks to a leaf lies in one of the sweep."""
+    """Both ends of every leaf translate to it; every address that translates is in a leaf of the sweep."""
     memory, r, ias = made
     leaves = sweep.sweep(r, memory).leaves
     for ia, desc, level, size in zip(leaves.ia, leaves.desc, leaves.level, leaves.size, strict=True):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from arm_kvm.host.host import Host
 from arm_kvm.model.kvm import notifier
-from arm_kvm.model.kvm.notifier import CHANGE_PTE_GONE, Call, Leaves, Notice, Operation, Span, Told
+from arm_kvm.model.kvm.notifier import CHANGE_PTE_GONE, Call, Leaves, Notice, Notified, Operation, Span
 from arm_kvm.oracle import ftrace as trace
 from arm_kvm.oracle.oracle import Oracle
 from arm_kvm.oracle.stage2 import Stage2
@@ -108,7 +108,7 @@ class Witness:
         """Return the notices of the operation: one, or for a fork one for each private mapping of the process."""
         start, end = memory.hva + offset, memory.hva + offset + size
         vmas = mappings(self._host.agent, private=operation is Operation.FORK)
-        if notifier.RULES[operation].told is Told.VMA:
+        if notifier.RULES[operation].notified is Notified.VMA:
             return [Notice(operation, *vma, vma, self._kernel) for vma in vmas]
         own = [vma for vma in vmas if vma[0] <= start < vma[1]]
         vma = (min(own[0][0], start), max(own[0][1], end)) if own else (start, end)

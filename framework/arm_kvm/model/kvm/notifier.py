@@ -38,14 +38,14 @@ class Duty(Enum):
     STAY = "may stay"  #: frame and permission are unchanged
 
 
-class Told(Enum):
+class Notified(Enum):
     """The range for which the notifiers are called."""
 
     RANGE = "the range"
     HUGE = "the aligned 2 MiB around it"
     VMA = "the whole VMA"
     AGED = "the range, to clear its access flags"  #: clear_young, clear_flush_young
-    NOTHING = "none"
+    NONE = "none"
 
 
 class Call(Enum):
@@ -100,50 +100,50 @@ class Rule:
     """One line of the table: the duty, the notified range, and whether change_pte follows."""
 
     duty: Duty
-    told: Told
+    notified: Notified
     change_pte: bool = False  #: up to 6.9 KVM then maps the new frame read-only if a level 3 table is left
 
 
 _O, _GO, _RO, _STAY = Operation, Duty.GO, Duty.READ_ONLY, Duty.STAY
 
 RULES: dict[Operation, Rule] = {
-    _O.DONTNEED: Rule(_GO, Told.RANGE),
+    _O.DONTNEED: Rule(_GO, Notified.RANGE),
     # The frame stays, but is marked clean: a write through a leaf that is still writable would be lost.
-    _O.FREE: Rule(_RO, Told.RANGE),
-    _O.FREE_RECLAIMED: Rule(_GO, Told.RANGE),
+    _O.FREE: Rule(_RO, Notified.RANGE),
+    _O.FREE_RECLAIMED: Rule(_GO, Notified.RANGE),
     # The mapping is removed, found dirty and restored (mm/rmap.c try_to_unmap_one).
-    _O.RECLAIM_GIVEN_UP: Rule(_STAY, Told.RANGE),
-    _O.MUNMAP: Rule(_GO, Told.RANGE),
-    _O.MREMAP: Rule(_GO, Told.RANGE),
-    _O.MPROTECT_READ: Rule(_RO, Told.RANGE),
-    _O.MPROTECT_NONE: Rule(_GO, Told.RANGE),
-    _O.MPROTECT_WIDER: Rule(_STAY, Told.RANGE),
-    _O.FORK: Rule(_RO, Told.VMA),
-    _O.FORK_SHARED: Rule(_STAY, Told.NOTHING),
-    _O.COW_COPY: Rule(_GO, Told.RANGE, change_pte=True),
-    _O.COW_COPY_HUGE: Rule(_GO, Told.HUGE),
-    _O.COW_REUSE: Rule(_STAY, Told.NOTHING),
-    _O.ZERO_WRITE: Rule(_GO, Told.RANGE, change_pte=True),
-    _O.CHILD_WRITE: Rule(_STAY, Told.NOTHING),
-    _O.KSM_PROTECT: Rule(_RO, Told.RANGE, change_pte=True),
-    _O.KSM_MERGE: Rule(_GO, Told.RANGE, change_pte=True),
-    _O.KSM_UNSHARE: Rule(_GO, Told.RANGE, change_pte=True),
-    _O.THP_SPLIT: Rule(_STAY, Told.HUGE),
-    _O.THP_SPLIT_FILE: Rule(_GO, Told.HUGE),
-    _O.THP_SPLIT_PAGE: Rule(_GO, Told.HUGE),
-    _O.THP_COLLAPSE: Rule(_GO, Told.HUGE),
-    _O.MIGRATE: Rule(_GO, Told.RANGE),
-    _O.SWAP_OUT: Rule(_GO, Told.RANGE),
-    _O.FILE_OUT: Rule(_GO, Told.RANGE),
+    _O.RECLAIM_GIVEN_UP: Rule(_STAY, Notified.RANGE),
+    _O.MUNMAP: Rule(_GO, Notified.RANGE),
+    _O.MREMAP: Rule(_GO, Notified.RANGE),
+    _O.MPROTECT_READ: Rule(_RO, Notified.RANGE),
+    _O.MPROTECT_NONE: Rule(_GO, Notified.RANGE),
+    _O.MPROTECT_WIDER: Rule(_STAY, Notified.RANGE),
+    _O.FORK: Rule(_RO, Notified.VMA),
+    _O.FORK_SHARED: Rule(_STAY, Notified.NONE),
+    _O.COW_COPY: Rule(_GO, Notified.RANGE, change_pte=True),
+    _O.COW_COPY_HUGE: Rule(_GO, Notified.HUGE),
+    _O.COW_REUSE: Rule(_STAY, Notified.NONE),
+    _O.ZERO_WRITE: Rule(_GO, Notified.RANGE, change_pte=True),
+    _O.CHILD_WRITE: Rule(_STAY, Notified.NONE),
+    _O.KSM_PROTECT: Rule(_RO, Notified.RANGE, change_pte=True),
+    _O.KSM_MERGE: Rule(_GO, Notified.RANGE, change_pte=True),
+    _O.KSM_UNSHARE: Rule(_GO, Notified.RANGE, change_pte=True),
+    _O.THP_SPLIT: Rule(_STAY, Notified.HUGE),
+    _O.THP_SPLIT_FILE: Rule(_GO, Notified.HUGE),
+    _O.THP_SPLIT_PAGE: Rule(_GO, Notified.HUGE),
+    _O.THP_COLLAPSE: Rule(_GO, Notified.HUGE),
+    _O.MIGRATE: Rule(_GO, Notified.RANGE),
+    _O.SWAP_OUT: Rule(_GO, Notified.RANGE),
+    _O.FILE_OUT: Rule(_GO, Notified.RANGE),
     # The page is marked clean (mm/rmap.c page_mkclean_one), as with MADV_FREE.
-    _O.WRITE_BACK: Rule(_RO, Told.RANGE),
-    _O.SWAP_IN: Rule(_STAY, Told.NOTHING),
-    _O.PUNCH_HOLE: Rule(_GO, Told.RANGE),
-    _O.TRUNCATE: Rule(_GO, Told.RANGE),
-    _O.POISON: Rule(_GO, Told.RANGE),
-    _O.UFFD_PROTECT: Rule(_RO, Told.RANGE),
+    _O.WRITE_BACK: Rule(_RO, Notified.RANGE),
+    _O.SWAP_IN: Rule(_STAY, Notified.NONE),
+    _O.PUNCH_HOLE: Rule(_GO, Notified.RANGE),
+    _O.TRUNCATE: Rule(_GO, Notified.RANGE),
+    _O.POISON: Rule(_GO, Notified.RANGE),
+    _O.UFFD_PROTECT: Rule(_RO, Notified.RANGE),
     # Ageing clears nothing but the access flag, in every version.
-    _O.AGE: Rule(_STAY, Told.AGED),
+    _O.AGE: Rule(_STAY, Notified.AGED),
 }
 
 
@@ -168,9 +168,9 @@ class Notice:
     @property
     def owed(self) -> Span:
         """The HVA range of the duty, in whole pages. A hole or a truncation does not affect pages it covers partly."""
-        if self.rule.told is Told.VMA:
+        if self.rule.notified is Notified.VMA:
             return self.vma
-        if self.rule.told is Told.HUGE:
+        if self.rule.notified is Notified.HUGE:
             return _around(self.start, self.end, _HUGE)
         if self.operation in (Operation.PUNCH_HOLE, Operation.TRUNCATE):
             first, last = -(-self.start // _PAGE) * _PAGE, self._end // _PAGE * _PAGE
@@ -184,7 +184,7 @@ class Notice:
         Wider than :attr:`owed`: splitting a VMA or a huge mapping at an edge notifies the aligned 2 MiB there. Blocks
         that reach into the range are unmapped as a whole (:func:`violations` allows for them).
         """
-        if self.rule.told in (Told.AGED, Told.NOTHING):
+        if self.rule.notified in (Notified.AGED, Notified.NONE):
             return None
         owed = self.owed
         return _around(min(self.start, owed[0]), max(self._end, owed[1]), _HUGE)
@@ -192,7 +192,7 @@ class Notice:
     @property
     def call(self) -> Call | None:
         """The call that is required for every page in :attr:`owed` that stage 2 mapped; None: none is allowed."""
-        return {Told.AGED: Call.AGE, Told.NOTHING: None}.get(self.rule.told, Call.UNMAP)
+        return {Notified.AGED: Call.AGE, Notified.NONE: None}.get(self.rule.notified, Call.UNMAP)
 
     @property
     def _end(self) -> int:
@@ -229,7 +229,7 @@ def table() -> list[str]:
     head = ["| what the host does | stage 2 | range notified | up to 6.9 change_pte then maps |", "|---|---|---|---|"]
     words = {True: "the new frame, read-only", False: ""}
     return head + [
-        f"| {operation.value} | {rule.duty.value} | {rule.told.value} | {words[rule.change_pte]} |"
+        f"| {operation.value} | {rule.duty.value} | {rule.notified.value} | {words[rule.change_pte]} |"
         for operation, rule in RULES.items()
     ]
 
@@ -263,10 +263,10 @@ def violations(notices: Sequence[Notice], slots: Iterable[Memslot], before: Leav
     slots = list(slots)
     old, new = _pages(before), _pages(after)
     owed = [(notice, _Spans(_ipas(slots, notice.owed))) for notice in notices]
-    told = [span for notice in notices if notice.may_go for span in _ipas(slots, notice.may_go)]
-    in_told = _Spans(told)
+    notified = [span for notice in notices if notice.may_go for span in _ipas(slots, notice.may_go)]
+    in_notified = _Spans(notified)
     may_go = _Spans(
-        told + [leaf for leaf in map(_extent, before.items()) if in_told.meets(*leaf)]
+        notified + [leaf for leaf in map(_extent, before.items()) if in_notified.meets(*leaf)]
     )  # blocks go as a whole
     to_map = {ipa for n in notices if n.maps_read_only for ipa in _pages_in(_ipas(slots, n.owed))}
     tables = {ipa & -_HUGE for ipa, (level, _) in after.items() if level == LAST_LEVEL and ipa in old.keys() - to_map}
@@ -333,9 +333,9 @@ def unheard(
     if not any(notice.call for notice in notices):
         return out + [Breach(BreachKind.TOLD, start) for start, _ in taken]
     quiet = _Spans([s for n in notices if not n.call for s in _ipas(slots, n.owed)])
-    told = _Spans([s for n in notices if n.call for s in _ipas(slots, n.owed)])
+    notified = _Spans([s for n in notices if n.call for s in _ipas(slots, n.owed)])
     pages = [ipa for ipa in sorted({*_pages_in(taken)}) if quiet.meets(ipa, ipa + _PAGE)]
-    return out + [Breach(BreachKind.TOLD, ipa) for ipa in pages if not told.meets(ipa, ipa + _PAGE)]
+    return out + [Breach(BreachKind.TOLD, ipa) for ipa in pages if not notified.meets(ipa, ipa + _PAGE)]
 
 
 def _changed_rights(old: int, new: int, may_go: bool) -> BreachKind | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, TypeVar
 
-Vm = TypeVar("Vm", bound=Hashable)  #: whatever identifies a VM
+Vm = TypeVar("Vm", bound=Hashable)  #: the type that identifies a VM
 
 
 class Invalidation(Enum):
