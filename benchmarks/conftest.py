@@ -1,11 +1,11 @@
-"""Benchmarks that were interrupted, or failed, take no figures from the others."""
+"""Benchmarks that failed or were interrupted do not suppress the figures of the others."""
 
 import pytest
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """What ended before its first round has no figures, and would keep those of all others from being written."""
+    """Drop benchmarks that ended before their first round: without figures, they would make the report fail."""
     benchmarks = session.config._benchmarksession.benchmarks
     benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark.stats.data]
     return (yield)

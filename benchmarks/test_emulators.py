@@ -1,6 +1,6 @@
 """The same jobs on the QEMU of three Debian suites: which is the fastest to judge kernels with?
 
-Each job is measured on one emulator after the other, so that what is compared was measured in the same minutes.
+Each job is measured on one emulator after the other, so that the figures to compare are from the same few minutes.
 """
 
 import pytest
@@ -39,7 +39,7 @@ def kernel(fitted):
 
 @pytest.fixture
 def restore(fitted, kernel, tmp_path):
-    """``restore()``: a host from the snapshot of this QEMU; it is ended after the test."""
+    """``restore()``: a host restored from a snapshot made with this QEMU; it ends after the test."""
     snapshot, hosts = snapshots.obtain(fitted, kernel, tmp_path / "boot"), []
 
     def make():
@@ -75,7 +75,7 @@ def test_mmio_exits(benchmark, restore, fitted):
 
 
 def test_look(benchmark, restore, fitted):
-    """4,096 leaves: the machine stopped, both sides read, every leaf judged, the machine running again."""
+    """4,096 leaves: stop the machine, read both sides, judge every leaf, let the machine go on."""
     host = restore()
     vm = host.create_vm(fitted.guests[0])
     vm.add_memory(IPA, LEAVES * 0x1000)

@@ -1,6 +1,6 @@
-"""How fast the lab is: cold boot, an MMIO exit, a verdict. `tox -e bench`; no figure here decides a test.
+"""How fast the lab is: cold boot, an MMIO exit, a verdict. Run by `tox -e bench`; no figure decides a test.
 
-Each benchmark measures what a user waits for, on a real host; medians are what the README quotes.
+Each benchmark measures what a user waits for, on a real host. The README quotes the medians.
 """
 
 import pytest
@@ -53,7 +53,7 @@ def test_mmio_exit_round_trip(benchmark, host, vm):
 @pytest.mark.native
 @pytest.mark.parametrize("leaves", [4096, 65536])
 def test_stop_read_walk_judge_continue(benchmark, vm, stage2, leaves):
-    """The machine stopped, both sides read, every leaf judged, the machine running again."""
+    """Stop the machine, read both sides, judge every leaf, let the machine go on."""
     vm.add_memory(IPA, leaves * 0x1000)
     vm.guest.fill(IPA, leaves)
     assert len(stage2(vm)) == leaves + 2

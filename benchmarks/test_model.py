@@ -1,6 +1,6 @@
 """How fast the model is: the walk of a full gibibyte, vectorised and scalar; a conformance case.
 
-Medians are what the README quotes; no figure here decides a test.
+The README quotes the medians; no figure decides a test.
 """
 
 import pytest
@@ -34,13 +34,13 @@ def gibibyte():
 
 
 def test_sweep_of_262144_leaves(benchmark, gibibyte):
-    """Every leaf of 1 GiB, with the machine stopped: what a verdict on a large guest waits for."""
+    """Every leaf of 1 GiB: how long a verdict on a large guest keeps the machine stopped."""
     found = benchmark.pedantic(sweep.sweep, args=gibibyte, rounds=30, warmup_rounds=3)
     assert len(found.leaves) == LEAVES and not found.malformed
 
 
 def test_scalar_walk_of_262144_leaves(benchmark, gibibyte):
-    """The same, address by address, by the walker that is written to be read."""
+    """The same, address by address, by the walker that is written for readability."""
     r, memory = gibibyte
     read = Access(Direction.READ)
 

@@ -1,4 +1,4 @@
-"""What recording costs, and how long a rollover takes with full checking. `tox -e bench`; nothing is decided here."""
+"""What recording costs, and how long a rollover with full checking takes. `tox -e bench`; no figure decides a test."""
 
 import pytest
 from arm_kvm.recorder.breakpoints import Breakpoints
@@ -12,7 +12,7 @@ IPA = 0x8000_0000
 @pytest.mark.native
 @pytest.mark.needs("vmid8")
 def test_300_vms_through_a_rollover(benchmark, make_vms, record):
-    """Made, each with a page of its own, run and looked at in turn; the trace checked and held against the model."""
+    """Create the VMs, each with a page of its own; run and judge each in turn; check the trace against the model."""
 
     def run():
         with record() as events:
@@ -34,7 +34,7 @@ def test_300_vms_through_a_rollover(benchmark, make_vms, record):
 @pytest.mark.native
 @pytest.mark.parametrize("recording", ["off", "probe", "breakpoints"])
 def test_mmio_exit(benchmark, host, oracle, recorder, vm, recording):
-    """The round trip of an MMIO exit, with nothing watched (the probe is loaded) and with either mechanism at work."""
+    """The round trip of an MMIO exit: with the probe loaded but idle, and while either mechanism records."""
     exits = {"off": 2000, "probe": 2000, "breakpoints": 50}[recording]
     vm.guest.ping()
 

@@ -1,4 +1,4 @@
-"""Random sequences: how many steps a second, each judged. `tox -e bench`; no figure here decides a test."""
+"""Random sequences: how many judged steps a second. Run by `tox -e bench`; no figure decides a test."""
 
 import pytest
 from arm_kvm.sequences.player import Player

@@ -1,4 +1,4 @@
-"""A pristine host: restored, until its agent has answered."""
+"""A pristine host: from the start of its restore to its agent's first answer."""
 
 import pytest
 from arm_kvm.host import config, snapshots
@@ -9,7 +9,7 @@ from arm_kvm.support.errors import LabError
 
 @pytest.mark.parametrize("name", ["a15", "arm64"])
 def test_restore_to_first_agent_answer(benchmark, tmp_path, name):
-    """QEMU started, device state loaded, RAM mapped copy on write, the clock set; the snapshot exists."""
+    """Start QEMU, load the device state, map RAM copy-on-write, set the clock; the snapshot exists already."""
     host_config = config.find(name)
     try:
         snapshot = snapshots.obtain(host_config, obtain(host_config), tmp_path / "boot")
@@ -26,7 +26,7 @@ def test_restore_to_first_agent_answer(benchmark, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a15", "arm64"])
 def test_judge_on_a_restored_host(benchmark, tmp_path, name):
-    """Stage 2 with 4,096 leaves stopped, walked and judged, its RAM read out of QEMU's private pages."""
+    """Stop the machine, walk and judge 4,096 leaves; RAM is read from QEMU's private pages."""
     host_config = config.find(name)
     try:
         host = snapshots.obtain(host_config, obtain(host_config), tmp_path / "boot").restore(tmp_path / "logs")

@@ -1,4 +1,4 @@
-"""The suite and the mutants, as a user starts them: how long a patch has to wait for its verdict."""
+"""The suite and the mutants, run as a user runs them: how long a patch waits for its verdict."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from arm_kvm.support.paths import ROOT
 
 HOSTS = ("--host", "a15", "--host", "arm64")
-#: Cases of every length; the whole suite takes some three times as long.
+#: Short and long cases; the whole suite takes some three times as long.
 SOME = ("testcases/stage2", "testcases/device", "testcases/lifecycle")
 MUTANTS = ("unmap-ignored", "nothing-is-protected", "tables-never-freed", "interrupts-lost")
 
@@ -30,7 +30,7 @@ def test_isolated_suites(benchmark):
 
 
 def test_mutants(benchmark):
-    """Four mutants that are killed soon, on both hosts, by two workers; the start of pytest included."""
+    """Four mutants that are killed soon, on both hosts, with two workers; the start of pytest is included."""
     names = [word for name in MUTANTS for word in ("--mutate", name)]
     benchmark.pedantic(pytest_on, args=("testcases", "-n", "2", *names), rounds=3)
     killed = len(MUTANTS) * 2

@@ -9,14 +9,14 @@ import pytest
 from arm_kvm.mutants.patching import returning
 from arm_kvm.recorder.facts import kernel_map
 
-#: Prefix of a command that is to hear Ctrl-C, also where the tests themselves run with SIGINT ignored.
+#: Prefix of a command that must receive Ctrl-C even if the tests themselves run with SIGINT ignored.
 HEARS_CTRL_C = ("env", "--default-signal=INT")
 
 
 def outside_pytest(environment):
-    """An environment that does not say that a pytest, a worker of one or a tox runs already.
+    """Remove from an environment what says that it is inside pytest, a worker of pytest, or tox.
 
-    (Under tox, pytest's cache is the environment's, so that the runs of these tests would know of one another.)
+    Under tox the pytest cache belongs to tox's environment, so the runs of different tests would share it.
     """
     return {name: value for name, value in environment.items() if not name.startswith(("PYTEST_", "TOX_"))}
 
@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_run_folder(monkeypatch):
-    """No machine but this test's own is seen. (The name is short: a socket's path has room for 108 characters.)"""
+    """Hide all machines but this test's own. The name is short since a socket's path must fit into 108 bytes."""
     with tempfile.TemporaryDirectory(prefix="ak-") as folder:
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         yield folder
@@ -50,9 +50,9 @@ def arm_kvm():
 
 @pytest.fixture
 def without(host):
-    """``with without("kvm_age_hva", "kvm_age_gfn", value=0):`` those of these functions that the kernel has do nothing.
+    """``with without("kvm_age_hva", "kvm_age_gfn", value=0):`` makes these functions, where present, return at once.
 
-    (Without a value only their first instruction changes: a recorder goes by where instructions were.)
+    Without ``value``, only the first instruction changes, so a recorder still finds the others.
     """
     kernel = kernel_map(host)
 

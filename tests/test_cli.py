@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every mistake one message and an exit code of its own, no traceback."""
+"""The command line as a user runs it: every mistake gets one message and its own exit code, and no traceback."""
 
 import os
 import re
@@ -26,8 +26,8 @@ def test_every_command_explains_itself(arm_kvm, command):
     assert done.returncode == 0 and "usage: arm-kvm" in done.stdout
 
 
-def test_what_takes_long_to_load_is_not_loaded_for_help():
-    """Nor for `arm-kvm test`, whose pytest loads it."""
+def test_help_loads_no_slow_module():
+    """Nor does `arm-kvm test`: the pytest that it starts loads them."""
     slow = "{'numpy', 'paramiko', 'hypothesis', 'pytest', 'rich', 'yaml'}"
     code = f"import sys; from arm_kvm.cli import parser; parser().format_help(); print({slow} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
@@ -75,7 +75,7 @@ def test_doctor_names_what_is_missing(arm_kvm, tmp_path):
     assert "qemu-system-arm is not installed" in done.stdout
 
 
-def test_setup_tells_a_plain_user_the_exact_line(monkeypatch):
+def test_setup_gives_an_unprivileged_user_the_exact_command(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(setup, "NEEDS", (setup.Need("no-such-program", "some-package", "a test"),))
     with pytest.raises(SetupError) as caught:
@@ -99,7 +99,7 @@ def test_setup_does_nothing_twice(arm_kvm):
 
 
 def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
-    """The tour of the README: boot a host, reach it over the printed line, look at its tables, end it."""
+    """The tour of the README: boot a host, get its ssh command, look at its tables, end it."""
     process = subprocess.Popen(
         [*HEARS_CTRL_C, sys.executable, "-m", "arm_kvm", "boot", "arm64"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -111,7 +111,7 @@ def test_boot_gives_console_ssh_and_tables(arm_kvm, own_run_folder):
         watched = arm_kvm("stage2", "arm64", "--seconds", "0.2")
         assert watched.returncode == 0 and "no guest was seen" in watched.stdout
         count, mib = re.search(r"running machines: (\d+), (\d+) MiB", arm_kvm("cache").stdout).groups()
-        assert count == "1" and 50 < int(mib) < 1024, "of its 1 GiB of RAM what it has used"
+        assert count == "1" and 50 < int(mib) < 1024, "of its 1 GiB of RAM, only what it has used"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(10)
@@ -136,7 +136,7 @@ def test_boot_whose_qemu_dies_fails(own_run_folder):
 
 
 @pytest.mark.parametrize("port", ["65536", "-1", "ssh", ""])
-def test_a_port_that_is_none(arm_kvm, port):
+def test_a_port_out_of_range(arm_kvm, port):
     done = arm_kvm("boot", "arm64", f"--ssh-port={port}")
     assert done.returncode == 2 and f"{port!r} is not a port from 0 to 65535" in done.stderr
 
@@ -153,7 +153,7 @@ def test_cache_is_shown_and_cleaned(arm_kvm, own_cache):
         and re.search(r"all +6 ", shown)
     )
     assert "snapshots: 1 entries, 3 MiB removed" in arm_kvm("cache", "clean").stdout
-    assert cache.kinds() == ["kernels"], "kernels take long to make: only who names them loses them"
+    assert cache.kinds() == ["kernels"], "kernels take long to build: they are removed only if named"
     refused = arm_kvm("cache", "clean", "kernel")
     assert refused.returncode == ConfigError.exit_code and "it holds: kernels" in refused.stderr
 

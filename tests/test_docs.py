@@ -1,4 +1,4 @@
-"""README and docs/: they name files that exist, the README is short, and nothing generated is silently empty."""
+"""README and docs/: the files that they name exist, the README is short, and no generated part is empty."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ def test_links_lead_to_pages(page):
 
 
 def test_named_files_are_found_in_the_text():
-    """The two patterns match something."""
+    """The two patterns do match."""
     text = "".join(page.read_text() for page in PAGES)
     assert len(PATH.findall(text)) > 20 and len(LINK.findall(text)) > 40
 

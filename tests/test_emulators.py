@@ -12,7 +12,7 @@ from arm_kvm.recorder import library
 from arm_kvm.support import apt
 from arm_kvm.support.errors import EmulatorError, NoArchive, SetupError
 
-from .test_plugin import Run
+from .pytest_run import Run
 
 A15, ARM64 = config.find("a15"), config.find("arm64")
 #: A suite whose QEMU differs from this machine's.

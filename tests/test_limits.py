@@ -17,7 +17,7 @@ from arm_kvm.support.limits import lab_error
 from arm_kvm.support.paths import ROOT, cache_root
 
 from .conftest import HEARS_CTRL_C
-from .test_plugin import PASSING, Run
+from .pytest_run import PASSING, Run
 
 ARM_KVM = (sys.executable, "-m", "arm_kvm")
 

@@ -1,7 +1,7 @@
-"""Every path that changes a stage-2 table, disabled in the memory of a running kernel.
+"""Every path that changes a stage-2 table is disabled in the memory of a running kernel, and noticed.
 
-The random sequences notice, and shrink what they found to a few steps. That tables are not freed, the page allocator's
-own trace shows (testcases/lifecycle).
+The random sequences find it, and shrink the failure to a few steps. Tables that are not freed show in the trace of the
+page allocator (testcases/lifecycle).
 """
 
 import errno
@@ -16,9 +16,9 @@ from arm_kvm.sequences.world import Complaint
 from arm_kvm.support.errors import HostOsError
 from arm_kvm.vmm.memory import Advice
 
-SHORT = 6  #: steps that a failure is shrunk to, at most
+SHORT = 6  #: steps of a shrunk failure, at most
 ENOUGH = 400  #: sequences within which it is found
-#: What does it, by kernel: the names that there are, of these.
+#: The functions of each path, by the names that they have in different kernels.
 UNMAP = ("kvm_unmap_hva_range", "kvm_unmap_gfn_range")
 SET_PTE = ("kvm_set_spte_hva", "kvm_set_spte_gfn")
 AGE = ("kvm_age_hva", "kvm_age_gfn")
@@ -45,8 +45,8 @@ def kinds(steps):
     return {step.kind for step in steps}
 
 
-def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
-    """No sequence failed; of the kinds of steps that this host has, chance has left out one or two at most."""
+def test_nothing_is_found_in_an_unbroken_kernel(host, oracle, isa):
+    """No sequence fails. Of the kinds of steps that this host can do, at most two were not drawn."""
     player = Player(host, oracle, isa)
     player.end()
     tally = search(lambda: Player(host, oracle, isa), sequences=240)
@@ -54,7 +54,7 @@ def test_nothing_is_found_in_a_healthy_kernel(host, oracle, isa):
 
 
 def test_unmapping(without, shortest):
-    """A leaf outlives what the host has taken away or protected."""
+    """A leaf stays although the host has taken the page away or protected it."""
     with without(*UNMAP, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
@@ -62,7 +62,7 @@ def test_unmapping(without, shortest):
 
 
 def test_change_pte(without, shortest):
-    """After a copy on write, or the first store over the zero page, the new frame is not mapped where it should be."""
+    """After a copy on write, or the first store to a zero page, the new frame is not mapped where it should be."""
     with without(*SET_PTE, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
@@ -70,7 +70,7 @@ def test_change_pte(without, shortest):
 
 
 def test_ageing(without, shortest):
-    """The host asks, and the guest's accessed flag stays."""
+    """The host ages a page, and its access flag in stage 2 stays set."""
     with without(*AGE, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
@@ -78,7 +78,7 @@ def test_ageing(without, shortest):
 
 
 def test_write_protection(without, shortest):
-    """A page that is clean in the dirty log can be written."""
+    """A page that is clean in the dirty log is writable."""
     with without(*WRITE_PROTECT, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
@@ -86,15 +86,15 @@ def test_write_protection(without, shortest):
 
 
 def test_flushing_of_memslots(without, shortest):
-    """The pages of a memslot that was deleted, or has moved, can still be reached."""
+    """A memslot that was deleted or moved is still mapped at its old IPA."""
     with without(*FLUSH, value=0):
         steps, complaints = shortest()
     assert len(steps) <= SHORT
     assert steps[-1].kind in (StepKind.SLOT_DELETE, StepKind.SLOT_MOVE) and "outside-memslots" in complaints
 
 
-def test_a_witness_names_it(without, vm, witness):
-    """One operation, before and after: what is still there has its name."""
+def test_a_witness_gives_a_verdict(without, vm, witness):
+    """After a single operation, too, what is still mapped has a verdict."""
     memory = vm.add_memory(0x8000_0000, 0x1000)
     vm.guest.write(0x8000_0000, 1)
     with pytest.raises(Violation) as found, without(*UNMAP, value=0), witness(Operation.DONTNEED, memory):
@@ -121,7 +121,7 @@ def test_freeing_of_tables(without, make_vm, stage2, trace):
 
 @pytest.mark.parametrize("judge", [Player.settle, lambda player: player.do(Step(StepKind.HOST_READS))])
 def test_a_step_is_judged_with_the_next_one_or_at_the_end(without, host, oracle, isa, judge):
-    """What is told are the steps up to the one that went wrong, whatever came after."""
+    """The failure lists the steps up to the one that went wrong, and none after it."""
     player = Player(host, oracle, isa)
     player.do(Step(StepKind.GUEST_WRITES, page=3))
     with without(*UNMAP, value=0):
@@ -132,7 +132,7 @@ def test_a_step_is_judged_with_the_next_one_or_at_the_end(without, host, oracle,
     player.end()
 
 
-def test_a_complaint_of_the_kernel_is_shrunk(host, oracle, isa):
+def test_a_splat_is_shrunk(host, oracle, isa):
     class Complaining(Player):
         def _carry_out(self, step):
             if step.kind is StepKind.FORK:
@@ -144,7 +144,7 @@ def test_a_complaint_of_the_kernel_is_shrunk(host, oracle, isa):
     assert [step.kind for step in found.value.steps] == [StepKind.FORK]
 
 
-def test_what_does_not_repeat_is_told_all_the_same(host, oracle, isa):
+def test_a_failure_that_does_not_repeat_is_reported(host, oracle, isa):
     class Once(Player):
         done = False
 

@@ -27,14 +27,14 @@ CASE = "stage2/test_first_faults.py::test_write_fault_maps_the_page_writable[arm
 
 
 def done(argv, folder):
-    """What a program answers that is to succeed."""
+    """Run a program that must succeed."""
     answer = subprocess.run([*map(str, argv)], cwd=folder, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer
 
 
 def wheel_of(source, out):
-    """The wheel that pip builds of a folder, with the setuptools of this environment."""
+    """Build the wheel of a folder with pip, with the setuptools of this environment."""
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out]
     done([sys.executable, "-m", "pip", "wheel", *options, "."], source)
     (wheel,) = out.glob("*.whl")
@@ -49,7 +49,7 @@ def contents(wheel):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """What a clone has of the package, links as links."""
+    """A copy of the package's files as a clone has them, with links as links."""
     folder = tmp_path_factory.mktemp("source")
     left_out = [f"--exclude={pattern}" for pattern in LITTER]
     pack = subprocess.Popen(["tar", "-c", *left_out, *SOURCES], cwd=ROOT, stdout=subprocess.PIPE)
@@ -64,7 +64,7 @@ def wheel(source, tmp_path_factory):
 
 
 class Installed:
-    """A virtual environment with the wheel in it; what the package depends on is that of the test environment."""
+    """A virtual environment with the wheel in it; the package's dependencies are linked from the test environment."""
 
     def __init__(self, home, wheel):
         done([sys.executable, "-m", "venv", "--without-pip", home], home.parent)
@@ -72,15 +72,15 @@ class Installed:
         self.packages = Path(sysconfig.get_path("purelib", "venv", {"base": home, "platbase": home}))
         for folder in {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}:
             for path in Path(folder).iterdir():
-                if "arm_kvm" not in path.name:  # the editable one, and its entry points
+                if "arm_kvm" not in path.name:  # the editable install, and its entry points
                     (self.packages / path.name).symlink_to(path)
         options = ["--quiet", "--no-deps", "--no-index", wheel]
         done([sys.executable, "-m", "pip", "--python", self.programs / "python", "install", *options], home)
 
     def __call__(self, program, *arguments, folder):
-        """Exit code, and all that is said."""
+        """Run a program of the environment; return its exit code and all it prints."""
         env = outside_pytest(os.environ)
-        env.pop("PYTHONPATH", None)  # of a checkout
+        env.pop("PYTHONPATH", None)  # it may name a checkout
         how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         argv = [self.programs / program, *map(str, arguments)]
         answer = subprocess.run(argv, cwd=folder, env=env, timeout=120, **how)
@@ -88,7 +88,7 @@ class Installed:
         return answer.returncode, answer.stdout
 
     def files(self):
-        """What is installed; not what Python compiled of it."""
+        """The installed files, without compiled ones."""
         return {path for path in self.packages.rglob("*") if "__pycache__" not in path.parts}
 
 
@@ -99,14 +99,14 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def run(installed, tmp_path):
-    """``run("arm-kvm", "hosts")`` in an empty folder; nothing may be written to where the package is."""
+    """``run("arm-kvm", "hosts")`` in an empty folder; no run may write to where the package is installed."""
     before = installed.files()
     yield lambda *argv: installed(*argv, folder=tmp_path)
     assert installed.files() == before
 
 
 def test_the_wheel_has_every_file(source, wheel):
-    """Those of the package, and what the links of its ``_data`` lead to."""
+    """Those of the package, and those that the links in its ``_data`` lead to."""
     package = source / "framework/arm_kvm"
     files = {path: path.relative_to(package) for path in package.rglob("*") if path.is_file()}
     for link in filter(Path.is_symlink, (package / "_data").iterdir()):
@@ -133,9 +133,9 @@ def test_hosts_are_listed(run):
 
 
 CHOSEN = {
-    "none": (["-k", "first_faults"], "testcases/stage2/test_first_faults.py::"),
+    "no path": (["-k", "first_faults"], "testcases/stage2/test_first_faults.py::"),
     "a suite": (["stage2", "-k", "first_faults"], "testcases/stage2/test_first_faults.py::"),
-    "a value of an option that is a suite's name": (["-k", "stage2", "vmid"], "no tests collected"),
+    "an option's value that is also a suite's name": (["-k", "stage2", "vmid"], "no tests collected"),
     "a file": (["-x", "stage2/test_first_faults.py"], "testcases/stage2/test_first_faults.py::"),
     "as pytest prints it": (["testcases/" + CASE], "testcases/" + CASE),
     "the user's own": (["my_test.py"], "::test_mine[arm64-A64]"),
@@ -152,13 +152,13 @@ def test_cases_are_chosen(run, tmp_path, what):
     assert not others
 
 
-def test_a_path_that_is_nowhere(run):
+def test_a_path_that_does_not_exist(run):
     code, said = run("arm-kvm", "test", "--host", "arm64", "stage3")
     assert code == 4 and "stage3: there is no such file or folder, neither here nor among the suites" in said
 
 
 def test_a_case_runs(run, tmp_path):
-    """By its node id, in a worker; its artifacts are here, what pytest remembers is in the lab's cache."""
+    """By its node id, in a worker. Its artifacts go to the current folder, pytest's cache to the lab's."""
     code, said = run("arm-kvm", "test", "--host", "arm64", "-n", "1", CASE)
     assert code == 0 and "1 passed" in said and "1 worker" in said
     assert list(tmp_path.glob("artifacts/stage2/*/stage2-*.txt"))
@@ -167,15 +167,15 @@ def test_a_case_runs(run, tmp_path):
 
 
 def test_a_case_of_ones_own(run, tmp_path):
-    """pytest alone, with a host file of one's own, too."""
+    """With pytest itself, and with a host file of one's own, too."""
     (tmp_path / "my_test.py").write_text(OWN)
     (tmp_path / "mine.yaml").write_text((CONFIGS / "hosts/arm64.yaml").read_text())
     code, said = run("python", "-m", "pytest", "my_test.py", "--strict-markers", "--host", "./mine.yaml")
     assert code == 0 and "2 passed" in said and "mine: QEMU" in said, said
 
 
-def test_the_marks_are_known(run):
-    """Also where the plugin is named, as it must be with PYTEST_DISABLE_PLUGIN_AUTOLOAD."""
+def test_the_marks_are_registered(run):
+    """Also with the plugin named by -p, as PYTEST_DISABLE_PLUGIN_AUTOLOAD requires."""
     code, said = run("python", "-m", "pytest", "-p", "arm_kvm.pytest_plugin", "--markers")
     assert code == 0 and "@pytest.mark.isolation(scope): the case has its host for itself" in said
 

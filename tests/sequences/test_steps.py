@@ -1,4 +1,4 @@
-"""The vocabulary as text: every step comes back as it was written, and what is wrong is named with its line."""
+"""The vocabulary as text: every step is parsed as it was written, and mistakes are reported with their line."""
 
 import pytest
 from arm_kvm.sequences.steps import PAGES, SLOTS, VCPUS, Step, StepKind, every, load, parse
@@ -22,11 +22,11 @@ def steps(draw):
 
 
 @given(steps())
-def test_a_step_reads_as_it_was_written(step):
+def test_a_step_is_parsed_as_it_was_written(step):
     assert parse(str(step)) == parse(f"  {step}  # why") == step
 
 
-def test_comments_and_empty_lines_are_no_steps(tmp_path):
+def test_comments_and_empty_lines_are_skipped(tmp_path):
     file = tmp_path / "sequence.txt"
     file.write_text("# found on a15\n\nfork\nhost writes page 3 # then\n")
     assert load(file) == [Step(StepKind.FORK), Step(StepKind.HOST_WRITES, page=3)]
@@ -44,7 +44,7 @@ def test_comments_and_empty_lines_are_no_steps(tmp_path):
         "fork twice",
     ],
 )
-def test_what_is_no_step_is_named_with_its_line(tmp_path, line):
+def test_a_line_that_is_no_step_is_reported_with_its_number(tmp_path, line):
     file = tmp_path / "sequence.txt"
     file.write_text(f"fork\n{line}\n")
     with pytest.raises(ConfigError, match=r"sequence.txt:2"):
@@ -59,7 +59,7 @@ def test_a_file_without_steps(tmp_path, data, words):
         load(path)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path / "nothing")
 

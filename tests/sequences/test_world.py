@@ -1,4 +1,4 @@
-"""What a world complains of: each complaint by a table that deserves it, and none of what a healthy host does."""
+"""What the model complains of: every complaint is provoked, and an unbroken host provokes none."""
 
 import pytest
 from arm_kvm.model.arch import descriptors as d
@@ -47,8 +47,8 @@ def test_an_access_maps_its_page_and_nothing_else():
     assert only(complaints(READ, look(leaf(4)), look(leaf(3))), "outside what may go")
 
 
-def test_an_access_that_is_refused_may_leave_its_page_young():
-    """A store to an old page that the VMM's mapping forbids: the flag is set by one fault, the next is refused."""
+def test_a_refused_access_may_leave_its_page_young():
+    """A store to an old page that the VMM's mapping forbids: one fault sets the flag, and the next is refused."""
     forbidden = world(rights=[Rights.READ] * PAGES)
     old, young = leaf(3, af=False, s2ap=d.Grant.READ), leaf(3, s2ap=d.Grant.READ)
     assert complaints(WRITE, look(old), look(young), forbidden) == complaints(WRITE, look(), look(), forbidden) == []
@@ -66,7 +66,7 @@ def test_an_access_that_copies_takes_the_old_frame_from_the_alias():
     assert only(complaints(WRITE, before, look(new | leaf(3, slot=2), frames=copied)), "still")
 
 
-def test_what_the_host_takes_must_be_gone():
+def test_what_the_host_takes_away_must_be_unmapped():
     drop = Step(StepKind.DONTNEED, page=2, last=4)
     assert complaints(drop, look(leaf(3)), look()) == []
     assert only(complaints(drop, look(leaf(3)), look(leaf(3))), "old frame is still mapped")
@@ -76,7 +76,7 @@ def test_what_the_host_takes_must_be_gone():
     assert only(complaints(Step(StepKind.FORK), look(leaf(3)), look(leaf(3))), "still writable")
 
 
-def test_a_complaint_carries_the_verdict_of_its_breach():
+def test_a_complaint_has_the_verdict_of_its_breach():
     drop = Step(StepKind.DONTNEED, page=2, last=4)
     found = complaints(drop, look(leaf(3)), look(leaf(3) | leaf(9), spare=1))
     assert [complaint.verdict for complaint in found] == [Verdict.STALE, Verdict.APPEARED, None]
@@ -93,7 +93,7 @@ def test_change_pte_is_expected_up_to_6_9():
     assert complaints(touch, before, after, world(kernel=(6, 10))) == []
 
 
-def test_a_memslot_that_goes_takes_its_leaves():
+def test_a_deleted_memslot_is_unmapped():
     w = world()
     gone = w.set(w.wanted(Step(StepKind.SLOT_DELETE, slot=1)))
     delete = Step(StepKind.SLOT_DELETE, slot=1)
@@ -101,7 +101,7 @@ def test_a_memslot_that_goes_takes_its_leaves():
     assert only(complaints(delete, look(leaf(3)), look(leaf(3)), w, gone), "still mapped")
 
 
-def test_a_memslot_that_moves_leaves_nothing_where_it_was():
+def test_a_moved_memslot_is_unmapped_at_its_old_ipa():
     w, move, elsewhere = world(), Step(StepKind.SLOT_MOVE, slot=1), PLACES[1][1] + 3 * PAGE
     gone = w.set(w.wanted(move))
     assert w.ipa(READ) == elsewhere and w.answer(READ) is Answer.DONE
@@ -113,7 +113,7 @@ def test_a_memslot_that_moves_leaves_nothing_where_it_was():
     assert w.ipa(READ) == IPAS[1] + 3 * PAGE
 
 
-def test_stores_to_a_memslot_that_is_read_only_are_mmio():
+def test_stores_to_a_read_only_memslot_are_mmio():
     w = world(rights=[Rights.READ] * PAGES)
     w.set(w.wanted(Step(StepKind.SLOT_DELETE)))
     assert w.allows(Step(StepKind.SLOT_READONLY)) and not w.allows(Step(StepKind.SLOT_CREATE))
@@ -129,7 +129,7 @@ def test_stores_to_a_memslot_that_is_read_only_are_mmio():
     assert w.answer(WRITE) is Answer.MMIO and w.allows(Step(StepKind.DIRTY_LOG))
 
 
-def test_a_page_that_moves_takes_its_content_and_leaves_a_hole():
+def test_mremap_moves_content_and_leaves_a_hole():
     w, move = world(), Step(StepKind.MREMAP, page=3, to=9)
     w.stored(WRITE, 7)
     before = look(leaf(3) | leaf(9) | leaf(3, slot=2))
@@ -146,7 +146,7 @@ def test_a_page_that_moves_takes_its_content_and_leaves_a_hole():
     )
 
 
-def test_a_hole_takes_what_is_not_half_done():
+def test_which_steps_a_hole_allows():
     w = world()
     assert only(complaints(Step(StepKind.MUNMAP, page=3, last=3), look(leaf(3)), look(leaf(3))), "old frame")
     w.host_did(Step(StepKind.MUNMAP, page=3, last=3))
@@ -154,7 +154,7 @@ def test_a_hole_takes_what_is_not_half_done():
     assert not w.allows(Step(StepKind.HOST_READS, page=3)) and w.allows(Step(StepKind.REPLACE, page=2, last=4))
 
 
-def test_what_is_paged_out_must_be_gone_and_nothing_else():
+def test_pages_that_are_paged_out_must_be_unmapped_and_no_others():
     out, without = Step(StepKind.PAGE_OUT, page=3, last=4), (*FRAMES[:3], 0, *FRAMES[4:])
     both = leaf(3) | leaf(4)
     aged = leaf(4, af=False)
@@ -164,8 +164,8 @@ def test_what_is_paged_out_must_be_gone_and_nothing_else():
     assert not world(swaps=False).allows(out)
 
 
-def test_what_was_given_up_may_be_unmapped_and_kept_or_taken():
-    """Written since, or not: reclaim tries."""
+def test_pages_given_to_madv_free_may_be_unmapped_or_reclaimed():
+    """Whether or not it was written since, reclaim tries to take it."""
     w = world()
     w.host_did(Step(StepKind.FREE, page=3, last=3))
     for kind in (StepKind.PAGE_OUT, StepKind.AGE):
@@ -180,8 +180,8 @@ def test_what_was_given_up_may_be_unmapped_and_kept_or_taken():
     assert w.freed == set()
 
 
-def test_what_comes_back_from_swap_may_be_copied_at_once():
-    """A child has it, too; then change_pte maps the copy where a level 3 table is left."""
+def test_a_page_may_be_copied_as_soon_as_it_is_swapped_in():
+    """If a child shares it. Then change_pte maps the copy where a level 3 table exists."""
     out, w = (*FRAMES[:3], 0, *FRAMES[4:]), world()
     before, now = look(leaf(4), frames=out), leaf(4) | leaf(3, s2ap=d.Grant.READ)
     touch = Step(StepKind.HOST_WRITES, page=3)
@@ -192,8 +192,8 @@ def test_what_comes_back_from_swap_may_be_copied_at_once():
     assert complaints(touch, before, look(leaf(4) | leaf(3)), w) != []
 
 
-def test_what_lies_in_other_tables_stays():
-    """The memory is half in one 2 MiB block and half in the next: what is announced in one goes in that one only."""
+def test_pages_in_other_tables_stay():
+    """Half the memory is in one 2 MiB block, half in the next: a notifier call unmaps only in the blocks it covers."""
     drop = Step(StepKind.DONTNEED, page=2, last=4)
     assert complaints(drop, look(leaf(3) | leaf(5)), look()) == []
     assert only(complaints(drop, look(leaf(3) | leaf(9)), look()), "outside what may go")
@@ -216,17 +216,17 @@ def test_the_dirty_log_makes_pages_read_only():
     )
 
 
-def test_ageing_reaches_what_was_written():
+def test_ageing_clears_the_access_flag_of_written_pages():
     w, age = world(), Step(StepKind.AGE, page=3, last=3)
     w.stored(WRITE, 7)
     assert complaints(age, look(leaf(3)), look(leaf(3, af=False)), w) == []
     assert only(complaints(age, look(leaf(3)), look(leaf(3)), w), "still young")
-    assert complaints(age, look(leaf(3)), look(leaf(3))) == []  # the zero page, for all the world knows
+    assert complaints(age, look(leaf(3)), look(leaf(3))) == []  # as far as the model knows, this is the zero page
     w.host_did(Step(StepKind.FORK))
     assert complaints(age, look(leaf(3)), look(leaf(3)), w) == []
 
 
-def test_a_table_that_maps_nothing_is_seen():
+def test_a_table_that_maps_nothing_is_reported():
     assert only(complaints(READ, look(), look(leaf(3), spare=1)), "table pages map nothing")
 
 
@@ -261,7 +261,7 @@ def test_which_steps_make_sense():
     assert w.allows(Step(StepKind.LOG_ON)) and not w.allows(Step(StepKind.DIRTY_LOG))
     w.host_did(Step(StepKind.PROTECT_READ, page=3, last=3))
     w.host_did(Step(StepKind.FORK))
-    w.host_did(Step(StepKind.PROTECT_WRITE, page=3, last=3))  # of the VMM, not of its child
+    w.host_did(Step(StepKind.PROTECT_WRITE, page=3, last=3))  # in the VMM, not in its child
     assert w.allows(Step(StepKind.CHILD_WRITES, page=4)) and not w.allows(Step(StepKind.CHILD_WRITES, page=3))
     assert not world(ages=False).allows(Step(StepKind.AGE)) and world().allows(Step(StepKind.AGE))
 

@@ -1,4 +1,4 @@
-"""The trial of a mutant: every fate and every control, on hosts and cases that are only said to be there."""
+"""The trial of a mutant: every fate and every control, without hosts, on cases with prescribed outcomes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def failed(why: BaseException = STALE, host: HostState = HostState.UP) -> Outcom
     return Outcome(Status.FAILED, why, host)
 
 
-class Said:
-    """Cases that end as they are told to: on the broken host, and on an unbroken one, where they else pass."""
+class Prescribed:
+    """Cases with prescribed outcomes: ``broken`` on the broken host, ``whole`` (default: passed) on an unbroken one."""
 
     def __init__(
         self,
@@ -81,8 +81,10 @@ def trial(cases: Cases, about: Mutant | None = None, controls: dict[tuple[str, .
 
 
 def test_killed():
-    """By the first case that fails: those before it are its control, those after it are not run."""
-    cases = Said({"testcases/a": PASSED, "testcases/b": SKIPPED, "testcases/c": failed(), "testcases/d": failed()})
+    """By the first case that fails. The control repeats the cases up to it; those after it are not run."""
+    cases = Prescribed(
+        {"testcases/a": PASSED, "testcases/b": SKIPPED, "testcases/c": failed(), "testcases/d": failed()}
+    )
     result = trial(cases)
     assert (result.fate, result.by, result.verdict, result.cases) == (Fate.KILLED, "c", "stale", 3)
     assert (result.host, result.area, result.mutant) == ("arm64", "unmap", "unmap-ignored")
@@ -90,12 +92,12 @@ def test_killed():
     assert cases.log == ["build", "host", *row, *row]
 
 
-@pytest.mark.parametrize(("survives", "fate"), [("", Fate.SURVIVED), ("nobody asks", Fate.EXPLAINED)])
+@pytest.mark.parametrize(("survives", "fate"), [("", Fate.SURVIVED), ("no case calls it", Fate.EXPLAINED)])
 def test_survived(survives, fate):
-    cases = Said({"a": PASSED, "b": SKIPPED})
+    cases = Prescribed({"a": PASSED, "b": SKIPPED})
     result = trial(cases, mutant(survives=survives))
     assert (result.fate, result.verdict, result.cases, result.by) == (fate, survives, 2, "")
-    assert cases.log == ["build", "host", "a", "b", "discard"], "what killed nothing needs no control"
+    assert cases.log == ["build", "host", "a", "b", "discard"], "without a kill no control is needed"
 
 
 @pytest.mark.parametrize(
@@ -109,41 +111,41 @@ def test_survived(survives, fate):
 @pytest.mark.parametrize(("dies", "fate"), [("", Fate.WRONGLY_KILLED), ("it panics", Fate.KILLED)])
 def test_a_host_that_goes_down(outcome, verdict, dies, fate):
     """Wrongly, unless the catalogue says so."""
-    result = trial(Said({"a": outcome}), mutant(dies=dies))
+    result = trial(Prescribed({"a": outcome}), mutant(dies=dies))
     assert (result.fate, result.by, result.verdict, result.cases) == (fate, "a", verdict, 1)
 
 
 @pytest.mark.parametrize("state", [HostState.UP, HostState.LOST])
-def test_no_mutant_ends_qemu(state):
-    result = trial(Said({"a": failed(QemuDied("QEMU ended (exit code 0)"), state)}), mutant(dies="it panics"))
+def test_a_mutant_cannot_end_qemu(state):
+    result = trial(Prescribed({"a": failed(QemuDied("QEMU ended (exit code 0)"), state)}), mutant(dies="it panics"))
     assert (result.fate, result.verdict) == (Fate.WRONGLY_KILLED, "QemuDied: QEMU ended (exit code 0)")
 
 
 @pytest.mark.parametrize(("dies", "fate"), [("", Fate.WRONGLY_KILLED), ("it panics", Fate.KILLED)])
 def test_a_host_that_does_not_boot(dies, fate):
-    cases = Said({"a": PASSED}, boot=HostPanic("panicked"))
+    cases = Prescribed({"a": PASSED}, boot=HostPanic("panicked"))
     result = trial(cases, mutant(dies=dies))
     assert (result.fate, result.by, result.cases) == (fate, "boot", 0)
-    assert cases.log == ["build", "host", "discard"], "no case has failed that could be tried elsewhere"
+    assert cases.log == ["build", "host", "discard"], "there is no case to try on an unbroken host"
 
 
 @pytest.mark.parametrize("where", ["build", "host"])
 @pytest.mark.parametrize(("why", "other"), [(NotApplicable("no such function"), False), (OtherBuild("a sum"), True)])
 def test_not_applicable(where, why, other):
-    result = trial(Said({"a": failed()}, cannot={where: why}))
+    result = trial(Prescribed({"a": failed()}, cannot={where: why}))
     assert (result.fate, result.verdict, result.other_build) == (Fate.NOT_APPLICABLE, str(why), other)
 
 
 @pytest.mark.parametrize(
     ("where", "why"), [("build", BuildFailed("no")), ("host", LabError("no")), ("host", OSError("no"))]
 )
-def test_what_cannot_be_made_is_not_run(where, why):
-    result = trial(Said({"a": failed()}, cannot={where: why}))
+def test_what_cannot_be_built_is_not_run(where, why):
+    result = trial(Prescribed({"a": failed()}, cannot={where: why}))
     assert (result.fate, result.verdict) == (Fate.NOT_RUN, "no")
 
 
 def test_no_case_at_all():
-    result = trial(Said({}))
+    result = trial(Prescribed({}))
     assert (result.fate, result.verdict) == (Fate.NOT_RUN, "no case was chosen that could notice it")
 
 
@@ -152,20 +154,20 @@ SILENT = [QemuKilled("signal 9"), DiskFull("full"), LimitReached("no memory")]
 
 @pytest.mark.parametrize("state", HostState)
 @pytest.mark.parametrize("why", SILENT)
-def test_what_this_machine_refuses_says_nothing(why, state):
-    cases = Said({"a": failed(why, state)})
+def test_limits_of_this_machine_say_nothing(why, state):
+    cases = Prescribed({"a": failed(why, state)})
     result = trial(cases, mutant(dies="it panics"))
     assert (result.fate, result.verdict) == (Fate.NOT_RUN, why.message) and cases.log[-1] == "discard"
 
 
 @pytest.mark.parametrize("why", [*SILENT, SetupError("gcc is not installed")])
-def test_a_host_that_is_missing_for_another_reason_says_nothing(why):
-    assert trial(Said({"a": PASSED}, boot=why)).fate is Fate.NOT_RUN
-    assert trial(Said({"a": failed(why, HostState.MISSING)})).fate is Fate.NOT_RUN
+def test_a_host_missing_for_another_reason_says_nothing(why):
+    assert trial(Prescribed({"a": PASSED}, boot=why)).fate is Fate.NOT_RUN
+    assert trial(Prescribed({"a": failed(why, HostState.MISSING)})).fate is Fate.NOT_RUN
 
 
-def test_the_host_ends_whatever_happens():
-    cases = Said({"a": PASSED}, cannot={"a": KeyboardInterrupt()})
+def test_the_host_is_always_discarded():
+    cases = Prescribed({"a": PASSED}, cannot={"a": KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
         trial(cases)
     assert cases.log[-1] == "discard"
@@ -184,24 +186,26 @@ def test_the_host_ends_whatever_happens():
     ],
 )
 def test_a_case_that_does_not_pass_on_an_unbroken_host(whole, words):
-    cases = Said({"a": PASSED, "b": failed()}, whole)
+    cases = Prescribed({"a": PASSED, "b": failed()}, whole)
     result = trial(cases)
     assert (result.fate, result.verdict) == (Fate.NOT_RUN, words) and cases.log[-1] == "discard"
 
 
 def test_a_case_before_it_may_be_skipped():
-    assert trial(Said({"a": PASSED, "b": failed()}, {"a": SKIPPED})).fate is Fate.KILLED
+    assert trial(Prescribed({"a": PASSED, "b": failed()}, {"a": SKIPPED})).fate is Fate.KILLED
 
 
-def test_a_row_is_tried_once():
-    """Also where it was found wanting; another row has its own control, and one without a host is tried again."""
+def test_a_sequence_of_cases_is_tried_once():
+    """Whatever the result. Another sequence has its own control; one that lacked a host is tried again."""
     controls: dict[tuple[str, ...], str] = {}
-    assert trial(Said({"a": failed()}, {"a": failed(QemuKilled("signal 9"))}), None, controls).fate is Fate.NOT_RUN
+    assert (
+        trial(Prescribed({"a": failed()}, {"a": failed(QemuKilled("signal 9"))}), None, controls).fate is Fate.NOT_RUN
+    )
     assert controls == {}
-    assert trial(Said({"a": failed()}, {"a": failed()}), None, controls).fate is Fate.NOT_RUN
-    again = Said({"a": failed()})
+    assert trial(Prescribed({"a": failed()}, {"a": failed()}), None, controls).fate is Fate.NOT_RUN
+    again = Prescribed({"a": failed()})
     assert trial(again, None, controls).fate is Fate.NOT_RUN and again.log == ["build", "host", "a", "discard"]
-    other = Said({"a": PASSED, "b": failed()})
+    other = Prescribed({"a": PASSED, "b": failed()})
     assert trial(other, None, controls).fate is Fate.KILLED and other.log.count("b") == 2
 
 
@@ -213,7 +217,7 @@ class Broken(Exception, Judged):
 
 
 class Unnamed(AssertionError, Judged):
-    """Something is wrong, and it has no name."""
+    """Blames the kernel without a verdict."""
 
 
 @pytest.mark.parametrize(
@@ -226,5 +230,5 @@ class Unnamed(AssertionError, Judged):
         (ValueError("x" * 200), "ValueError: " + "x" * 88),
     ],
 )
-def test_verdicts_are_carried_and_never_read(failure, verdict):
+def test_verdicts_come_from_the_failure_and_not_from_its_text(failure, verdict):
     assert verdict_of(failure) == verdict

@@ -1,10 +1,8 @@
-"""pytest -n: what dies takes one test with it, and no more."""
+"""pytest -n: a QEMU or worker that dies fails one test only; and the order of cases."""
 
 import re
 
 import pytest
-
-from .test_plugin import Run
 
 SUITE = """
 import os, signal, pytest
@@ -19,11 +17,6 @@ def test_dies(host, vm):
     os.kill({victim}, signal.SIGKILL)
     vm.guest.ping()
 """
-
-
-@pytest.fixture
-def run(tmp_path):
-    return Run(tmp_path)
 
 
 OPTIONS = ["--host", "arm64", "-k", "A64", "-n", "2"]
@@ -48,7 +41,7 @@ from pathlib import Path
 def first_qemu():
     while True:
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # gone meanwhile
+            with suppress(OSError):  # the process has ended
                 pid, name, _, parent = path.read_text().split()[:4]
                 makes_a_board = b"-machine" in path.with_name("cmdline").read_bytes()
                 if name.startswith("(qemu-system") and int(parent) == os.getpid() and makes_a_board:
@@ -76,7 +69,7 @@ def test_has_another(host):
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("after", [0, 0.1])
 def test_a_qemu_that_is_killed_while_it_starts(run, after, signal):
-    """Not the host's fault, so it is no reason to try it no more."""
+    """Not the host's fault: the next test starts the host again."""
     suite = QEMU_KILLED_EARLY.replace("{after}", str(after)).replace("{signal}", signal)
     code, said = run(suite, "--host", "arm64")
     assert code == 1 and re.search("1 failed, 1 passed|1 passed, 1 error", said)
@@ -91,8 +84,8 @@ def test_a_worker_that_is_killed(run):
     assert "last console lines" in said and "last words" in said
 
 
-def test_the_slow_ones_come_first(run, tmp_path):
-    """By what they took in the last run, which one of this order has told."""
+def test_the_slowest_cases_come_first(run, tmp_path):
+    """By their durations in the last run, which ran in the order of the file."""
     suite = "import time\n" + "".join(f"def test_{n}(host):\n    time.sleep({n} * 0.3)\n" for n in range(4))
     run(suite, "--host", "arm64", "-n", "1")
     _, said = run(suite, "--host", "arm64", "-n", "1", "-v")
@@ -100,7 +93,7 @@ def test_the_slow_ones_come_first(run, tmp_path):
 
 
 def test_cases_of_a_module_share_its_host(run, tmp_path):
-    """With workers, too, a module's cases come together: four cases of two modules on one worker are two hosts."""
+    """With workers, too, a module's cases come together: four cases of two modules on one worker need two hosts."""
     for module in ("test_a", "test_b"):
         text = "import time\nSEEN = set()\n" + "".join(
             f"def test_{n}(host):\n    SEEN.add(host.machine.process.pid)\n    time.sleep({n} * 0.2)\n"
@@ -108,14 +101,14 @@ def test_cases_of_a_module_share_its_host(run, tmp_path):
             for n in range(2)
         )
         (tmp_path / f"{module}.py").write_text(text)
-    for _ in range(2):  # the second knows how long each took
+    for _ in range(2):  # the second run knows the durations
         code, said = run("", "--host", "arm64", "-n", "1", "--isolation", "module", "test_a.py", "test_b.py", "-v")
         assert code == 0 and "4 passed" in said
     assert re.findall(r"PASSED (test_\w)\.py::test_(\d)", said) == [(f"test_{m}", n) for m in "ab" for n in "10"]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_an_isolation_that_there_is_none_of(run, workers):
+def test_an_unknown_isolation(run, workers):
     suite = 'import pytest\n\n@pytest.mark.isolation("tset")\ndef test_one(host):\n    pass\n'
     code, said = run(suite, "--host", "arm64", "-n", workers)
     assert code != 0 and "test_one: isolation('tset') is none of session, module, test" in said

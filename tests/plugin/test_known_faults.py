@@ -1,4 +1,4 @@
-"""The registry of known faults, and what a test case makes of one: an expected failure where it is known, or not."""
+"""The registry of known faults: a case that names one is an expected failure, but only where the fault is known."""
 
 import re
 
@@ -6,13 +6,6 @@ import pytest
 from arm_kvm.known_faults import KNOWN_FAULTS, KnownFault, find
 from arm_kvm.support.errors import ConfigError
 from arm_kvm.support.paths import TESTCASES
-
-from .test_plugin import Run
-
-
-@pytest.fixture
-def run(tmp_path):
-    return Run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +28,8 @@ def test_what_a_range_covers():
     assert not fault.covers((5, 4), "armv8")
 
 
-def test_every_fault_is_met_by_a_case():
-    """A case that asks ``quiet`` for complaints names its fault there."""
+def test_every_fault_is_named_by_a_case():
+    """By ``known_fault``, or by ``quiet``, which looks for complaints of the kernel."""
     code = "\n".join(path.read_text() for path in TESTCASES.rglob("*.py"))
     named = set(re.findall(r'(?:known_fault|quiet)\([^()]*?"([a-z0-9-]+)"', code))
     assert named == set(KNOWN_FAULTS)
@@ -46,11 +39,11 @@ def test_every_fault_was_seen_somewhere():
     assert [fault.name for fault in KNOWN_FAULTS.values() if not fault.seen] == []
 
 
-def test_names_are_names():
+def test_names_are_words_joined_by_hyphens():
     assert [name for name in KNOWN_FAULTS if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", name)] == []
 
 
-def test_a_name_that_is_none():
+def test_an_unknown_name():
     with pytest.raises(ConfigError, match="no known fault is called 'block-beyond-memslots'; did you mean 'block-bey"):
         find("block-beyond-memslots")
 

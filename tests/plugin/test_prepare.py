@@ -1,11 +1,9 @@
-"""Cases that have a host to themselves: what they begin with is made ahead, and is what they would have made."""
+"""Cases that have a host to themselves begin with a prepared host and VM, just as they would have made them."""
 
 import pytest
 from arm_kvm.hosts.spares import Spares
 from arm_kvm.machine.rundir import live_machines
 from arm_kvm.support.errors import LabError
-
-from .test_plugin import Run
 
 SUITE = """
 import pytest
@@ -63,36 +61,31 @@ def test_last(vm):
 FAILS = "def test_fails(vm):\n    assert False\n" + "".join(f"def test_{n}(vm): pass\n" for n in range(9))
 
 
-@pytest.fixture
-def run(tmp_path):
-    return Run(tmp_path)
-
-
 def alone(run, suite, *options):
     return run(suite, "--host", "arm64", "--isolation", "test", "-k", "A64 or none", *options)
 
 
-def test_each_case_has_its_own_and_no_more(run, tmp_path):
+def test_each_case_gets_its_own_vm_and_no_more(run, tmp_path):
     code, said = alone(run, SUITE)
     assert code == 0 and "5 passed" in said, said
     logs = {path.parent.name: path.read_text() for path in tmp_path.glob("artifacts/**/test_suite.*/agent.log")}
-    ahead = [name for name, log in logs.items() if log.count("> 3 kernel_log") and "restored" in log]
-    assert len(logs) == 5 and len(ahead) == 4  # all but the first in line
+    prepared = [name for name, log in logs.items() if log.count("> 3 kernel_log") and "restored" in log]
+    assert len(logs) == 5 and len(prepared) == 4  # all but the first
     there = dict(line.split() for line in (tmp_path / "there").read_text().splitlines())
     with_vm = {test for test, vms in there.items() if int(vms) == 1}
     asked = {"test_first", "test_two", "test_more"}
-    assert with_vm == {test for test in asked if any(test in name for name in ahead)} and len(with_vm) >= 2
+    assert with_vm == {test for test in asked if any(test in name for name in prepared)} and len(with_vm) >= 2
 
 
-def test_what_kvm_refuses_is_met_by_the_case_that_asks(run):
+def test_a_vm_that_kvm_refuses_fails_the_case_that_asks_for_it(run):
     code, said = alone(run, REFUSED)
     assert code == 1 and "2 passed" in said and "1 error" in said
     assert "KVM_CREATE_VCPU" in said and "boots afresh" not in said
 
 
 @pytest.mark.parametrize(("least", "made"), [(0, ["one"]), (1 << 60, [])])
-def test_none_is_made_where_memory_is_short(least, made):
-    """Whoever asks has its host made then."""
+def test_no_host_is_prepared_when_memory_is_short(least, made):
+    """A test that asks then has its host started."""
     asked = []
 
     def make():
@@ -106,7 +99,7 @@ def test_none_is_made_where_memory_is_short(least, made):
     assert asked == made
 
 
-def test_hosts_that_nobody_takes_end(run):
+def test_unused_hosts_end(run):
     process = run.start(FAILS, "--host", "arm64", "--isolation", "test", "-k", "A64", "-x")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "1 failed" in said
