@@ -44,10 +44,9 @@ def test_running_on_the_other_cpu(make_vms, record, vmid):
     assert run.rollovers >= 2
     assert run.vmids(runner)[0] == before
     assert after in run.vmids(runner)
-    if run.allocator == "bitmap":  # a VM that is on a CPU keeps its number; the older allocator renumbers all VMs
+    if run.allocator == "bitmap":  # a VM that is on a CPU keeps its number
         assert run.vmids(runner) == [before]
-    else:
-        assert len(run.vmids(runner)) > 1
+    # The older allocator renumbers all VMs: record() judges that. (The runner may get the number that it had before.)
 
 
 def test_both_cpus_roll_over(make_vms, record, vmid):
