@@ -50,8 +50,9 @@ def test_events_of_a_vcpu(vm):
     vm.guest.ping()
     events = struct.pack("<BBB5xQ48x", 0, 0, 1, 0)  # struct kvm_vcpu_events: ext_dabt_pending
     vm.vcpus[0].descriptor.exchange(ioctls.KVM_SET_VCPU_EVENTS, events)
-    with pytest.raises((GuestException, RunFailed)):
+    with pytest.raises(GuestException) as taken:
         vm.guest.ping()
+    assert taken.value.kind == "data abort" and taken.value.external
 
 
 @pytest.mark.feature("dirty-ring")
@@ -206,6 +207,14 @@ def test_actor(host, vm):
     memory = vm.memory(PAGE)
     memory.write(0, b"read")
     assert actor.begin(op.memory_read, hva=memory.hva, size=4).result() == b"read"
+
+
+def test_an_actor_ends_with_its_test(host):
+    host.actor(cpu=1)
+    count = f"ls /proc/{host.agent.hello['pid']}/task | wc -l"
+    threads = int(host.ssh.run(count))
+    host.reset()
+    assert int(host.ssh.run(count)) == threads - 1
 
 
 def test_held_cpu(host, vm):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arm_kvm.host.config import hint
 from arm_kvm.support.errors import ConfigError
+from arm_kvm.support.hints import hint
 
 Release = tuple[int, int]
 

@@ -5,6 +5,8 @@ Everything outside ``__all__`` is private and may change without notice.
 
 from __future__ import annotations
 
+from arm_kvm.agent import ioctls
+from arm_kvm.agent.ioctls import Ioctl
 from arm_kvm.agent.uffd import content_of
 from arm_kvm.guest.driver import Guest, Hammer, Order, OrderResult, RunFailed
 from arm_kvm.guest.exits import Exit, Mmio, Signal
@@ -25,11 +27,11 @@ from arm_kvm.oracle.verdicts import Finding, Verdict, Violation
 from arm_kvm.oracle.witness import Testimony, calls_in
 from arm_kvm.sequences import player, search
 from arm_kvm.support.errors import HostOops, HostOsError, HostPanic, LabError
-from arm_kvm.vmm import calls, injection, ioctls, vgic
+from arm_kvm.vmm import calls, injection, vgic
 from arm_kvm.vmm.actor import Actor, Job
 from arm_kvm.vmm.client import op, request
+from arm_kvm.vmm.descriptor import Descriptor
 from arm_kvm.vmm.fleet import Fleet
-from arm_kvm.vmm.ioctls import Descriptor, Ioctl
 from arm_kvm.vmm.memory import BLOCK, PAGE, Advice, Child, File, Memory, Prot, UserFaults
 from arm_kvm.vmm.process import Vmm
 from arm_kvm.vmm.vcpu import Vcpu

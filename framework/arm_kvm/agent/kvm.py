@@ -18,35 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import poison
+from . import ioctls, poison
 from .device import Device
 from .libc import ioctl
 from .workers import Worker
-
-
-def _io(nr: int) -> int:
-    return 0xAE00 | nr
-
-
-def _iow(nr: int, size: int) -> int:
-    return 0x4000AE00 | size << 16 | nr
-
-
-def _ior(nr: int, size: int) -> int:
-    return 0x8000AE00 | size << 16 | nr
-
-
-CREATE_VM = _io(0x01)
-GET_VCPU_MMAP_SIZE = _io(0x04)
-CREATE_VCPU = _io(0x41)
-GET_DIRTY_LOG = _iow(0x42, 16)
-SET_USER_MEMORY_REGION = _iow(0x46, 32)
-RUN = _io(0x80)
-SET_SIGNAL_MASK = _iow(0x8B, 4)
-GET_ONE_REG = _iow(0xAB, 16)
-SET_ONE_REG = _iow(0xAC, 16)
-ARM_VCPU_INIT = _iow(0xAE, 32)
-ARM_PREFERRED_TARGET = _ior(0xAF, 32)
 
 # struct kvm_run
 _IMMEDIATE_EXIT = 1
@@ -76,13 +51,13 @@ class Vcpu:
     """One vCPU, and the thread in which it runs unless the run is short or a :class:`Runner`'s."""
 
     def __init__(self, vm_fd: int, index: int, features: int, run_size: int, init: bool) -> None:
-        self.fd = ioctl("KVM_CREATE_VCPU", vm_fd, CREATE_VCPU, index)
+        self.fd = ioctl(ioctls.KVM_CREATE_VCPU, vm_fd, index)
         try:
             self._target = bytearray(32)
-            ioctl("KVM_ARM_PREFERRED_TARGET", vm_fd, ARM_PREFERRED_TARGET, self._target)
+            ioctl(ioctls.KVM_ARM_PREFERRED_TARGET, vm_fd, self._target)
             struct.pack_into("<I", self._target, 4, features)
             self.run = mmap.mmap(self.fd, run_size)
-            ioctl("KVM_SET_SIGNAL_MASK", self.fd, SET_SIGNAL_MASK, _NONE_BLOCKED)
+            ioctl(ioctls.KVM_SET_SIGNAL_MASK, self.fd, _NONE_BLOCKED)
             if init:
                 self.init()
         except OSError:
@@ -92,14 +67,14 @@ class Vcpu:
 
     def init(self) -> None:
         """KVM_ARM_VCPU_INIT: the state of a CPU after power-on. A pending MMIO access is not completed."""
-        ioctl("KVM_ARM_VCPU_INIT", self.fd, ARM_VCPU_INIT, self._target)
+        ioctl(ioctls.KVM_ARM_VCPU_INIT, self.fd, self._target)
         _EXIT_REASON.pack_into(self.run, 0, 0)
 
     def run_once(self, around: contextlib.AbstractContextManager[object] = _NOTHING) -> Exit:
         """KVM_RUN once and decode the exit; only the ioctl is within the context ``around``."""
         try:
             with around:
-                fcntl.ioctl(self.fd, RUN, 0)
+                fcntl.ioctl(self.fd, ioctls.KVM_RUN.number, 0)
         except OSError as e:
             if e.errno == errno.EINTR:
                 self.run[_IMMEDIATE_EXIT] = 0
@@ -165,10 +140,10 @@ class Vcpu:
         buffer = ctypes.create_string_buffer(size)
         request = struct.pack("<QQ", reg, ctypes.addressof(buffer))
         if value is None:
-            ioctl("KVM_GET_ONE_REG", self.fd, GET_ONE_REG, request)
+            ioctl(ioctls.KVM_GET_ONE_REG, self.fd, request)
             return int.from_bytes(buffer.raw, "little")
         buffer.raw = value.to_bytes(size, "little")
-        ioctl("KVM_SET_ONE_REG", self.fd, SET_ONE_REG, request)
+        ioctl(ioctls.KVM_SET_ONE_REG, self.fd, request)
         return value
 
     def close(self) -> None:
@@ -209,10 +184,10 @@ class Vm:
     """One VM: its file descriptor, its vCPUs by index, and its VGIC."""
 
     def __init__(self, kvm_fd: int, ipa_bits: int) -> None:
-        self.fd = ioctl("KVM_CREATE_VM", kvm_fd, CREATE_VM, ipa_bits)
+        self.fd = ioctl(ioctls.KVM_CREATE_VM, kvm_fd, ipa_bits)
         self.vcpus: dict[int, Vcpu] = {}
         self.vgic: Device | None = None
-        self._run_size = ioctl("KVM_GET_VCPU_MMAP_SIZE", kvm_fd, GET_VCPU_MMAP_SIZE)
+        self._run_size = ioctl(ioctls.KVM_GET_VCPU_MMAP_SIZE, kvm_fd)
 
     @property
     def device(self) -> Device:
@@ -226,13 +201,13 @@ class Vm:
 
     def set_memslot(self, slot: int, ipa: int, size: int, hva: int, flags: int) -> None:
         region = struct.pack("<IIQQQ", slot, flags, ipa, size, hva)
-        ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, SET_USER_MEMORY_REGION, region)
+        ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, self.fd, region)
 
     def dirty_log(self, slot: int, pages: int) -> bytes:
         """Return the slot's dirty bitmap since the last call: little-endian u64 words, one bit per page."""
         bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)
         request = struct.pack("<IIQ", slot, 0, ctypes.addressof(bitmap))
-        ioctl("KVM_GET_DIRTY_LOG", self.fd, GET_DIRTY_LOG, request)
+        ioctl(ioctls.KVM_GET_DIRTY_LOG, self.fd, request)
         return bitmap.raw
 
     def close_part(self, what: str) -> None:
@@ -255,5 +230,5 @@ def measure_mmio(vcpu: Vcpu, exits: int) -> dict[str, float]:
     """Measure the seconds per MMIO exit: the payload, without orders, writes to its doorbell ``exits`` times."""
     start = time.perf_counter()
     for _ in range(exits):
-        fcntl.ioctl(vcpu.fd, RUN, 0)
+        fcntl.ioctl(vcpu.fd, ioctls.KVM_RUN.number, 0)
     return {"seconds": (time.perf_counter() - start) / exits}

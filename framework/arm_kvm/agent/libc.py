@@ -9,6 +9,9 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 
+from . import syscalls
+from .ioctls import Ioctl
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 PROT_READ, PROT_WRITE = 1, 2
@@ -17,8 +20,6 @@ MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED = 3
 _TIMER_ABSTIME = 1
 _PUNCH_HOLE_KEEP_SIZE = 3
-#: System call numbers of 32-bit Arm (arch/arm/tools/syscall.tbl) and arm64 (include/uapi/asm-generic/unistd.h).
-_NUMBERS = {"userfaultfd": (388, 282)}
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc.mmap.restype = ctypes.c_void_p
@@ -75,27 +76,20 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
 
 
 def syscall(name: str, *arguments: int) -> int:
-    """Make a system call that libc does not wrap, by its number on this architecture."""
-    return raw_syscall(name, _NUMBERS[name][os.uname().machine == "aarch64"], *arguments)
-
-
-def raw_syscall(name: str, number: int, *arguments: int) -> int:
-    """Make the system call of this number; pointers are passed as numbers. A failure is reported as ``name``'s."""
+    """Make a system call that libc does not wrap; pointers are passed as numbers. KeyError for an unknown name."""
+    number = syscalls.number(name, 64 if os.uname().machine == "aarch64" else 32)
     result: int = _libc.syscall(number, *map(ctypes.c_ulong, arguments))
     if result == -1:
         raise _failed(name)
     return result
 
 
-def raw_ioctl(name: str, fd: int, request: int, argument: int, data: bytes) -> tuple[int, bytes]:
-    """ioctl(2) with a pointer to ``data``, or with a number if ``data`` is empty: its result, and the data afterwards.
-
-    A failure is reported as ``name``'s.
-    """
+def raw_ioctl(which: Ioctl, fd: int, argument: int, data: bytes) -> tuple[int, bytes]:
+    """ioctl(2) with a pointer to ``data``, or a number if ``data`` is empty: its result, and the data afterwards."""
     copy = ctypes.create_string_buffer(data, len(data)) if data else None
-    result: int = _libc.ioctl(fd, ctypes.c_ulong(request), copy if copy else ctypes.c_ulong(argument))
+    result: int = _libc.ioctl(fd, ctypes.c_ulong(which.number), copy if copy else ctypes.c_ulong(argument))
     if result == -1:
-        raise _failed(name)
+        raise _failed(which.name)
     return result, copy.raw if copy else b""
 
 
@@ -117,12 +111,12 @@ def clock_sleep_until(clock: int, nanoseconds: int) -> None:
         raise OSError(number, os.strerror(number), "clock_nanosleep")
 
 
-def ioctl(call: str, fd: int, request: int, argument: int | bytes | bytearray = 0) -> int:
-    """ioctl(2). A failure is reported as ``call``'s."""
+def ioctl(which: Ioctl, fd: int, argument: int | bytes | bytearray = 0) -> int:
+    """ioctl(2)."""
     try:
-        result = fcntl.ioctl(fd, request, argument)
+        result = fcntl.ioctl(fd, which.number, argument)
     except OSError as e:
-        raise OSError(e.errno, e.strerror, call) from None
+        raise OSError(e.errno, e.strerror, which.name) from None
     return result if isinstance(result, int) else 0
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 from . import (
     ageing,
@@ -20,6 +21,7 @@ from . import (
     entropy,
     failing,
     ftrace,
+    ioctls,
     ksm,
     kvm,
     libc,
@@ -126,7 +128,7 @@ class Operations:
         """KVM_IRQ_LINE."""
         device.irq_line(self._vms[vm].fd, irq, level)
 
-    def fail_nth(self, n: int, op: str, args: dict[str, object]) -> tuple[bool, int, object]:
+    def fail_nth(self, n: int, op: str, args: dict[str, Any]) -> tuple[bool, int, object]:
         """Carry out one request and make its n-th allocation fail. For ``vcpu_run``, only KVM_RUN's allocations count.
 
         Returns [whether there was an n-th allocation, the request's errno or 0, its result].
@@ -135,9 +137,8 @@ class Operations:
         nth = failing.Nth(n)
         try:
             if op == "vcpu_run":
-                result: object = self._vcpu(args["vm"], args["vcpu"]).run_once(nth)
-                failure = result.get("errno", 0) if isinstance(result, dict) else 0
-                return nth.injected, failure, result
+                exit_ = self._vcpu(args["vm"], args["vcpu"]).run_once(nth)
+                return nth.injected, exit_.get("errno", 0), exit_
             with nth:
                 result = getattr(self, op)(**args)
         except OSError as e:
@@ -146,8 +147,8 @@ class Operations:
 
     # -- vCPUs -----------------------------------------------------------------------------------
 
-    def _vcpu(self, vm: object, vcpu: object) -> kvm.Vcpu:
-        return self._vms[int(str(vm))].vcpus[int(str(vcpu))]
+    def _vcpu(self, vm: int, vcpu: int) -> kvm.Vcpu:
+        return self._vms[vm].vcpus[vcpu]
 
     def vcpu_create(self, vm: int, vcpu: int, features: int, init: bool = True) -> None:
         """KVM_CREATE_VCPU, and with ``init`` also KVM_ARM_VCPU_INIT, else that is left to :meth:`vcpu_init`."""
@@ -241,11 +242,11 @@ class Operations:
 
     def ioctl(self, fd: int, name: str, request: int, argument: int = 0, blob: bytes = b"") -> tuple[int, bytes]:
         """ioctl(2) with a number, or with a pointer to the blob. Returns its result and the blob's new content."""
-        return libc.raw_ioctl(name, fd, request, argument, blob)
+        return libc.raw_ioctl(ioctls.Ioctl(name, request), fd, argument, blob)
 
-    def syscall(self, name: str, number: int, arguments: list[int]) -> int:
-        """Make a system call by its number; a failure is reported as ``name``'s."""
-        return libc.raw_syscall(name, number, *arguments)
+    def syscall(self, name: str, arguments: list[int]) -> int:
+        """Make a system call of :data:`.syscalls.NUMBERS`."""
+        return libc.syscall(name, *arguments)
 
     def signals_block(self, signals: list[int]) -> None:
         """Block these signals in the agent's main thread and in the threads that it starts from now on.
@@ -264,7 +265,7 @@ class Operations:
 
     def actor_create(self, cpu: int | None = None) -> int:
         """Start a thread that carries out operations, bound to a CPU if one is given, and return its number."""
-        number = len(self._actors) + 1
+        number = max(self._actors, default=0) + 1
         self._actors[number] = workers.Worker(f"actor{number}", cpu)
         self._actors[number].begin()  # now: starting a thread may move this one to a CPU that is held later
         return number
@@ -276,6 +277,10 @@ class Operations:
     def actor_wait(self, actor: int, seconds: float) -> tuple[dict[str, object], bytes] | None:
         """Return the reply of the operation under way, as on the wire; None if it takes longer than ``seconds``."""
         return self._actors[actor].wait(seconds)
+
+    def actor_end(self, actor: int) -> None:
+        """End the actor's thread, after the operation under way."""
+        self._actors.pop(actor).close()
 
     # -- memory ----------------------------------------------------------------------------------
 

@@ -12,12 +12,8 @@ import select
 import struct
 import threading
 
-from . import libc, placement
+from . import ioctls, libc, placement
 
-_API = 0xC018AA3F
-_REGISTER = 0xC020AA00
-_COPY = 0xC028AA03
-_WRITEPROTECT = 0xC018AA06
 _VERSION = 0xAA
 _FEATURE_WP = 1
 _MODE_MISSING, _MODE_WP = 1, 2
@@ -38,9 +34,9 @@ class Handler:
         self._fd = libc.syscall("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
         self.seen: list[tuple[int, str]] = []
         try:
-            libc.ioctl("UFFDIO_API", self._fd, _API, struct.pack("<QQQ", _VERSION, _FEATURE_WP if protect else 0, 0))
+            libc.ioctl(ioctls.UFFDIO_API, self._fd, struct.pack("<QQQ", _VERSION, _FEATURE_WP if protect else 0, 0))
             mode = _MODE_WP if protect else _MODE_MISSING
-            libc.ioctl("UFFDIO_REGISTER", self._fd, _REGISTER, struct.pack("<QQQQ", hva, size, mode, 0))
+            libc.ioctl(ioctls.UFFDIO_REGISTER, self._fd, struct.pack("<QQQQ", hva, size, mode, 0))
             if protect:
                 self._protect(hva, size, True)
         except OSError:
@@ -52,9 +48,7 @@ class Handler:
             self._thread.start()
 
     def _protect(self, hva: int, size: int, on: bool) -> None:
-        libc.ioctl(
-            "UFFDIO_WRITEPROTECT", self._fd, _WRITEPROTECT, struct.pack("<QQQ", hva, size, _PROTECT if on else 0)
-        )
+        libc.ioctl(ioctls.UFFDIO_WRITEPROTECT, self._fd, struct.pack("<QQQ", hva, size, _PROTECT if on else 0))
 
     def _serve(self) -> None:
         page = ctypes.create_string_buffer(2 * _PAGE)
@@ -80,7 +74,7 @@ class Handler:
     def _copy(self, address: int, source: int) -> None:
         """Fill the page. EEXIST: it was filled for another fault, and this task finds it (handle_userfault)."""
         with contextlib.suppress(FileExistsError):
-            libc.ioctl("UFFDIO_COPY", self._fd, _COPY, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
+            libc.ioctl(ioctls.UFFDIO_COPY, self._fd, struct.pack("<QQQQq", address, source, _PAGE, 0, 0))
 
     def end(self) -> list[tuple[int, str]]:
         self._over.set()

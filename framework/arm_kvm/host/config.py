@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from arm_kvm.machine.board import Board
 from arm_kvm.machine.emulator import Emulator
 from arm_kvm.model.arch.regime import ARMV7, ARMV8, Architecture
 from arm_kvm.support.errors import ConfigError
+from arm_kvm.support.hints import hint
 from arm_kvm.support.paths import CONFIGS, plain_file, written_path
 
 _SIZES = {"K": 10, "M": 20, "G": 30}
@@ -68,12 +68,6 @@ class HostConfig:
     def has_kvm(self) -> bool:
         """Whether the host file promises KVM."""
         return "kvm" in self.can
-
-
-def hint(word: str, known: Iterable[str], listed: str, cutoff: float = 0.6) -> str:
-    """For an unknown word, suggest the nearest known one, or list them all, introduced by ``listed``."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(known)}"
 
 
 class Node:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from arm_kvm.agent.ioctls import KVM_CHECK_EXTENSION, PAGEMAP_SCAN
 from arm_kvm.host.host import Host
 from arm_kvm.host.origin import Once
 from arm_kvm.support.errors import HostOsError
 from arm_kvm.vmm.client import op
-from arm_kvm.vmm.ioctls import KVM_CHECK_EXTENSION, PAGEMAP_SCAN
 from arm_kvm.vmm.memory import BLOCK, Advice, File, Memory
 
 
@@ -51,10 +51,11 @@ def _scans_pagemap(host: Host) -> bool:
 
 
 def _sets_access_flags(host: Host) -> bool:
-    if host.config.architecture.name != "armv8":
+    arch = host.config.architecture
+    if not arch.identity:  # Armv7
         return False
     with host.machine.gdb.pause() as gdb:
-        return bool(gdb.read(0, "ID_AA64MMFR1_EL1")[0] & 0xF)
+        return arch.features(*gdb.read(0, *arch.identity)).haf
 
 
 #: The argument of a case's mark ``feature`` -> the feature.

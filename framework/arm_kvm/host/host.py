@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from arm_kvm.agent import syscalls
 from arm_kvm.guest.exits import Signal
 from arm_kvm.guest.isa import ISAS
 from arm_kvm.host import rootfs as rootfs_
@@ -26,10 +27,9 @@ from arm_kvm.machine.rundir import Card, run_directory
 from arm_kvm.machine.saved import Saved
 from arm_kvm.support.errors import ConfigError, KernelError, LabError, NoKvm
 from arm_kvm.support.limits import lab_errors
-from arm_kvm.vmm import syscalls
 from arm_kvm.vmm.actor import Actor
 from arm_kvm.vmm.client import Agent, op, request
-from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.descriptor import Descriptor
 from arm_kvm.vmm.process import Vmm
 from arm_kvm.vmm.vm import Vm, destroy
 
@@ -72,6 +72,7 @@ class Host:
         self.machine = machine
         self.rootfs = rootfs
         self.vms: list[Vm] = []
+        self._actors: list[Actor] = []
         self.boot_states = Progress()
         self.origin = origin or Origin()  #: key of what is found out once for all hosts of this snapshot, see Once
         self._ssh: Ssh | None = None
@@ -216,8 +217,12 @@ class Host:
     # -- concurrency -------------------------------------------------------------------------------------
 
     def actor(self, cpu: int | None = None) -> Actor:
-        """A thread of the VMM that makes requests concurrently with the agent, bound to ``cpu`` if one is given."""
-        return Actor(self.agent, cpu)
+        """A thread of the VMM that makes requests concurrently with the agent, bound to ``cpu`` if one is given.
+
+        It ends with the test.
+        """
+        self._actors.append(Actor(self.agent, cpu))
+        return self._actors[-1]
 
     @contextmanager
     def hold(self, *symbols: str, cpu: int, seconds: float = 10.0) -> Iterator[Hold]:
@@ -249,14 +254,15 @@ class Host:
         return Descriptor(self.agent, self.agent(op.kvm_fd))
 
     def system_call(self, name: str, *arguments: int) -> int:
-        """Have the VMM make this system call (:data:`arm_kvm.vmm.syscalls.NUMBERS`) and return its result.
+        """Have the VMM make this system call and return its result. Raises HostOsError.
 
-        Raises HostOsError.
+        Raises KeyError for a name that is not in :data:`arm_kvm.agent.syscalls.NUMBERS`.
         """
-        return self.agent(op.syscall, name=name, number=syscalls.number(name, self.agent.bits), arguments=[*arguments])
+        syscalls.number(name, self.agent.bits)  # here rather than as a fault of the agent
+        return self.agent(op.syscall, name=name, arguments=[*arguments])
 
     def userfaultfd(self, flags: int = 0) -> Descriptor:
-        """Call userfaultfd(2) and return the descriptor, for UFFDIO_* ioctls (:mod:`arm_kvm.vmm.ioctls`)."""
+        """Call userfaultfd(2) and return the descriptor, for UFFDIO_* ioctls (:mod:`arm_kvm.agent.ioctls`)."""
         return Descriptor(self.agent, self.system_call("userfaultfd", flags))
 
     def take_signals(self, *numbers: int) -> list[Signal]:
@@ -301,12 +307,15 @@ class Host:
             self.ssh.run(f"echo 1 > {switch}")
 
     def reset(self) -> None:
-        """Destroy all VMs. An agent that no longer answers is killed, which frees everything, and replaced.
+        """End all actors and destroy all VMs. An agent that no longer answers is killed, which frees everything, and
+        replaced.
 
         Raises LabError if the machine is lost, or the kernel does not destroy a VM.
         """
         try:
             if self.agent.usable:
+                for actor in self._actors:
+                    actor.end()
                 destroy(self.vms)
             else:
                 self.machine.check()
@@ -314,6 +323,7 @@ class Host:
                 self.agent.close()
                 self.agent = start_agent(self.machine, self.ssh, self.config.timeouts["agent"])
         finally:
+            self._actors.clear()
             self.vms.clear()
 
     def shutdown(self) -> None:

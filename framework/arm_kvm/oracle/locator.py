@@ -19,7 +19,7 @@ import numpy as np
 
 from arm_kvm.guest.payload import MAILBOX
 from arm_kvm.host.host import Host
-from arm_kvm.host.origin import Origin
+from arm_kvm.host.origin import Once, Origin
 from arm_kvm.machine.gdb import Gdb
 from arm_kvm.machine.machine import connect_gdb
 from arm_kvm.machine.ram import Ram
@@ -36,8 +36,7 @@ _BETWEEN_LOOKS = 0.001  #: seconds between stops of the machine, in which it can
 _LOOKS = 10  #: for each request to stay in user mode or in the guest
 _USER_MODE = 0.02  #: seconds of the first request to the agent to stay in user mode
 _ROUNDS = 1 << 20  #: rounds of the first loop in a guest: some 5 ms
-#: For the hosts of one snapshot: stage 1 of the agent that starts with them, and stage 2 of VMs of default IPA size.
-_FIRST_SPACES: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
+#: For the hosts of one snapshot: stage 2 of VMs of default IPA size.
 _USUAL: WeakKeyDictionary[Origin, Regime] = WeakKeyDictionary()
 
 
@@ -128,15 +127,14 @@ class Locator:
     def vmm_space(self, agent: Agent) -> Regime:
         """Return the stage-1 regime of a VMM process, which is found once. Raises MachineError."""
         if agent.from_boot:  # its tables are restored with the host
-            if self._host.origin not in _FIRST_SPACES:
-                _FIRST_SPACES[self._host.origin] = self._find_vmm_space(agent)
-            return _FIRST_SPACES[self._host.origin]
+            return _first_space(self._host)
         pid = agent.hello["pid"]
         if pid not in self._spaces:
-            self._spaces[pid] = self._find_vmm_space(agent)
+            self._spaces[pid] = self.find_vmm_space(agent)
         return self._spaces[pid]
 
-    def _find_vmm_space(self, agent: Agent) -> Regime:
+    def find_vmm_space(self, agent: Agent) -> Regime:
+        """Find the stage-1 regime of a VMM process: the one in which a page of it has the content just written."""
         cookie = os.urandom(16)
         hva = agent(op.memory_map, size=0x1000)
         agent(op.memory_write, hva=hva, blob=cookie)
@@ -197,6 +195,10 @@ class Locator:
         if any(guest.running for guest in vm.guests):
             return _until_found(look, f"VM {vm.id}")
         return _found_while(lambda longer: vm.guest.spinning_for(_ROUNDS * longer), look, f"VM {vm.id}")
+
+
+#: Stage 1 of the agent that starts with the host: all hosts of one snapshot have the same.
+_first_space: Once[Host, Regime] = Once(lambda host: Locator(host).find_vmm_space(host.agent))
 
 
 def watch(card: Card, seconds: float) -> list[Stage2]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from arm_kvm.host.config import hint
 from arm_kvm.host.kernel import Kernel
 from arm_kvm.hosts.pool import EVERYBODY, HostBroken, Pool
 from arm_kvm.mutants import catalogue
@@ -31,6 +30,7 @@ from arm_kvm.pytest_plugin.prepare import plugin_for
 from arm_kvm.pytest_plugin.selection import host_name, needs_host
 from arm_kvm.pytest_plugin.stash import CAUSE, FAILED, MUTANT, POOL
 from arm_kvm.support.errors import LabError
+from arm_kvm.support.hints import hint
 
 _PROPERTY = "mutant"
 _CHOSEN = pytest.StashKey[list[Mutant]]()

@@ -11,6 +11,7 @@ from arm_kvm.host import config as host_files
 from arm_kvm.host.features import FEATURES
 from arm_kvm.hosts.pool import EVERYBODY, Owner
 from arm_kvm.pytest_plugin.stash import MUTANT, NEXT, POOL
+from arm_kvm.support.hints import hint
 
 ISOLATIONS = ("session", "module", "test")  #: which cases share a host: all of the run, all of a module, none
 
@@ -96,7 +97,7 @@ def _check_features(definition: pytest.Item) -> None:
     for name in (name for mark in definition.iter_markers("feature") for name in mark.args):
         if name not in FEATURES:
             raise pytest.Collector.CollectError(
-                f"{definition.nodeid}: feature({name!r}) is not known; {host_files.hint(name, FEATURES, 'one of')}"
+                f"{definition.nodeid}: feature({name!r}) is not known; {hint(name, FEATURES, 'one of')}"
             )
 
 

@@ -39,7 +39,7 @@ class Job(Generic[R]):
 
 
 class Actor:
-    """A thread of the VMM, bound to a CPU of the host if one is given. It lives as long as its agent."""
+    """A thread of the VMM, bound to a CPU of the host if one is given."""
 
     def __init__(self, agent: Agent, cpu: int | None = None) -> None:
         self._agent = agent
@@ -56,3 +56,7 @@ class Actor:
         """Start the operation of this request. Raises HostOsError (EBUSY) while another is under way."""
         self._agent(op.actor_begin, actor=self._number, op=wanted.name, args=wanted.args, blob=wanted.blob)
         return Job(self._agent, self._number, wanted.name)
+
+    def end(self) -> None:
+        """End the thread. An operation that is still under way is given a second."""
+        self._agent(op.actor_end, actor=self._number)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arm_kvm.vmm.client import Agent, Request, op, request
-from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.descriptor import Descriptor
 
 PAGE = 0x1000
 BLOCK = 0x20_0000

@@ -12,7 +12,7 @@ from arm_kvm.guest.isa import A32, Isa
 from arm_kvm.guest.payload import CODE, DOORBELL, MAILBOX, MAILBOX_SIZE
 from arm_kvm.support.errors import AgentTimeout
 from arm_kvm.vmm.client import Agent, Request, op, request
-from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.descriptor import Descriptor
 from arm_kvm.vmm.memory import Memory
 from arm_kvm.vmm.memslots import MemslotRecord
 

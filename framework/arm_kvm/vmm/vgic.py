@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from arm_kvm.model.kvm.memslots import Window
 from arm_kvm.vmm.client import Agent, op
-from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.descriptor import Descriptor
 
 _VGIC_V2 = 5
 _ADDRESSES, _CONTROL, _INIT = 0, 4, 0

@@ -18,7 +18,7 @@ from arm_kvm.guest.payload import CODE, CODE_SIZE, MAILBOX, MAILBOX_SIZE, assemb
 from arm_kvm.model.kvm.memslots import Memslot, SlotFlags, Window
 from arm_kvm.support.errors import ConfigError
 from arm_kvm.vmm.client import Agent, Request, op, request
-from arm_kvm.vmm.ioctls import Descriptor
+from arm_kvm.vmm.descriptor import Descriptor
 from arm_kvm.vmm.memory import PAGE, Memory, Prot, SharedMemory
 from arm_kvm.vmm.memslots import MemslotRecord, Stores
 from arm_kvm.vmm.vcpu import Devices, Vcpu

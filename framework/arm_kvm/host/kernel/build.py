@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 
-from arm_kvm.host.config import hint
 from arm_kvm.support.errors import BuildFailed, ConfigError, LabError, NoKvm, SetupError
 from arm_kvm.support.guardian import spawn
+from arm_kvm.support.hints import hint
 from arm_kvm.support.limits import disk_full
 from arm_kvm.support.paths import IMAGES
 from arm_kvm.support.programs import run

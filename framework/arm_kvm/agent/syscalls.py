@@ -1,4 +1,4 @@
-"""Numbers of system calls, for :meth:`arm_kvm.host.host.Host.system_call`.
+"""Numbers of the system calls that are made by number, by the agent itself or for a test case.
 
 Sources: arch/arm/tools/syscall.tbl (5.4, 6.12) for 32-bit Arm, include/uapi/asm-generic/unistd.h for arm64.
 """
@@ -9,9 +9,12 @@ from __future__ import annotations
 NUMBERS = {
     "madvise": (220, 233),
     "mlock2": (390, 284),
+    "pipe2": (359, 59),
     "prctl": (172, 167),
     "process_madvise": (440, 440),
+    "read": (3, 63),
     "userfaultfd": (388, 282),
+    "vmsplice": (343, 75),
 }
 
 
