@@ -27,7 +27,7 @@ def stage2(below, root=0x4000_0000):
 def test_as_many_as_the_tables_that_hold_the_leaves(below, picks):
     """In spaces of up to 16 TiB: pages and blocks, of which some lie in one table and some far apart."""
     memory = Pages(1024)
-    r = stage2(below, memory.page(8))
+    r = stage2(below, memory.page(16))  # as many as a root can have
     table = Table(memory, r)
     for number, up in picks:
         level = max(3 - up, r.start_level)
